@@ -1,0 +1,1 @@
+"""Typed access to Linux KVM: /dev/kvm, virtual machines, vCPUs and their exits."""

@@ -1,0 +1,1 @@
+"""Load kernels, initrds, boot parameters and command lines into guest memory."""

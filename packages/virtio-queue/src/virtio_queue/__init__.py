@@ -1,0 +1,1 @@
+"""The device side of virtio: virtqueues, the device status machine, transports."""

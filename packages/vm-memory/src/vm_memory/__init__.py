@@ -1,0 +1,1 @@
+"""Guest-physical memory for virtual machine monitors: regions, access, dirty tracking."""

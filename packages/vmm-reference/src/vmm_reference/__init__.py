@@ -1,0 +1,1 @@
+"""A virtual machine monitor in Python, and its command vmm."""
