@@ -1,0 +1,135 @@
+"""Every task a contributor runs. `./dev SESSION`, or `nox -s SESSION` where nox is at hand.
+
+One environment serves all sessions: `.nox/env`, with the five packages installed as a user would
+have them (not editable, byte-compiled). It is made anew only when a pyproject or a C source
+changes; a changed Python file costs a reinstall of its package, without a network.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+
+import nox
+import nox.project
+
+nox.options.default_venv_backend = "none"
+nox.options.sessions = ["tests"]
+
+ROOT = Path(__file__).parent
+PACKAGES = ("vm-memory", "kvm-ioctls", "virtio-queue", "linux-loader", "vmm-reference")
+SIBLINGS = {
+    "virtio-queue": ("vm-memory",),
+    "linux-loader": ("vm-memory",),
+    "vmm-reference": PACKAGES[:-1],
+}
+GROUPS = nox.project.load_toml(ROOT / "pyproject.toml")["dependency-groups"]
+ENV = ROOT / ".nox" / "env"
+PYTHON = str(ENV / "bin" / "python")
+VMM = str(ENV / "bin" / "vmm")
+
+# What a session may need from the system: how to see whether it is there, and Debian's package.
+SYSTEM = {
+    "gcc": "gcc libc6-dev",
+    "qemu-system-x86_64": "qemu-system-x86",
+    "iasl": "acpica-tools",
+    "dtc": "device-tree-compiler",
+    "mkfs.ext4": "e2fsprogs",
+    "cpio": "cpio",
+    "as": "binutils",
+}
+
+
+def system(session: nox.Session, *commands: str) -> None:
+    """Install the Debian packages behind the commands that are missing, saying what and why."""
+    path = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
+    missing = {name: SYSTEM[name] for name in commands if shutil.which(name, path=path) is None}
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        missing["Python.h"] = "python3-dev"
+    if not missing:
+        return
+    packages = sorted({package for names in missing.values() for package in names.split()})
+    session.log(f"not on this system: {', '.join(missing)}; they come with {', '.join(packages)}")
+    install = ["apt-get", "install", "-y", "-q", "--no-install-recommends", *packages]
+    root = [] if os.geteuid() == 0 else ["sudo"]
+    if shutil.which("apt-get") is None or (root and shutil.which("sudo") is None):
+        session.error(f"install them, as root: {shlex.join(install)}")
+    session.run(*root, "apt-get", "update", "-q", external=True, silent=True)
+    session.run(*root, "env", "DEBIAN_FRONTEND=noninteractive", *install, external=True, silent=True)
+
+
+def digest(paths: list[Path]) -> str:
+    """A hash over the names and contents of files."""
+    state = hashlib.sha256(sys.version.encode())
+    for path in sorted(path for path in paths if path.is_file()):
+        state.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes() + b"\0")
+    return state.hexdigest()
+
+
+def pip(session: nox.Session, *arguments: str, python: str = PYTHON) -> None:
+    """Install into an environment by the pip that nox itself was installed with."""
+    session.run(
+        sys.executable, "-m", "pip", "--python", python, "install", "--quiet",
+        "--no-warn-script-location", *arguments, external=True,
+    )  # fmt: skip
+
+
+def environment(session: nox.Session) -> None:
+    """Make or refresh `.nox/env`, doing only what has changed since the last time."""
+    system(session, "gcc", "as")
+    folders = {name: ROOT / "packages" / name for name in PACKAGES}
+    fixed = [ROOT / "pyproject.toml"]
+    for folder in folders.values():
+        fixed += [folder / "pyproject.toml", folder / "CMakeLists.txt", *folder.glob("native/*")]
+    marks = {"": digest(fixed)}
+    marks |= {name: digest([*folder.glob("src/**/*")]) for name, folder in folders.items()}
+    known = {name: ENV / f"installed-{name or 'all'}" for name in marks}
+    stale = [n for n, f in known.items() if not f.exists() or f.read_text() != marks[n]]
+    if "" in stale:
+        session.log("making the environment (minutes the first time, then only after changes)")
+        shutil.rmtree(ENV, ignore_errors=True)
+        # Without pip and without virtualenv's start-up hook: a guest boots sooner for it.
+        session.run(sys.executable, "-m", "venv", "--without-pip", str(ENV), external=True)
+        groups = [item for name in ("build", "test", "lint", "docs") for item in GROUPS[name]]
+        pip(session, *groups)
+        pip(session, "--no-build-isolation", *map(str, folders.values()))
+        stale = list(marks)
+    elif stale:
+        session.log(f"installing what has changed: {', '.join(stale)}")
+        pip(session, "--no-build-isolation", "--no-deps", "--no-index", "--force-reinstall",
+            *(str(folders[name]) for name in stale))  # fmt: skip
+    for name in stale:
+        known[name].write_text(marks[name])
+
+
+def boots_linux(session: nox.Session) -> bool:
+    """Ask a probe guest whether the KVM of this machine can run an unmodified kernel."""
+    answer = subprocess.run([VMM, "doctor", "--probe"], check=False, capture_output=True, text=True)
+    session.log(answer.stdout.strip() or answer.stderr.strip())
+    return answer.returncode == 0
+
+
+def in_lab(session: nox.Session, *command: str) -> None:
+    """Run a command in the lab, with the host's files as it sees them."""
+    system(session, "qemu-system-x86_64")
+    session.run(PYTHON, "tests/lab", "--", *command, external=True)
+
+
+@nox.session
+def boot(session: nox.Session) -> None:
+    """Boot Debian's own kernel: to a shell on a terminal, through a self-check otherwise."""
+    environment(session)
+    system(session, "mkfs.ext4")
+    arguments = ["boot", *session.posargs]
+    if boots_linux(session):
+        session.run(VMM, *arguments, external=True)
+    else:
+        session.run(VMM, *arguments, "--prepare", external=True)
+        in_lab(session, VMM, *arguments)
