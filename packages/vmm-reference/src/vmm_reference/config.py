@@ -1,0 +1,215 @@
+"""What a machine is: plain values, checked before anything starts.
+
+A `MachineConfig` that exists is one that can be started on a host that has the resources: every
+rule that needs no KVM is enforced when it is made. The command line, the TOML file and the Python
+API all end here.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from .errors import ConfigError
+from .layout import MIB
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["MAX_CPUS", "MAX_DRIVES", "Drive", "MachineConfig", "parse_size"]
+
+MAX_CPUS = 254  # local APIC identifiers of eight bits, 255 being the broadcast
+MAX_DRIVES = 14  # interrupt lines left for virtio, less that of the entropy device
+MIN_MEMORY = 16 * MIB
+MAX_MEMORY = 1 << 40
+
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+def parse_size(text: str | int, field: str = "size") -> int:
+    """A number of bytes from `256M`, `2G`, `4096`, or an int as it is.
+
+    Suffixes are powers of 1024: K, M, G, T, in either case, with an optional `B` or `iB`.
+
+    Example:
+        >>> parse_size("256M"), parse_size("1GiB"), parse_size(512)
+        (268435456, 1073741824, 512)
+
+    Raises:
+        ConfigError: the text is not a size.
+    """
+    if isinstance(text, int) and not isinstance(text, bool):
+        return text
+    if isinstance(text, str):
+        word = text.strip().upper().removesuffix("IB").removesuffix("B")
+        digits = word.rstrip("KMGT")
+        unit = word[len(digits) :]
+        if digits.isascii() and digits.isdigit() and unit in _UNITS:
+            return int(digits) * _UNITS[unit]
+    raise ConfigError(field, text, "must be a size such as 256M or 2G")
+
+
+def _file(field: str, path: object, *, block: bool = False) -> str:
+    """Refuse a path that is not a readable regular file (or, where allowed, a block device)."""
+    if not isinstance(path, str | os.PathLike) or not os.fspath(path):
+        raise ConfigError(field, path, "must be the path of a file")
+    name = os.fspath(path)
+    if not isinstance(name, str):
+        raise ConfigError(field, path, "must be text, not bytes")
+    try:
+        mode = os.stat(name).st_mode  # noqa: PTH116 - pathlib is not imported on the boot path
+    except ValueError:
+        raise ConfigError(field, repr(name), "must not contain a null character") from None
+    except OSError as error:
+        raise ConfigError(field, name, error.strerror or str(error)) from None
+    if stat.S_ISDIR(mode):
+        raise ConfigError(field, name, "is a directory, must be a file")
+    if not (stat.S_ISREG(mode) or (block and stat.S_ISBLK(mode))):
+        kinds = "a regular file or a block device" if block else "a regular file"
+        raise ConfigError(field, name, f"must be {kinds}")
+    if not os.access(name, os.R_OK):
+        raise ConfigError(field, name, "can't be read; check its permissions")
+    return name
+
+
+@attrs.frozen
+class Drive:
+    """A disk image in raw format: a regular file or a block device, never guessed."""
+
+    path: str
+    read_only: bool = False
+
+    @classmethod
+    def parse(cls, text: str) -> Drive:
+        """A drive from `PATH` or `PATH,ro`.
+
+        Example:
+            >>> Drive.parse("root.img,ro")
+            Drive(path='root.img', read_only=True)
+        """
+        if text.endswith(",ro"):
+            return cls(text.removesuffix(",ro"), read_only=True)
+        return cls(text)
+
+    def check(self, field: str) -> None:
+        """Raise `ConfigError` unless the image exists, may be opened and has a legal size."""
+        name = _file(field, self.path, block=True)
+        if not self.read_only and not os.access(name, os.W_OK):
+            raise ConfigError(field, name, "can't be written; add ',ro' or change its permissions")
+        info = os.stat(name)  # noqa: PTH116
+        if stat.S_ISREG(info.st_mode) and (info.st_size == 0 or info.st_size % 512):
+            raise ConfigError(
+                field, f"{name} ({info.st_size} bytes)", "must have a size that is a multiple of 512"
+            )
+
+
+@attrs.frozen(kw_only=True)
+class MachineConfig:
+    """A machine, whole: checked when it is made.
+
+    Attributes:
+        kernel: a Linux image: ELF `vmlinux` or `bzImage`.
+        initrd: an initial RAM file system, as it is, or None.
+        cmdline: the kernel's command line.
+        cpus: number of vCPUs, 1 to 254.
+        memory: RAM in bytes (an int, or text such as `256M`), 16 MiB to 1 TiB, whole MiB.
+        drives: virtio-blk disks in order: /dev/vda, /dev/vdb, ...
+        on_reset: `restart` boots the machine anew when the guest resets it, `exit` ends the run.
+        protocol: how the kernel is entered: `auto`, `linux64` or `pvh`.
+        kaslr: start a bzImage in its own decompressor, which randomizes the kernel's address.
+
+    Raises:
+        ConfigError: names the field, its value and the rule.
+    """
+
+    kernel: str
+    initrd: str | None = None
+    cmdline: str = ""
+    cpus: int = 1
+    memory: int = attrs.field(default=256 * MIB, converter=lambda v: parse_size(v, "memory"))
+    drives: tuple[Drive, ...] = attrs.field(default=(), converter=tuple)
+    on_reset: str = "restart"
+    protocol: str = "auto"
+    kaslr: bool = False
+
+    def __attrs_post_init__(self) -> None:
+        _kernel(self.kernel)
+        if self.initrd is not None:
+            _file("initrd", self.initrd)
+        if not isinstance(self.cmdline, str) or any(not " " <= c <= "~" for c in self.cmdline):
+            raise ConfigError("cmdline", repr(self.cmdline), "must be printable ASCII on one line")
+        _whole("cpus", self.cpus, 1, MAX_CPUS)
+        _whole("memory", self.memory, MIN_MEMORY, MAX_MEMORY, "bytes")
+        if self.memory % MIB:
+            raise ConfigError("memory", self.memory, f"must be a multiple of 1M ({MIB} bytes)")
+        if len(self.drives) > MAX_DRIVES:
+            raise ConfigError("drives", len(self.drives), f"at most {MAX_DRIVES} fit this machine")
+        for number, drive in enumerate(self.drives):
+            if not isinstance(drive, Drive):
+                raise ConfigError(f"drives[{number}]", drive, "must be a Drive")
+            drive.check(f"drives[{number}]")
+        _one_of("on_reset", self.on_reset, ("restart", "exit"))
+        _one_of("protocol", self.protocol, ("auto", "linux64", "pvh"))
+        if not isinstance(self.kaslr, bool):
+            raise ConfigError("kaslr", self.kaslr, "must be true or false")
+
+    @classmethod
+    def from_mapping(cls, table: Mapping[str, Any], source: str = "config") -> MachineConfig:
+        """A machine from the keys of a TOML file; a key that is not known is refused.
+
+        `drives` is an array of paths (`"root.img"`, `"root.img,ro"`) or of tables with `path` and
+        `read_only`.
+        """
+        known = [field.name for field in attrs.fields(cls)]
+        for key in table:
+            if key not in known:
+                raise ConfigError(source, key, f"unknown key; known are {', '.join(known)}")
+        if "kernel" not in table:
+            raise ConfigError("kernel", "(none)", "must be given; a machine has nothing else to run")
+        values = dict(table)
+        if "drives" in values:
+            if not isinstance(values["drives"], list | tuple):
+                raise ConfigError("drives", values["drives"], "must be an array")
+            values["drives"] = [_drive(n, item) for n, item in enumerate(values["drives"])]
+        return cls(**values)
+
+
+def _kernel(path: object) -> None:
+    name = _file("kernel", path)
+    with open(name, "rb") as image:  # noqa: PTH123
+        head = image.read(1024)
+    if not head.startswith(b"\x7fELF") and head[0x202:0x206] != b"HdrS":
+        raise ConfigError("kernel", name, "is neither an ELF vmlinux nor a bzImage")
+
+
+def _drive(number: int, item: object) -> Drive:
+    field = f"drives[{number}]"
+    if isinstance(item, Drive):
+        return item
+    if isinstance(item, str):
+        return Drive.parse(item)
+    if not isinstance(item, dict):
+        raise ConfigError(field, item, "must be a path or a table with path and read_only")
+    for key in item:
+        if key not in ("path", "read_only"):
+            raise ConfigError(field, key, "unknown key; known are path, read_only")
+    read_only = item.get("read_only", False)
+    if not isinstance(read_only, bool):
+        raise ConfigError(f"{field}.read_only", read_only, "must be true or false")
+    if not isinstance(item.get("path"), str):
+        raise ConfigError(f"{field}.path", item.get("path"), "must be the path of a file")
+    return Drive(item["path"], read_only)
+
+
+def _whole(field: str, value: object, low: int, high: int, unit: str = "") -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        words = f"must be a whole number from {low} to {high}" + (f" {unit}" if unit else "")
+        raise ConfigError(field, value, words)
+
+
+def _one_of(field: str, value: object, words: tuple[str, ...]) -> None:
+    if value not in words:
+        raise ConfigError(field, value, f"must be one of {', '.join(words)}")

@@ -1,0 +1,101 @@
+"""The guest-physical map: where RAM, tables, device windows and interrupts lie.
+
+Everything that has a fixed address or a fixed interrupt number has it here, so that an overlap can
+be seen by reading one file. Addresses are bytes; a range is `(address, size)`.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "ACPI_SIZE",
+    "ACPI_TABLES",
+    "EBDA",
+    "HIGH_MEMORY",
+    "IDENTITY_MAP",
+    "IOAPIC",
+    "ISA_HOLE",
+    "LOCAL_APIC",
+    "MMIO_GAP_END",
+    "MMIO_GAP_START",
+    "SERIAL_IRQ",
+    "SERIAL_PORT",
+    "TSS",
+    "VIRTIO_MMIO_SIZE",
+    "VIRTIO_MMIO_START",
+    "e820_ranges",
+    "ram_ranges",
+    "virtio_gsi",
+    "virtio_mmio_window",
+]
+
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+
+EBDA = 0x9FC00  # conventional memory ends here, as kernels expect of a PC
+ISA_HOLE = 0xA0000
+ACPI_TABLES = 0xE0000  # where a kernel without a pointer would search for the RSDP
+ACPI_SIZE = 0x20000
+HIGH_MEMORY = 0x100000
+
+# RAM stops at 3 GiB and goes on at 4 GiB; what is between belongs to devices.
+MMIO_GAP_START = 3 * GIB
+MMIO_GAP_END = 4 * GIB
+
+VIRTIO_MMIO_START = MMIO_GAP_START
+VIRTIO_MMIO_SIZE = 0x1000
+
+IOAPIC = 0xFEC00000
+LOCAL_APIC = 0xFEE00000
+
+# Intel hosts without unrestricted guests need one page for an identity map and three for a TSS,
+# inside the guest's physical space but not in its RAM.
+IDENTITY_MAP = 0xFFFBC000
+TSS = 0xFFFBD000
+
+SERIAL_PORT, SERIAL_IRQ = 0x3F8, 4
+
+# The IOAPIC of KVM has 24 pins. What a PC's own devices use is left to them (0 timer, 1 keyboard,
+# 2 cascade, 3 and 4 serial, 8 RTC, 9 SCI, 12 mouse, 13 FPU).
+_VIRTIO_GSIS = (5, 6, 7, 10, 11, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23)
+
+
+def virtio_gsi(index: int) -> int:
+    """The interrupt of the virtio-mmio device `index`, counted from 0.
+
+    Raises:
+        IndexError: there are more devices than interrupt lines.
+    """
+    return _VIRTIO_GSIS[index]
+
+
+def virtio_mmio_window(index: int) -> int:
+    """The address of the register file of the virtio-mmio device `index`, counted from 0."""
+    return VIRTIO_MMIO_START + index * VIRTIO_MMIO_SIZE
+
+
+def ram_ranges(memory: int) -> list[tuple[int, int]]:
+    """Where `memory` bytes of RAM lie: below the gap, and the rest above 4 GiB.
+
+    Example:
+        >>> [(hex(a), s >> 20) for a, s in ram_ranges(4 << 30)]
+        [('0x0', 3072), ('0x100000000', 1024)]
+    """
+    low = min(memory, MMIO_GAP_START)
+    ranges = [(0, low)]
+    if memory > low:
+        ranges.append((MMIO_GAP_END, memory - low))
+    return ranges
+
+
+def e820_ranges(memory: int) -> list[tuple[int, int, bool]]:
+    """The memory map as `(address, size, usable)`, sorted, without overlap."""
+    low = min(memory, MMIO_GAP_START)
+    ranges = [
+        (0, EBDA, True),
+        (EBDA, ISA_HOLE - EBDA, False),
+        (ACPI_TABLES, ACPI_SIZE, False),
+        (HIGH_MEMORY, low - HIGH_MEMORY, True),
+        (IDENTITY_MAP, TSS + 0x3000 - IDENTITY_MAP, False),
+    ]
+    if memory > low:
+        ranges.append((MMIO_GAP_END, memory - low, True))
+    return ranges

@@ -1,0 +1,124 @@
+"""The I/O thread: one epoll loop for kicks, timers, terminals and other threads' requests.
+
+Callbacks run on the loop's thread, one at a time. They must not block: a device's request that
+takes long belongs to a backend of its own. Other threads reach the loop through `call_soon`, which
+is the only method that is safe from anywhere.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import threading
+import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["READ", "WRITE", "Loop"]
+
+READ = select.EPOLLIN
+WRITE = select.EPOLLOUT
+
+
+class Loop:
+    """An epoll loop on a thread of its own.
+
+    `failed` is called with an exception that a callback let out, and the loop goes on: one broken
+    backend must not silence the others. The owner decides what becomes of the machine.
+    """
+
+    def __init__(self, failed: Callable[[BaseException], None]) -> None:
+        self._epoll = select.epoll()
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._callbacks: dict[int, Callable[[int], None]] = {}
+        self._soon: list[Callable[[], None]] = []
+        self._timers: list[tuple[float, Callable[[], None]]] = []
+        self._lock = threading.Lock()
+        self._failed = failed
+        self._stopping = False
+        self._closed = False
+        self._thread: threading.Thread | None = None
+        self._epoll.register(self._wake, READ)
+
+    def start(self) -> None:
+        """Start the thread. A loop is started once."""
+        self._thread = threading.Thread(target=self._run, name="io", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread after what it is doing now, and close what the loop owns. Idempotent."""
+        if self._closed:
+            return
+        self._stopping = True
+        os.eventfd_write(self._wake, 1)
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+        with self._lock:
+            self._closed = True
+            self._epoll.close()
+            os.close(self._wake)
+
+    def call_soon(self, callback: Callable[[], None]) -> None:
+        """Run `callback` on the loop's thread; safe from any thread, a no-op after `stop`."""
+        with self._lock:
+            if self._closed:
+                return
+            self._soon.append(callback)
+            if len(self._soon) == 1:
+                os.eventfd_write(self._wake, 1)
+
+    def call_later(self, seconds: float, callback: Callable[[], None]) -> None:
+        """Run `callback` after `seconds`. Only from the loop's own thread."""
+        self._timers.append((time.monotonic() + seconds, callback))
+
+    def add(self, fd: int, events: int, callback: Callable[[int], None]) -> None:
+        """Call `callback(events)` whenever `fd` is ready. Before `start`, or from the loop."""
+        self._callbacks[fd] = callback
+        self._epoll.register(fd, events)
+
+    def modify(self, fd: int, events: int) -> None:
+        """Wait for other events of `fd`; 0 waits for none but errors and hang-ups."""
+        self._epoll.modify(fd, events)
+
+    def remove(self, fd: int) -> None:
+        """Forget `fd`. The caller closes it."""
+        if self._callbacks.pop(fd, None) is not None:
+            self._epoll.unregister(fd)
+
+    def _run(self) -> None:
+        while not self._stopping:
+            for fd, events in self._epoll.poll(self._timeout()):
+                if fd == self._wake:
+                    self._run_soon()
+                elif callback := self._callbacks.get(fd):
+                    self._call(callback, events)
+            self._run_timers()
+
+    def _run_soon(self) -> None:
+        with self._lock:
+            os.eventfd_read(self._wake)
+            callbacks, self._soon = self._soon, []
+        for callback in callbacks:
+            self._call(callback)
+
+    def _timeout(self) -> float | None:
+        if not self._timers:
+            return None
+        return max(0.0, min(when for when, _ in self._timers) - time.monotonic())
+
+    def _run_timers(self) -> None:
+        if not self._timers:
+            return
+        now = time.monotonic()
+        due = [callback for when, callback in self._timers if when <= now]
+        self._timers = [timer for timer in self._timers if timer[0] > now]
+        for callback in due:
+            self._call(callback)
+
+    def _call(self, callback: Callable[..., None], *arguments: int) -> None:
+        try:
+            callback(*arguments)
+        except BaseException as error:
+            self._failed(error)

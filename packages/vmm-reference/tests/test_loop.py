@@ -1,0 +1,112 @@
+"""The I/O loop: callbacks in order on one thread, timers, and one broken callback alone."""
+
+import os
+import threading
+import time
+
+import pytest
+
+from vmm_reference.loop import READ, Loop
+
+
+@pytest.fixture
+def failures() -> list[BaseException]:
+    return []
+
+
+@pytest.fixture
+def loop(failures: list[BaseException]) -> Loop:
+    return Loop(failures.append)
+
+
+def _finish(loop: Loop) -> None:
+    done = threading.Event()
+    loop.call_soon(done.set)
+    assert done.wait(10)
+
+
+def test_calls_from_many_threads_all_run_in_each_threads_order(loop: Loop) -> None:
+    """call_soon loses nothing and keeps the order of every caller, on the loop's own thread."""
+    seen: list[tuple[int, int]] = []
+    threads_seen: set[int] = set()
+
+    def note(item: tuple[int, int]) -> None:
+        threads_seen.add(threading.get_ident())
+        seen.append(item)
+
+    def caller(number: int) -> None:
+        for step in range(200):
+            loop.call_soon(lambda item=(number, step): note(item))
+
+    loop.start()
+    callers = [threading.Thread(target=caller, args=(n,)) for n in range(4)]
+    for thread in callers:
+        thread.start()
+    for thread in callers:
+        thread.join()
+    _finish(loop)
+    loop.stop()
+    assert len(seen) == 800
+    for number in range(4):
+        assert [step for n, step in seen if n == number] == list(range(200))
+    assert len(threads_seen) == 1
+
+
+def test_a_descriptor_is_served_until_it_is_removed(loop: Loop) -> None:
+    """A ready eventfd calls back; after remove it does not."""
+    fd = os.eventfd(0, os.EFD_CLOEXEC)
+    values: list[int] = []
+    loop.add(fd, READ, lambda _events: values.append(os.eventfd_read(fd)))
+    loop.start()
+    os.eventfd_write(fd, 7)
+    deadline = time.monotonic() + 10
+    while not values and time.monotonic() < deadline:
+        time.sleep(0.001)
+    loop.call_soon(lambda: loop.remove(fd))
+    _finish(loop)
+    os.eventfd_write(fd, 9)
+    _finish(loop)
+    loop.stop()
+    os.close(fd)
+    assert values == [7]
+
+
+def test_a_callback_that_raises_is_reported_and_the_rest_run(
+    loop: Loop, failures: list[BaseException]
+) -> None:
+    """The loop survives an exception and hands it to its owner."""
+
+    def broken() -> None:
+        raise ValueError("broken")
+
+    loop.start()
+    loop.call_soon(broken)
+    _finish(loop)
+    loop.stop()
+    assert [str(error) for error in failures] == ["broken"]
+
+
+def test_timers_fire_in_time_order(loop: Loop) -> None:
+    """call_later runs what is due, the earlier first, and not before its time."""
+    seen: list[str] = []
+    done = threading.Event()
+    start = time.monotonic()
+
+    def arm() -> None:
+        loop.call_later(0.06, lambda: (seen.append("late"), done.set()))
+        loop.call_later(0.02, lambda: seen.append("early"))
+
+    loop.start()
+    loop.call_soon(arm)
+    assert done.wait(10)
+    loop.stop()
+    assert seen == ["early", "late"]
+    assert time.monotonic() - start >= 0.06
+
+
+def test_a_stopped_loop_takes_no_more_calls(loop: Loop) -> None:
+    """After stop, which may come twice and from any thread, call_soon does nothing."""
+    loop.start()
+    loop.stop()
+    loop.stop()
+    loop.call_soon(lambda: pytest.fail("ran after stop"))
