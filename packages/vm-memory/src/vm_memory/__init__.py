@@ -1,1 +1,83 @@
-"""Guest-physical memory for virtual machine monitors: regions, access, dirty tracking."""
+"""Guest-physical memory for virtual machine monitors: regions, access, dirty tracking.
+
+Every public name of the package can be imported from here; its module is loaded on first use.
+
+>>> from vm_memory import GuestAddress, GuestMemory
+>>> with GuestMemory.from_ranges([(GuestAddress(0), 0x10000)]) as memory:
+...     memory.write(GuestAddress(0x1000), b"hello")
+...     memory.read(GuestAddress(0x1000), 5)
+b'hello'
+"""
+
+from __future__ import annotations
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from vm_memory.address import GuestAddress, RegionOffset
+    from vm_memory.atomic import Order, fence
+    from vm_memory.backing import Anonymous, Memfd
+    from vm_memory.errors import (
+        AddressError,
+        ClosedError,
+        InvalidValueError,
+        MappingError,
+        MemoryAccessError,
+        RegionError,
+        VmMemoryError,
+    )
+    from vm_memory.memory import GuestMemory
+    from vm_memory.permissions import Permissions
+    from vm_memory.region import GuestRegion
+
+__all__ = [
+    "AddressError",
+    "Anonymous",
+    "ClosedError",
+    "GuestAddress",
+    "GuestMemory",
+    "GuestRegion",
+    "InvalidValueError",
+    "MappingError",
+    "Memfd",
+    "MemoryAccessError",
+    "Order",
+    "Permissions",
+    "RegionError",
+    "RegionOffset",
+    "VmMemoryError",
+    "fence",
+]
+
+_MODULES = {
+    "address": ("GuestAddress", "RegionOffset"),
+    "atomic": ("Order", "fence"),
+    "backing": ("Anonymous", "Memfd"),
+    "errors": (
+        "AddressError",
+        "ClosedError",
+        "InvalidValueError",
+        "MappingError",
+        "MemoryAccessError",
+        "RegionError",
+        "VmMemoryError",
+    ),
+    "memory": ("GuestMemory",),
+    "permissions": ("Permissions",),
+    "region": ("GuestRegion",),
+}
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> object:
+    module = _HOME.get(name)
+    if module is None:
+        raise AttributeError(f"module 'vm_memory' has no attribute {name!r}")
+    from importlib import import_module
+
+    value: object = getattr(import_module(f"vm_memory.{module}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,262 @@
+"""The map from guest addresses to regions: immutable, sorted, without overlaps."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+
+from vm_memory._mapping import Mapping, create_memfd
+from vm_memory.backing import Anonymous, Memfd
+from vm_memory.errors import ClosedError, InvalidValueError, MemoryAccessError, RegionError
+from vm_memory.region import GuestRegion, check_region
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+    from typing import Final, Self
+
+    from vm_memory.address import GuestAddress
+    from vm_memory.backing import Backing
+
+__all__ = ["MemoryMap"]
+
+_EMPTY = memoryview(b"")
+
+
+class _Nowhere:
+    """Stands for a region that contains no address, so that fast paths need no test for None."""
+
+    guest_address = 1 << 65
+    size = -1
+    host_address = 0
+    buffer = _EMPTY
+    u16 = _EMPTY.cast("H")
+    u32 = _EMPTY.cast("I")
+    u64 = _EMPTY.cast("Q")
+
+
+NOWHERE: Final = _Nowhere()
+
+
+class MemoryMap:
+    """Regions by address. `GuestMemory` adds the access to what is in them."""
+
+    __slots__ = ("__weakref__", "_closed", "_recent", "_starts", "regions")
+
+    def __init__(self, regions: Iterable[GuestRegion] = ()) -> None:
+        """Make a map of regions, which must be sorted by address and not overlap.
+
+        Args:
+            regions: the regions; they may be part of other maps too. None at all is a legal map.
+
+        Raises:
+            RegionError: when they overlap or are out of order.
+        """
+        self.regions: tuple[GuestRegion, ...] = tuple(regions)
+        end = 0
+        for region in self.regions:
+            _check_order(region.guest_address, region.size, end)
+            end = region.guest_address + region.size
+        self._starts = [region.guest_address for region in self.regions]
+        # The region that the last access went to: most accesses go there again.
+        self._recent: GuestRegion | _Nowhere = self.regions[0] if self.regions else NOWHERE
+        self._closed = False
+
+    @classmethod
+    def from_ranges(
+        cls,
+        ranges: Iterable[tuple[GuestAddress, int]],
+        *,
+        backing: Backing = Anonymous(),  # noqa: B008, an immutable value
+    ) -> Self:
+        """Map new, zeroed memory at each range.
+
+        Args:
+            ranges: guest address and size in bytes of each region, sorted by address.
+            backing: what the memory is made of.
+
+        Raises:
+            RegionError: when a range is empty, misaligned, overlaps its neighbour or is out of
+                order.
+            MappingError: when the host refuses.
+
+        >>> from vm_memory import GuestAddress, GuestMemory
+        >>> GuestMemory.from_ranges([(GuestAddress(0), 0x1000), (GuestAddress(0x800), 0x1000)])
+        Traceback (most recent call last):
+        vm_memory.errors.RegionError: region of 0x1000 bytes at 0x800: it must not start before \
+the end of the region in front of it, 0x1000
+        """
+        wanted = list(ranges)
+        end = 0
+        for address, size in wanted:
+            check_region(address, size)
+            _check_order(address, size, end)
+            end = address + size
+        return cls(_create(wanted, backing))
+
+    def find_region(self, address: GuestAddress) -> GuestRegion | None:
+        """The region that contains an address, or None."""
+        index = bisect_right(self._starts, address) - 1
+        if index < 0:
+            return None
+        region = self.regions[index]
+        return region if address < region.guest_address + region.size else None
+
+    def check_range(self, address: GuestAddress, length: int) -> bool:
+        """Whether there is memory behind every byte of a range; an empty range always has."""
+        if length <= 0:
+            return length == 0
+        return sum(count for _, _, count in self._walk(address, length)) == length
+
+    def insert(self, region: GuestRegion) -> Self:
+        """A new map with one region more; this one stays as it is.
+
+        Raises:
+            RegionError: when it overlaps another.
+            ClosedError: when the map was closed.
+        """
+        self._check_open()
+        index = bisect_right(self._starts, region.guest_address)
+        return type(self)((*self.regions[:index], region, *self.regions[index:]))
+
+    def remove(self, address: GuestAddress, size: int) -> tuple[Self, GuestRegion]:
+        """A new map without the region that has this address and size, and that region.
+
+        Raises:
+            RegionError: when no region is exactly there.
+            ClosedError: when the map was closed.
+        """
+        self._check_open()
+        index = bisect_right(self._starts, address) - 1
+        region = self.regions[index] if index >= 0 else None
+        if region is None or region.guest_address != address or region.size != size:
+            raise RegionError(address, size, "no region has exactly this address and size")
+        return type(self)((*self.regions[:index], *self.regions[index + 1 :])), region
+
+    def holes(self, start: int = 0, end: int | None = None) -> list[tuple[GuestAddress, int]]:
+        """The ranges between `start` and `end` without memory, as address and length.
+
+        Args:
+            start: where to begin.
+            end: the first address not looked at; the end of the last region when None.
+        """
+        from vm_memory.address import GuestAddress
+
+        result = []
+        for region in self.regions:
+            if end is not None and region.guest_address >= end:
+                break
+            if region.guest_address > start:
+                result.append((GuestAddress(start), region.guest_address - start))
+            start = max(start, region.guest_address + region.size)
+        if end is not None and start < end:
+            result.append((GuestAddress(start), end - start))
+        return result
+
+    @property
+    def last_address(self) -> GuestAddress | None:
+        """The highest address with memory behind it; None in an empty map."""
+        return self.regions[-1].last_address if self.regions else None
+
+    @property
+    def size(self) -> int:
+        """Bytes of memory, holes not counted."""
+        return sum(region.size for region in self.regions)
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._closed
+
+    def close(self) -> None:
+        """Let go of the memory; every later access raises `ClosedError`.
+
+        Memory is unmapped when nothing refers to it any more: slices, regions and other maps
+        that are still in use keep theirs. Closing twice does nothing.
+        """
+        self._closed = True
+        self._recent = NOWHERE
+        self._starts = []
+        self.regions = ()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        ranges = ", ".join(f"{r.guest_address:#x}+{r.size:#x}" for r in self.regions)
+        return f"<{type(self).__name__} {'closed' if self._closed else ranges}>"
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError
+
+    def _walk(self, address: int, length: int) -> Iterator[tuple[GuestRegion, int, int]]:
+        """Region, offset and count of each piece from `address` on, until done or at a hole."""
+        # Bound once: closing the map in another thread cannot pull it away halfway.
+        regions = self.regions
+        index = max(bisect_right(self._starts, address) - 1, 0)
+        while length > 0 and index < len(regions):
+            region = regions[index]
+            offset = address - region.guest_address
+            if not 0 <= offset < region.size:
+                return
+            count = min(length, region.size - offset)
+            yield region, offset, count
+            address += count
+            length -= count
+            index += 1
+
+    def _pieces(self, address: int, length: int) -> list[tuple[GuestRegion, int, int]]:
+        """All pieces of a range, or an exception."""
+        if length < 0:
+            raise InvalidValueError("length", length, "must not be negative")
+        pieces = list(self._walk(address, length))
+        found = sum(count for _, _, count in pieces)
+        if found != length:
+            self._check_open()
+            raise MemoryAccessError(address, length, f"there is no memory at {address + found:#x}")
+        if pieces:
+            self._recent = pieces[-1][0]
+        return pieces
+
+
+def _check_order(address: int, size: int, end: int) -> None:
+    if address < end:
+        raise RegionError(
+            address,
+            size,
+            f"it must not start before the end of the region in front of it, {end:#x}",
+        )
+
+
+def _create(ranges: list[tuple[GuestAddress, int]], backing: Backing) -> list[GuestRegion]:
+    """The regions of a new map, all of one backing."""
+    if not isinstance(backing, Memfd):
+        return [
+            GuestRegion(address, size, Mapping(size, address), backing) for address, size in ranges
+        ]
+    import os
+
+    from vm_memory._mapping import PAGE
+
+    offsets = [0]
+    for _, size in ranges:
+        offsets.append(offsets[-1] + -(-size // PAGE) * PAGE)
+    if not ranges:
+        return []
+    file = create_memfd(backing, offsets[-1])
+    regions = []
+    try:
+        for (address, size), offset in zip(ranges, offsets, strict=False):
+            fd = os.dup(file)
+            try:
+                mapping = Mapping(size, address, fd, offset)
+            except BaseException:
+                os.close(fd)
+                raise
+            regions.append(GuestRegion(address, size, mapping, backing, offset))
+    finally:
+        os.close(file)
+    return regions
