@@ -117,11 +117,11 @@ class RawTerminal:
     def _wait_for_death(self, reader: int) -> None:
         # A session of its own: no signal of the terminal reaches it, and it may set the mode.
         os.setsid()
-        signal.pthread_sigmask(signal.SIG_BLOCK, range(1, signal.NSIG))
-        keep = sorted({reader, self._fd})
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         low = 0
-        for fd in keep:
-            os.closerange(low, fd)
+        for fd in sorted({reader, self._fd}):
+            if low < fd:
+                os.closerange(low, fd)
             low = fd + 1
         os.closerange(low, os.sysconf("SC_OPEN_MAX"))
         if not os.read(reader, 1):
