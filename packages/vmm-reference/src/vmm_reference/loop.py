@@ -35,7 +35,8 @@ class Loop:
         self._callbacks: dict[int, Callable[[int], None]] = {}
         self._soon: list[Callable[[], None]] = []
         self._timers: list[tuple[float, Callable[[], None]]] = []
-        self._lock = threading.Lock()
+        # Re-entrant: a signal handler may call `call_soon` in the middle of its own thread doing so.
+        self._lock = threading.RLock()
         self._failed = failed
         self._stopping = False
         self._closed = False
