@@ -1,0 +1,210 @@
+"""ELF images: which bytes go where, and where to begin (System V gABI, chapters 4 and 5)."""
+
+from __future__ import annotations
+
+import struct
+from typing import TYPE_CHECKING
+
+import attrs
+
+from linux_loader.errors import ImageError
+
+if TYPE_CHECKING:
+    from linux_loader.source import Source
+
+__all__ = ["ElfImage", "ElfSegment", "parse_elf"]
+
+EM_386 = 3
+EM_X86_64 = 62
+_MACHINES = {EM_386: "i386", EM_X86_64: "x86_64"}
+
+_HEADER_64 = struct.Struct("<16xHHIQQQIHHH")
+_HEADER_32 = struct.Struct("<16xHHIIIIIHHH")
+_PROGRAM_64 = struct.Struct("<IIQQQQQQ")
+_PROGRAM_32 = struct.Struct("<IIIIIIII")
+_NOTE = struct.Struct("<III")
+
+_PT_LOAD = 1
+_PT_NOTE = 4
+_XEN_ELFNOTE_PHYS32_ENTRY = 18
+_MAX_PROGRAM_HEADERS = 256
+_MAX_NOTES = 1 << 20
+
+
+@attrs.frozen
+class ElfSegment:
+    """A PT_LOAD program header.
+
+    Attributes:
+        offset: of its bytes in the file.
+        address: p_paddr, guest-physical.
+        virtual_address: p_vaddr.
+        file_size: bytes taken from the file.
+        memory_size: bytes it occupies; those after `file_size` are zero.
+        flags: p_flags (1 execute, 2 write, 4 read).
+    """
+
+    offset: int
+    address: int
+    virtual_address: int
+    file_size: int
+    memory_size: int
+    flags: int
+
+
+@attrs.frozen
+class ElfImage:
+    """A checked x86 executable.
+
+    Attributes:
+        bits: 32 or 64, the file's class.
+        machine: e_machine: 3 (EM_386) or 62 (EM_X86_64).
+        entry: guest-physical address of e_entry.
+        pvh_entry: 32-bit entry of the XEN_ELFNOTE_PHYS32_ENTRY note, or None.
+        segments: in the file's order; none is empty.
+    """
+
+    bits: int
+    machine: int
+    entry: int
+    pvh_entry: int | None
+    segments: tuple[ElfSegment, ...]
+
+
+def parse_elf(source: Source) -> ElfImage:
+    """Read and check the headers of an x86 ELF executable; no segment is read.
+
+    Raises:
+        ImageError: any header breaks a rule of the gABI, or asks for what cannot be loaded.
+    """
+    head = source.read_up_to(0, 4096)
+    if len(head) < 52 or head[:4] != b"\x7fELF":
+        raise ImageError("e_ident", 0, head[:4], "must begin an ELF header of 52 or 64 bytes")
+    if head[4] not in (1, 2):
+        raise ImageError("EI_CLASS", 4, head[4], "must be ELFCLASS32 (1) or ELFCLASS64 (2)")
+    if head[5] != 1:
+        raise ImageError("EI_DATA", 5, head[5], "must be ELFDATA2LSB (1): x86 is little-endian")
+    if head[6] != 1:
+        raise ImageError("EI_VERSION", 6, head[6], "must be EV_CURRENT (1)")
+    wide = head[4] == 2
+    if wide and len(head) < 64:
+        raise ImageError("e_ehsize", 0, len(head), "an ELF64 header has 64 bytes")
+    (kind, machine, version, entry, phoff, _, _, _, phentsize, phnum) = (
+        _HEADER_64 if wide else _HEADER_32
+    ).unpack_from(head)
+    program = _PROGRAM_64 if wide else _PROGRAM_32
+    if kind not in (2, 3):
+        raise ImageError("e_type", 16, kind, "must be ET_EXEC (2) or ET_DYN (3)")
+    if machine not in _MACHINES:
+        raise ImageError("e_machine", 18, machine, "must be EM_386 (3) or EM_X86_64 (62)")
+    if version != 1:
+        raise ImageError("e_version", 20, version, "must be EV_CURRENT (1)")
+    if machine == EM_386 and wide:
+        raise ImageError("EI_CLASS", 4, 2, "must be ELFCLASS32 for EM_386")
+    at_phentsize = 54 if wide else 42
+    if phentsize != program.size:
+        raise ImageError("e_phentsize", at_phentsize, phentsize, f"must be {program.size}")
+    if not 1 <= phnum <= _MAX_PROGRAM_HEADERS:
+        raise ImageError("e_phnum", at_phentsize + 2, phnum, f"must be 1 to {_MAX_PROGRAM_HEADERS}")
+    table_size = phnum * program.size
+    if phoff + table_size <= len(head):
+        table, start = head, phoff
+    else:
+        table, start = source.read("e_phoff", phoff, table_size), 0
+
+    segments: list[ElfSegment] = []
+    pvh_entry = None
+    for index in range(phnum):
+        at = phoff + index * program.size
+        fields = program.unpack_from(table, start + index * program.size)
+        if wide:
+            (kind, flags, offset, vaddr, paddr, filesz, memsz, align) = fields
+        else:
+            (kind, offset, vaddr, paddr, filesz, memsz, flags, align) = fields
+        if kind == _PT_LOAD:
+            if memsz:
+                _check_segment(source, at, offset, paddr, filesz, memsz)
+                segments.append(ElfSegment(offset, paddr, vaddr, filesz, memsz, flags))
+            elif filesz:
+                raise ImageError("p_memsz", at, 0, f"must be at least p_filesz ({filesz:#x})")
+        elif kind == _PT_NOTE and pvh_entry is None:
+            pvh_entry = _pvh_note(source, at, offset, filesz, 8 if align == 8 else 4)
+    if not segments:
+        raise ImageError("e_phnum", at_phentsize + 2, phnum, "must include a PT_LOAD segment")
+    if pvh_entry is not None and _holder(segments, pvh_entry) is None:
+        raise ImageError(
+            "XEN_ELFNOTE_PHYS32_ENTRY", None, pvh_entry, "must lie in a PT_LOAD segment"
+        )
+    return ElfImage(
+        bits=64 if wide else 32,
+        machine=machine,
+        entry=_physical_entry(segments, entry, pvh_entry),
+        pvh_entry=pvh_entry,
+        segments=tuple(segments),
+    )
+
+
+def _check_segment(
+    source: Source, at: int, offset: int, paddr: int, filesz: int, memsz: int
+) -> None:
+    if filesz > memsz:
+        raise ImageError("p_filesz", at, filesz, f"must not exceed p_memsz ({memsz:#x})")
+    if offset + filesz > source.size:
+        raise ImageError(
+            "p_offset",
+            at,
+            offset,
+            f"its {filesz:#x} bytes must lie inside {source.name} of {source.size:#x} bytes",
+        )
+    if paddr + memsz > 1 << 52:
+        raise ImageError("p_paddr", at, paddr, f"with p_memsz ({memsz:#x}) must fit 52 bits")
+
+
+def _holder(segments: list[ElfSegment], address: int) -> ElfSegment | None:
+    for segment in segments:
+        if segment.address <= address < segment.address + segment.memory_size:
+            return segment
+    return None
+
+
+def _physical_entry(segments: list[ElfSegment], entry: int, pvh_entry: int | None) -> int:
+    """Return e_entry as a physical address: linkers write either kind there."""
+    if _holder(segments, entry) is not None:
+        return entry
+    for segment in segments:
+        if segment.virtual_address <= entry < segment.virtual_address + segment.memory_size:
+            return segment.address + entry - segment.virtual_address
+    if pvh_entry is not None:
+        return pvh_entry
+    raise ImageError("e_entry", 24, entry, "must lie in a PT_LOAD segment")
+
+
+def _pvh_note(source: Source, at: int, offset: int, size: int, align: int) -> int | None:
+    """Find the PVH entry among the notes of one PT_NOTE header."""
+    if size > _MAX_NOTES:
+        raise ImageError("p_filesz", at, size, f"of a PT_NOTE must be at most {_MAX_NOTES:#x}")
+    notes = source.read("PT_NOTE", offset, size)
+    position = 0
+    while position + _NOTE.size <= size:
+        namesz, descsz, kind = _NOTE.unpack_from(notes, position)
+        name = position + _NOTE.size
+        # Sizes are rounded up from the start of the note, so that 8-byte alignment holds.
+        desc = (name + namesz + align - 1) & -align
+        end = desc + descsz
+        if end > size:
+            raise ImageError(
+                "n_descsz", offset + position, descsz, "the note must end inside its PT_NOTE"
+            )
+        if kind == _XEN_ELFNOTE_PHYS32_ENTRY and notes[name : name + namesz] == b"Xen\0":
+            if descsz not in (4, 8):
+                raise ImageError(
+                    "n_descsz", offset + position + 4, descsz, "must be 4 or 8 for PHYS32_ENTRY"
+                )
+            value = int.from_bytes(notes[desc:end], "little")
+            if value >> 32:
+                raise ImageError(
+                    "XEN_ELFNOTE_PHYS32_ENTRY", offset + desc, value, "must fit 32 bits"
+                )
+            return value
+        position = (end + align - 1) & -align
+    return None

@@ -1,0 +1,87 @@
+"""What a caller wants booted, apart from the kernel itself; the protocols' common ground."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from linux_loader.cmdline import encode_cmdline
+from linux_loader.e820 import checked_map, ram_ranges
+from linux_loader.errors import PlacementError
+from linux_loader.layout import Layout
+from linux_loader.placement import FileRange, Placement, describe, highest_fit
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from linux_loader.e820 import E820Entry
+    from linux_loader.source import Source
+
+__all__ = ["BootRequest"]
+
+
+class BootRequest:
+    """Checked wishes: memory map, command line, initrds, addresses."""
+
+    def __init__(
+        self,
+        *,
+        memory_map: Iterable[E820Entry],
+        cmdline: str,
+        initrds: Sequence[Source],
+        rsdp: int,
+        layout: Layout | None,
+    ) -> None:
+        if not 0 <= rsdp < 1 << 64:
+            raise PlacementError("rsdp", None, rsdp, "must be a guest-physical address")
+        self.memory_map = checked_map(memory_map)
+        self.ram = ram_ranges(self.memory_map)
+        self.cmdline = cmdline
+        self.initrds = initrds
+        self.rsdp = rsdp
+        self.layout = layout or Layout()
+
+    def cmdline_placement(self, capacity: int) -> Placement:
+        """Place the command line; `capacity` is the image's own limit, its NUL not counted."""
+        data = encode_cmdline(self.cmdline, capacity)
+        return Placement("command line", self.layout.cmdline, len(data), data)
+
+    def initrd_placements(self, taken: Iterable[Placement], limit: int) -> list[Placement]:
+        """Place the initrds one behind the other, each padded to 4 bytes, as high as they fit.
+
+        Args:
+            taken: what is placed already.
+            limit: the first address that may not be used.
+
+        Raises:
+            PlacementError: there is no such room.
+        """
+        sizes = [-(-source.size // 4) * 4 for source in self.initrds]
+        total = sum(sizes)
+        if not total:
+            return []
+        used = [(item.address, item.address + item.size) for item in taken]
+        address = highest_fit(self.ram, used, total, limit)
+        if address is None:
+            raise PlacementError(
+                "initrd",
+                None,
+                total,
+                f"no free RAM of that many bytes below {limit:#x}; "
+                f"RAM is {describe(self.ram)}: give the guest more",
+            )
+        result = []
+        for source, size in zip(self.initrds, sizes, strict=True):
+            if size:
+                content = FileRange(source, 0, source.size)
+                result.append(Placement(f"initrd {source.name}", address, size, content, zero=True))
+            address += size
+        return result
+
+
+def initrd_range(placements: Sequence[Placement]) -> tuple[int, int]:
+    """Return address and size of the initrds together; zeros for none."""
+    if not placements:
+        return (0, 0)
+    first, last = placements[0], placements[-1]
+    # The padding behind the last one is not part of it.
+    return first.address, last.address + last.content_size - first.address
