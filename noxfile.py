@@ -15,6 +15,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import time
 from pathlib import Path
 
 import nox
@@ -133,3 +134,105 @@ def boot(session: nox.Session) -> None:
     else:
         session.run(VMM, *arguments, "--prepare", external=True)
         in_lab(session, VMM, *arguments)
+
+
+@nox.session
+def lab(session: nox.Session) -> None:
+    """Run any command in the lab: `nox -s lab -- COMMAND...`."""
+    environment(session)
+    in_lab(session, *(session.posargs or ["/bin/bash"]))
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Style and types: ruff over everything, mypy strict once a package and once for the rest."""
+    environment(session)
+    session.run(PYTHON, "-m", "ruff", "check", ".", external=True)
+    session.run(PYTHON, "-m", "ruff", "format", "--check", ".", external=True)
+    for name in PACKAGES:
+        session.run(PYTHON, "-m", "mypy", f"packages/{name}/src", external=True)
+        session.run(PYTHON, "-m", "mypy", f"packages/{name}/tests", external=True)
+    session.run(PYTHON, "-m", "mypy", "tests", "benchmarks", "noxfile.py", external=True)
+
+
+@nox.session
+def alone(session: nox.Session) -> None:
+    """Each package in an empty environment, its tests in an empty folder: `-- PACKAGE...`."""
+    environment(session)
+    system(session, "as", "iasl", "dtc", "mkfs.ext4", "cpio")
+    chosen = session.posargs or PACKAGES
+    with tempfile.TemporaryDirectory(prefix="alone-") as scratch:
+        wheels = Path(scratch, "wheels")
+        session.run(
+            sys.executable, "-m", "pip", "--python", PYTHON, "wheel", "--quiet", "--no-deps",
+            "--no-build-isolation", "--no-index", "--wheel-dir", str(wheels),
+            *(str(ROOT / "packages" / name) for name in PACKAGES), external=True,
+        )  # fmt: skip
+        for name in chosen:
+            # Siblings are named by their files, so that no registry is asked for them.
+            files = [next(wheels.glob(f"{item.replace('-', '_')}-*.whl"))
+                     for item in (name, *SIBLINGS.get(name, ()))]  # fmt: skip
+            python = Path(scratch, name, "env", "bin", "python")
+            session.run(sys.executable, "-m", "venv", "--without-pip", str(python.parents[1]),
+                        external=True)  # fmt: skip
+            pip(session, *map(str, files), "pytest>=8", "hypothesis>=6.100", python=str(python))
+            folder = Path(scratch, name)
+            shutil.copytree(ROOT / "packages" / name / "tests", folder / "tests")
+            with session.chdir(folder):
+                session.run(str(python), "-m", "pytest", "-q", "-W", "error", "--strict-markers",
+                            "--import-mode=importlib", "-ra", "tests", external=True)  # fmt: skip
+
+
+@nox.session
+def doctest(session: nox.Session) -> None:
+    """The examples in the docstrings of every package."""
+    environment(session)
+    for name in PACKAGES:
+        session.run(PYTHON, "-m", "pytest", "-q", "--doctest-modules", "--pyargs",
+                    name.replace("-", "_"), external=True)  # fmt: skip
+
+
+@nox.session
+def whole(session: nox.Session) -> None:
+    """What only the whole can show: boots, the lab, the two commands: `-- PYTEST ARGUMENTS`."""
+    environment(session)
+    system(session, "qemu-system-x86_64", "iasl", "mkfs.ext4")
+    workers = str(min(len(os.sched_getaffinity(0)), 4))  # one lab each, on a core of its own
+    session.run(PYTHON, "-m", "pytest", "-n", workers, "--dist", "worksteal",
+                *(session.posargs or ["tests", "benchmarks"]), external=True)  # fmt: skip
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """The documentation of all packages as one site, every reference resolved."""
+    environment(session)
+    session.run(PYTHON, "-m", "sphinx", "-n", "-W", "-q", "-b", "html", "docs", "docs/_build",
+                external=True)  # fmt: skip
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Measure against the floor and a peer: `-- SUITE [--json FILE] [--peer NAME=PATH]`."""
+    environment(session)
+    system(session, "gcc", "qemu-system-x86_64")
+    session.run(PYTHON, "-m", "benchmarks", *session.posargs, external=True)
+
+
+@nox.session
+def fuzz(session: nox.Session) -> None:
+    """Property tests with fresh randomness for some minutes: `-- MINUTES [PACKAGE...]`."""
+    environment(session)
+    minutes, *chosen = session.posargs or ["5"]
+    deadline = time.monotonic() + 60 * float(minutes)
+    while time.monotonic() < deadline:
+        for name in chosen or PACKAGES:
+            session.run(PYTHON, "-m", "pytest", "-q", "-x", "-m", "not linux",
+                        "--hypothesis-profile=fuzz", "--hypothesis-seed=random",
+                        f"packages/{name}/tests", external=True)  # fmt: skip
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """All that must pass: style, types, each package alone, doctests, the docs, the whole."""
+    for part in ("lint", "alone", "doctest", "docs", "whole"):
+        session.notify(part)
