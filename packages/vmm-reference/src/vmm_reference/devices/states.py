@@ -1,0 +1,168 @@
+"""What the devices' `save` gives and `restore` takes: plain frozen values, each with a version.
+
+They live apart from the devices because a boot needs none of them: this module is imported by the
+first `save` or `restore`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import attrs
+
+from vmm_reference.errors import VmmError
+
+__all__ = [
+    "I8042State",
+    "PowerState",
+    "PvpanicState",
+    "RtcState",
+    "SerialState",
+    "StateError",
+]
+
+
+class StateError(VmmError, ValueError):
+    """A saved state that no device can have had: nothing was restored.
+
+    Attributes:
+        field: class and name of the field, such as `SerialState.ier`.
+        value: what it holds.
+        rule: what it must hold.
+    """
+
+    def __init__(self, field: str, value: object, rule: str) -> None:
+        super().__init__(field, value, rule)
+        self.field = field
+        self.value = value
+        self.rule = rule
+
+    def __str__(self) -> str:
+        return f"{self.field}: {self.value!r} {self.rule}"
+
+
+def _check(
+    state: object, field: attrs.Attribute[Any], good: bool, value: object, rule: str
+) -> None:
+    if not good:
+        raise StateError(f"{type(state).__name__}.{field.name}", value, rule)
+
+
+def _whole(low: int, high: int) -> Any:
+    """A field that is an int from `low` to `high`."""
+
+    def check(state: object, field: attrs.Attribute[int], value: object) -> None:
+        good = type(value) is int and low <= value <= high
+        _check(state, field, good, value, f"must be a whole number from {low} to {high}")
+
+    return attrs.field(validator=check)
+
+
+def _flag() -> Any:
+    """A field that is a bool."""
+
+    def check(state: object, field: attrs.Attribute[bool], value: object) -> None:
+        _check(state, field, isinstance(value, bool), value, "must be true or false")
+
+    return attrs.field(validator=check)
+
+
+def _bytes(low: int, high: int) -> Any:
+    """A field of `low` to `high` bytes."""
+
+    def check(state: object, field: attrs.Attribute[bytes], value: object) -> None:
+        good = isinstance(value, bytes) and low <= len(value) <= high
+        _check(state, field, good, value, f"must be {low} to {high} bytes")
+
+    return attrs.field(validator=check)
+
+
+def _version() -> Any:
+    def check(state: object, field: attrs.Attribute[int], value: object) -> None:
+        _check(state, field, value == 1, value, "must be 1, the only version there is")
+
+    return attrs.field(default=1, validator=check, kw_only=True)
+
+
+@attrs.frozen
+class SerialState:
+    """A `vmm_reference.devices.serial.Serial`; registers as the 16550 names them.
+
+    Attributes:
+        received: what waits for the guest, at most 16 bytes, without the FIFO at most one.
+        received_errors: for each of them the bits of LSR that it brings.
+        line_errors: the error bits that LSR shows now.
+        thr_empty_pending: the transmitter's interrupt is pending.
+        transmitter_full: the guest was told to wait.
+    """
+
+    ier: int = _whole(0, 0x0F)
+    fcr: int = _whole(0, 0xFF)
+    lcr: int = _whole(0, 0xFF)
+    mcr: int = _whole(0, 0x1F)
+    msr_delta: int = _whole(0, 0x0F)
+    scr: int = _whole(0, 0xFF)
+    dll: int = _whole(0, 0xFF)
+    dlm: int = _whole(0, 0xFF)
+    received: bytes = _bytes(0, 16)
+    received_errors: bytes = _bytes(0, 16)
+    line_errors: int = _whole(0, 0x1E)
+    thr_empty_pending: bool = _flag()
+    transmitter_full: bool = _flag()
+    version: int = _version()
+
+    def __attrs_post_init__(self) -> None:
+        if len(self.received_errors) != len(self.received):
+            raise StateError(
+                "SerialState.received_errors", self.received_errors, "must be as long as received"
+            )
+        if len(self.received) > 1 and not self.fcr & 1:
+            raise StateError("SerialState.received", self.received, "needs the FIFO, which is off")
+
+
+@attrs.frozen
+class RtcState:
+    """A `vmm_reference.devices.rtc.Rtc`.
+
+    Attributes:
+        index: the register that port 0x71 shows.
+        cmos: all 128 registers; those of the time hold what was shown while updates are halted.
+        offset: seconds by which the guest's clock is ahead of the one that the machine was given.
+        updated: the last second, on the guest's clock, whose update and alarm were looked at.
+        halted: whether bit SET of register B stops the updates.
+    """
+
+    index: int = _whole(0, 0x7F)
+    cmos: bytes = _bytes(128, 128)
+    offset: int = _whole(-(1 << 62), 1 << 62)
+    updated: int = _whole(-(1 << 62), 1 << 62)
+    version: int = _version()
+
+
+@attrs.frozen
+class I8042State:
+    """A `vmm_reference.devices.i8042.I8042`."""
+
+    status: int = _whole(0, 0xFF)
+    command_byte: int = _whole(0, 0xFF)
+    output_port: int = _whole(0, 0xFF)
+    output: int = _whole(0, 0xFF)
+    expecting: int = _whole(0, 0xFF)
+    version: int = _version()
+
+
+@attrs.frozen
+class PvpanicState:
+    """A `vmm_reference.devices.pvpanic.Pvpanic`: which events the guest may report."""
+
+    supported: int = _whole(0, 0xFF)
+    version: int = _version()
+
+
+@attrs.frozen
+class PowerState:
+    """A `vmm_reference.devices.pm.PowerManagement`."""
+
+    events: int = _whole(0, 0xFF)
+    wake_status: bool = _flag()
+    version: int = _version()
