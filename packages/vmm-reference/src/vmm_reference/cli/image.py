@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import click
 
+from vmm_reference.image.disk import build_disk
 from vmm_reference.image.initramfs import build_initramfs, guest_initramfs
 from vmm_reference.image.kernels import FLAVOURS, Kernel, debian_kernel, local_kernel
 
@@ -17,20 +17,29 @@ _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 _OUTPUT = click.Path(dir_okay=False, writable=True, path_type=Path)
 
 
-class _Addition(click.ParamType):
-    """SOURCE:PLACE, a file or folder of the host and its path in the image."""
-
-    name = "source:place"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[str, Path]:
-        source, _, place = str(value).rpartition(":")
+def _additions(
+    context: click.Context, parameter: click.Parameter, values: tuple[str, ...]
+) -> dict[str, Path]:
+    """SOURCE:/PLACE pairs as the files of an image: by place."""
+    files: dict[str, Path] = {}
+    for value in values:
+        source, _, place = value.rpartition(":")
         if not source or not place.startswith("/"):
-            self.fail(f"{value!r} is not SOURCE:/PLACE", param, ctx)
+            raise click.BadParameter(f"{value!r} is not SOURCE:/PLACE", context, parameter)
         if not Path(source).exists():
-            self.fail(f"{source!r} does not exist", param, ctx)
-        return place, Path(source)
+            raise click.BadParameter(f"{source!r} does not exist", context, parameter)
+        files[place] = Path(source)
+    return files
+
+
+def _bytes(context: click.Context, parameter: click.Parameter, value: str) -> int:
+    """A size such as 256M in bytes."""
+    units = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+    number = value.rstrip("KMGTkmgt")
+    unit = value[len(number) :].upper()
+    if not (number.isascii() and number.isdigit()) or unit not in units:
+        raise click.BadParameter(f"{value!r} is not a size such as 256M", context, parameter)
+    return int(number) * units[unit]
 
 
 _flavour = click.option(
@@ -43,7 +52,7 @@ _flavour = click.option(
 _add = click.option(
     "--add",
     "added",
-    type=_Addition(),
+    callback=_additions,
     multiple=True,
     metavar="SOURCE:/PLACE",
     help="A file or folder of the host to put into the image; may be repeated.",
@@ -83,14 +92,26 @@ def initramfs(
     modules: Path | None,
     names: tuple[str, ...],
     init: Path | None,
-    added: tuple[tuple[str, Path], ...],
+    added: dict[str, Path],
 ) -> None:
     """Build an initial file system for a kernel and print its path."""
     if modules is not None and own is None:
         raise click.UsageError("--modules goes with --kernel")
     target: Kernel = debian_kernel(flavour) if own is None else local_kernel(own, modules)
-    files = dict(added)
     if init is None:
-        click.echo(guest_initramfs(target, output=output, modules=names, files=files))
+        click.echo(guest_initramfs(target, output=output, modules=names, files=added))
     else:
-        click.echo(build_initramfs(output, target, names, init=init, files=files))
+        click.echo(build_initramfs(output, target, names, init=init, files=added))
+
+
+@image.command()
+@click.argument("output", type=_OUTPUT)
+@click.option("--size", callback=_bytes, default="256M", show_default=True, help="As 256M or 2G.")
+@click.option("--label", default="root", show_default=True, help="Of the file system.")
+@click.option("--force", is_flag=True, help="Replace OUTPUT if it is there.")
+@_add
+def disk(output: Path, size: int, label: str, force: bool, added: dict[str, Path]) -> None:
+    """Build a root disk, an ext4 file system in the raw file OUTPUT, and print its path."""
+    if output.exists() and not force:
+        raise click.UsageError(f"{output} is there already; --force replaces it")
+    click.echo(build_disk(output, size=size, files=added, label=label))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 __all__ = [
     "ImageError",
     "Kernel",
+    "build_disk",
     "build_initramfs",
     "debian_kernel",
     "guest_initramfs",
@@ -17,6 +18,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from .disk import build_disk
     from .errors import ImageError
     from .initramfs import build_initramfs, guest_initramfs
     from .kernels import Kernel, debian_kernel, local_kernel
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "ImageError": "errors",
     "Kernel": "kernels",
+    "build_disk": "disk",
     "build_initramfs": "initramfs",
     "debian_kernel": "kernels",
     "guest_initramfs": "initramfs",

@@ -17,6 +17,7 @@ from pathlib import Path
 from .cache import cached_image, content_key, copy_file
 from .cpio import Entry, character_device, directory, pack, regular, symlink, with_parents
 from .errors import ImageError, PackageError
+from .files import file_identity, input_files, walk_files
 from .kernels import Kernel
 from .modules import Module, index_files
 from .packages import cached_package, fetch_package, find_tool
@@ -74,7 +75,7 @@ def build_initramfs(
         added = [
             (name, source)
             for name, top in (files or {}).items()
-            for name, source in _walk(name, top)
+            for name, source in walk_files(name, top)
         ]
         shell = busybox()
         key = content_key(
@@ -85,7 +86,7 @@ def build_initramfs(
             "\n".join(spare),
             str(init.absolute()),
             str(shell),
-            *(part for name, source in added for part in (name, _identity(source))),
+            *(part for name, source in added for part in (name, file_identity(source))),
         )
 
         def build(file: Path) -> list[Path]:
@@ -105,8 +106,8 @@ def build_initramfs(
                 )
             )
             file.write_bytes(archive)
-            own = [source for _, source in added if isinstance(source, Path) and source.is_file()]
-            return [init.absolute(), shell, *own, *(module.file for module in loaded)]
+            used = [init.absolute(), shell, *(module.file for module in loaded)]
+            return [*used, *input_files(added)]
 
         cached = cached_image(f"initramfs-{key}.cpio", build)
         if output is None:
@@ -187,27 +188,6 @@ def _module_entries(version: str, modules: list[Module]) -> list[Entry]:
         *(regular(f"{folder}/{name}", data) for name, data in index_files(modules).items()),
         regular(LOAD_LIST, paths.encode()),
     ]
-
-
-def _walk(name: str, source: Path | bytes) -> list[tuple[str, Path | bytes]]:
-    """A file, or a folder and all below it in a fixed order, each with its name in the image."""
-    name = name.strip("/")
-    if isinstance(source, bytes) or not source.is_dir():
-        return [(name, source if isinstance(source, bytes) else source.resolve(strict=True))]
-    found: list[tuple[str, Path | bytes]] = [(name, source)] if name else []
-    for folder, folders, files in os.walk(source):
-        folders.sort()
-        for each in sorted([*folders, *files]):
-            path = Path(folder, each)
-            found.append((f"{name}/{path.relative_to(source)}".lstrip("/"), path))
-    return found
-
-
-def _identity(source: Path | bytes) -> str | bytes:
-    if isinstance(source, bytes):
-        return source
-    target = os.fspath(source.readlink()) if source.is_symlink() else ""
-    return f"{source.absolute()} {source.lstat().st_mode:o} {target}"
 
 
 def _entry(name: str, source: Path | bytes) -> Entry:
