@@ -1,1 +1,79 @@
-"""The device side of virtio: virtqueues, the device status machine, transports."""
+"""The device side of virtio: virtqueues, the device status machine, transports.
+
+Names are loaded when they are first used, so that a program pays only for what it needs.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from virtio_queue.chain import DescriptorChain
+    from virtio_queue.device import VirtioDevice
+    from virtio_queue.errors import (
+        ActivationError,
+        ChainError,
+        EndOfChainError,
+        GuestError,
+        QueueConfigError,
+        QueueStateError,
+        StateError,
+        UsageError,
+        VirtioQueueError,
+    )
+    from virtio_queue.mmio import MmioTransport
+    from virtio_queue.model import DeviceModel, QueueResetModel
+    from virtio_queue.queue import Queue
+    from virtio_queue.reader import Reader
+    from virtio_queue.state import ChainState, DeviceState, MmioState, QueueState
+    from virtio_queue.writer import Writer
+
+__all__ = [
+    "ActivationError",
+    "ChainError",
+    "ChainState",
+    "DescriptorChain",
+    "DeviceModel",
+    "DeviceState",
+    "EndOfChainError",
+    "GuestError",
+    "MmioState",
+    "MmioTransport",
+    "Queue",
+    "QueueConfigError",
+    "QueueResetModel",
+    "QueueState",
+    "QueueStateError",
+    "Reader",
+    "StateError",
+    "UsageError",
+    "VirtioDevice",
+    "VirtioQueueError",
+    "Writer",
+]
+
+_MODULES = {
+    "ChainState": "state",
+    "DescriptorChain": "chain",
+    "DeviceModel": "model",
+    "DeviceState": "state",
+    "MmioState": "state",
+    "MmioTransport": "mmio",
+    "Queue": "queue",
+    "QueueResetModel": "model",
+    "QueueState": "state",
+    "Reader": "reader",
+    "VirtioDevice": "device",
+    "Writer": "writer",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    module = import_module(f"{__name__}.{_MODULES.get(name, 'errors')}")
+    value = getattr(module, name)
+    globals()[name] = value
+    return value
