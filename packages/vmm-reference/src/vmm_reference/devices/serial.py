@@ -47,7 +47,7 @@ TRIGGER_LEVELS = (1, 4, 8, 14)
 
 
 class Serial:
-    """A 16550A UART whose line ends in two callables.
+    r"""A 16550A UART whose line ends in two callables.
 
     Args:
         interrupt: is given the level of the interrupt output, each time that it changes.
@@ -66,6 +66,7 @@ class Serial:
         >>> uart.write(0, b"H")
         >>> sent
         [b'H']
+        >>> uart.write(2, b"\x01")  # the FIFOs on
         >>> uart.receive(b"typed")
         5
         >>> uart.read(0, 1)

@@ -126,10 +126,9 @@ class RtcState:
 
     Attributes:
         index: the register that port 0x71 shows.
-        cmos: all 128 registers; those of the time hold what was shown while updates are halted.
+        cmos: all 128 registers; those of the time count while bit SET of register B is set.
         offset: seconds by which the guest's clock is ahead of the one that the machine was given.
         updated: the last second, on the guest's clock, whose update and alarm were looked at.
-        halted: whether bit SET of register B stops the updates.
     """
 
     index: int = _whole(0, 0x7F)

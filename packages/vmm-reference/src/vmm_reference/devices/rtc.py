@@ -1,0 +1,291 @@
+"""The clock and CMOS memory of a PC: a Motorola MC146818A at ports 0x70 and 0x71.
+
+The guest's time is the clock that the machine hands in, plus a whole number of seconds that changes
+when the guest sets its clock. Alarm and update-ended interrupts are there; the periodic interrupt
+and the square wave, which need a timer of up to 8 kHz, are not: kernels emulate them.
+"""
+
+from __future__ import annotations
+
+from time import gmtime
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from .states import RtcState
+
+__all__ = ["CENTURY", "Rtc"]
+
+SIZE = 128
+
+SECONDS, SECONDS_ALARM, MINUTES, MINUTES_ALARM, HOURS, HOURS_ALARM = range(6)
+WEEKDAY, DAY, MONTH, YEAR = range(6, 10)
+A, B, C, D = range(0x0A, 0x0E)
+CENTURY = 0x32  # as the FADT tells the guest
+
+TIME = (SECONDS, MINUTES, HOURS, DAY, MONTH, YEAR, CENTURY)  # what the guest sets it by
+
+A_UIP = 0x80
+A_START = 0x26  # the divider of a 32768 Hz crystal, and the rate a PC's BIOS leaves
+B_SET, B_ALARM, B_UPDATE, B_BINARY, B_24H = 0x80, 0x20, 0x10, 0x04, 0x02
+B_KEPT = 0xBF  # all but the periodic interrupt, which is not modelled
+C_IRQ, C_ALARM, C_UPDATE = 0x80, 0x20, 0x10
+D_VALID = 0x80
+HOURS_PM = 0x80
+DONT_CARE = 0xC0  # an alarm register from here on matches everything
+
+UPDATE_WARNING = 244e-6  # seconds by which UIP comes before the time changes
+DAY_SECONDS = 86400
+
+
+class Rtc:
+    """A real-time clock with 114 bytes of memory.
+
+    Args:
+        clock: seconds since 1970-01-01 00:00 UTC, with a fraction.
+        interrupt: is given the level of the interrupt output, each time that it changes.
+        timer: is given the time, on `clock`, at which `expire` should next be called, or None.
+            Without it, interrupts come only when the guest looks at the clock.
+
+    Example:
+        >>> rtc = Rtc(clock=lambda: 1767225599.0, interrupt=lambda level: None)
+        >>> def register(n):
+        ...     rtc.write(0, bytes([n]))
+        ...     return rtc.read(1, 1).hex()
+        >>> [register(n) for n in (0x32, 9, 8, 7, 4, 2, 0)]
+        ['20', '25', '12', '31', '23', '59', '59']
+    """
+
+    def __init__(
+        self,
+        clock: Callable[[], float],
+        interrupt: Callable[[bool], None],
+        *,
+        timer: Callable[[float | None], None] | None = None,
+    ) -> None:
+        self._clock = clock
+        self._interrupt = interrupt
+        self._timer = timer
+        self._line = False
+        self._deadline: float | None = None
+        self._index = 0
+        self._cmos = bytearray(SIZE)
+        self._cmos[A], self._cmos[B], self._cmos[D] = A_START, B_24H, D_VALID
+        self._offset = 0
+        self._updated = self._now()
+
+    # What the guest does.
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Offset 1 is the register that was selected; offset 0 can only be written."""
+        return bytes([self._read() if offset + n == 1 else 0xFF for n in range(length)])
+
+    def write(self, offset: int, data: bytes) -> None:
+        """Offset 0 selects a register (bit 7 masks NMI on a PC, not here), offset 1 fills it."""
+        for value in data:
+            if offset == 0:
+                self._index = value % SIZE
+            elif offset == 1:
+                self._write(self._index, value)
+            offset += 1
+
+    # What the host does.
+
+    @property
+    def deadline(self) -> float | None:
+        """When `expire` is due, on the clock that was handed in; None where nothing can come."""
+        return self._deadline
+
+    def expire(self) -> None:
+        """The deadline has come: raise what is due. Too early or without need it does no harm."""
+        self._settle()
+
+    @property
+    def interrupt_level(self) -> bool:
+        """The level of the interrupt output."""
+        return self._line
+
+    # State.
+
+    def save(self) -> RtcState:
+        """Everything but the clock itself."""
+        from .states import RtcState
+
+        return RtcState(self._index, bytes(self._cmos), self._offset, self._updated)
+
+    def restore(self, state: RtcState) -> None:
+        """Become the clock that `state` was saved from.
+
+        It shows the time of the clock that this one was given, so the guest's time jumps as that
+        did; an alarm that the jump skipped is due at once.
+        """
+        self._index = state.index
+        self._cmos = bytearray(state.cmos)
+        self._cmos[A] &= ~A_UIP & 0xFF
+        self._cmos[B] &= B_KEPT
+        self._cmos[D] = D_VALID
+        self._offset, self._updated = state.offset, state.updated
+        self._settle()
+
+    # The registers.
+
+    def _read(self) -> int:
+        index = self._index
+        if index == A:
+            return self._cmos[A] | (A_UIP if self._about_to_update() else 0)
+        if index == C:
+            self._settle()
+            value = self._cmos[C]
+            self._cmos[C] = 0
+            self._settle()
+            return value
+        if (index in TIME or index == WEEKDAY) and not self._cmos[B] & B_SET:
+            return self._fields(self._now())[index]
+        return self._cmos[index]
+
+    def _write(self, index: int, value: int) -> None:
+        if index in (C, D):
+            return
+        self._settle()
+        if index == A:
+            self._cmos[A] = value & ~A_UIP
+        elif index == B:
+            self._write_b(value & B_KEPT)
+        elif index in TIME and not self._cmos[B] & B_SET:
+            self._freeze()
+            self._cmos[index] = value
+            self._set_time()
+        else:
+            self._cmos[index] = value
+        self._settle()
+
+    def _write_b(self, value: int) -> None:
+        before = self._cmos[B]
+        if value & ~before & B_SET:
+            self._freeze()
+        if value & B_SET:
+            value &= ~B_UPDATE  # setting the clock ends the wish to hear of updates
+        # The new format is taken first: what was written while updates were off is in it.
+        self._cmos[B] = value
+        if before & ~value & B_SET:
+            self._set_time()
+
+    # The time.
+
+    def _now(self) -> int:
+        """The guest's time in whole seconds since 1970."""
+        return int(self._clock() // 1) + self._offset
+
+    def _about_to_update(self) -> bool:
+        return self._clock() % 1 >= 1 - UPDATE_WARNING and not self._cmos[B] & B_SET
+
+    def _freeze(self) -> None:
+        """Put the time into the registers, where the guest may change it."""
+        for index, value in self._fields(self._now()).items():
+            self._cmos[index] = value
+
+    def _fields(self, seconds: int) -> dict[int, int]:
+        """The registers of a time, in the format that register B asks for."""
+        now = gmtime(seconds)
+        b = self._cmos[B]
+        hour, afternoon = now.tm_hour, 0
+        if not b & B_24H:
+            hour, afternoon = hour % 12 or 12, HOURS_PM if hour >= 12 else 0
+        values = {
+            SECONDS: now.tm_sec,
+            MINUTES: now.tm_min,
+            HOURS: hour,
+            WEEKDAY: (now.tm_wday + 1) % 7 + 1,
+            DAY: now.tm_mday,
+            MONTH: now.tm_mon,
+            YEAR: now.tm_year % 100,
+            CENTURY: now.tm_year // 100 % 100,
+        }
+        if not b & B_BINARY:
+            values = {index: value // 10 << 4 | value % 10 for index, value in values.items()}
+        values[HOURS] |= afternoon
+        return values
+
+    def _decode(self, index: int) -> int:
+        """A register's number; whatever the guest wrote there gives one, sensible or not."""
+        value = self._cmos[index]
+        afternoon = 0
+        if index in (HOURS, HOURS_ALARM) and not self._cmos[B] & B_24H:
+            afternoon = 12 if value & HOURS_PM else 0
+            value &= ~HOURS_PM
+        if not self._cmos[B] & B_BINARY:
+            value = (value >> 4) * 10 + (value & 15)
+        if index in (HOURS, HOURS_ALARM) and not self._cmos[B] & B_24H:
+            value = value % 12 + afternoon if value <= 12 else value
+        return value
+
+    def _set_time(self) -> None:
+        """Go on from the time in the registers; a date that does not exist is counted through."""
+        second, minute, hour, day, month, year, century = map(self._decode, TIME)
+        days = _days_since_1970(century * 100 + year, month) + day - 1
+        guest = ((days * 24 + hour) * 60 + minute) * 60 + second
+        self._offset += guest - self._now()
+        self._updated = guest
+
+    # Flags and interrupts.
+
+    def _settle(self) -> None:
+        """Bring flags, interrupt output and timer up to the present."""
+        now, flags, b = self._now(), self._cmos[C] & (C_ALARM | C_UPDATE), self._cmos[B]
+        if now > self._updated and not b & B_SET:
+            flags |= C_UPDATE
+            alarm = self._next_alarm()
+            if alarm is not None and alarm <= now:
+                flags |= C_ALARM
+        self._updated = now
+        level = bool(flags & b)
+        self._cmos[C] = flags | (C_IRQ if level else 0)
+        if level != self._line:
+            self._line = level
+            self._interrupt(level)
+        self._arm()
+
+    def _arm(self) -> None:
+        b, due = self._cmos[B], None
+        if not self._line and not b & B_SET:
+            if b & B_UPDATE:
+                due = self._updated + 1
+            elif b & B_ALARM:
+                due = self._next_alarm()
+        deadline = None if due is None else float(due - self._offset)
+        if deadline != self._deadline:
+            self._deadline = deadline
+            if self._timer is not None:
+                self._timer(deadline)
+
+    def _next_alarm(self) -> int | None:
+        """The first second after the last update that the alarm registers match."""
+        wanted = []
+        for index, count in ((HOURS_ALARM, 24), (MINUTES_ALARM, 60), (SECONDS_ALARM, 60)):
+            anything = self._cmos[index] >= DONT_CARE
+            value = -1 if anything else self._decode(index)
+            if value >= count:
+                return None
+            wanted.append(value)
+        hour, minute, second = wanted
+        time = self._updated + 1
+        while True:  # at most 24 hours, 60 minutes and two steps of seconds
+            of_day = time % DAY_SECONDS
+            if hour >= 0 and of_day // 3600 != hour:
+                time += 3600 - of_day % 3600
+            elif minute >= 0 and of_day // 60 % 60 != minute:
+                time += 60 - of_day % 60
+            elif second >= 0 and of_day % 60 != second:
+                time += (second - of_day) % 60
+            else:
+                return time
+
+
+def _days_since_1970(year: int, month: int) -> int:
+    """Days from 1970-01-01 to the first of a month (Gregorian; months past 12 are later years)."""
+    year, month = year + (month - 1) // 12, (month - 1) % 12 + 1
+    # Counted in years that begin in March, so that the leap day is the last of its year.
+    year -= month < 3
+    months = (month - 3) % 12
+    return year * 365 + year // 4 - year // 100 + year // 400 + (153 * months + 2) // 5 - 719468
