@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import fnmatch
 import os
+import re
 import struct
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from attrs import frozen
@@ -20,6 +21,7 @@ from .errors import ModuleError
 __all__ = ["Module", "ModuleTree", "index_files", "load_order", "module_name", "parse_modinfo"]
 
 _SUFFIXES = (".ko", ".ko.gz", ".ko.xz", ".ko.zst")
+_PATTERN_CHARACTER = re.compile(r"[*?\[]")
 
 
 @frozen
@@ -110,7 +112,8 @@ def load_order(graph: Mapping[str, Sequence[str]], roots: Iterable[str]) -> list
                     continue
                 _require(needed, graph, name)
                 if needed in open_names:
-                    circle = [*list(open_names)[list(open_names).index(needed) :], needed]
+                    path = list(open_names)
+                    circle = [*path[path.index(needed) :], needed]
                     raise ModuleError(f"modules depend on each other: {' -> '.join(circle)}")
                 open_names[needed] = None
                 stack.append((needed, iter(graph[needed])))
@@ -154,7 +157,7 @@ class ModuleTree:
         self.root = root
         self._paths: dict[str, str] = {}
         self._modules: dict[str, Module] = {}
-        self._aliases: list[tuple[str, str]] | None = None
+        self._aliases: _Aliases | None = None
         self.builtin: frozenset[str] = frozenset()
         if root is None:
             return
@@ -208,19 +211,13 @@ class ModuleTree:
             return (name,)
         if name in self.builtin:
             return ()
-        found = tuple(
-            dict.fromkeys(
-                name
-                for pattern, name in self._all_aliases()
-                if fnmatch.fnmatchcase(wanted, pattern)
-            )
-        )
+        found = self._aliased(wanted) if self.root is not None else ()
         if not found:
             raise ModuleError(
                 f"neither a module nor a built-in {wanted!r} in {self.root or 'this kernel'}",
                 "check the spelling, or take a kernel that has it",
             )
-        return found
+        return tuple(name for name in found if name in self._paths)
 
     def closure(self, wanted: Iterable[str], *, optional: Iterable[str] = ()) -> list[Module]:
         """The wanted modules and all they need, in an order in which they can be loaded.
@@ -260,20 +257,52 @@ class ModuleTree:
         except ModuleError:
             return ()
 
-    def _all_aliases(self) -> list[tuple[str, str]]:
+    def _aliased(self, wanted: str) -> tuple[str, ...]:
+        """Names of the modules, built-in ones included, that have an alias for this."""
         if self._aliases is None:
-            listing = None if self.root is None else self.root / "modules.alias"
-            if listing is not None and listing.exists():
-                lines = (line.split() for line in listing.read_text().splitlines())
-                self._aliases = [
-                    (line[1], module_name(line[2]))
-                    for line in lines
-                    if len(line) == 3 and line[0] == "alias"
-                ]
+            self._aliases = _Aliases(self._alias_lines())
+        return self._aliases.find(wanted)
+
+    def _alias_lines(self) -> Iterator[tuple[str, str]]:
+        """All aliases with their modules: from the index where there is one, else from each."""
+        assert self.root is not None
+        listing = self.root / "modules.alias"
+        if listing.exists():
+            for line in listing.read_text().splitlines():
+                words = line.split()
+                if len(words) == 3 and words[0] == "alias":
+                    yield words[1], module_name(words[2])
+        else:
+            for name in self._paths:
+                for alias in self.module(name).aliases:
+                    yield alias, name
+        facts = self.root / "modules.builtin.modinfo"
+        if facts.exists():
+            for text in facts.read_text(errors="replace").split("\0"):
+                name, _, alias = text.partition(".alias=")
+                if alias:
+                    yield alias, module_name(name)
+
+
+class _Aliases:
+    """Many aliases, found without trying each pattern: there are 26,000 in a generic kernel."""
+
+    def __init__(self, lines: Iterable[tuple[str, str]]) -> None:
+        self._plain: dict[str, list[str]] = {}
+        self._patterns: list[tuple[str, str, str]] = []
+        for alias, name in lines:
+            start = _PATTERN_CHARACTER.search(alias)
+            if start is None:
+                self._plain.setdefault(alias.replace("-", "_"), []).append(name)
             else:
-                modules = map(self.module, self._paths)
-                self._aliases = [(alias, each.name) for each in modules for alias in each.aliases]
-        return self._aliases
+                self._patterns.append((alias[: start.start()], alias, name))
+
+    def find(self, wanted: str) -> tuple[str, ...]:
+        found = list(self._plain.get(wanted.replace("-", "_"), ()))
+        for prefix, pattern, name in self._patterns:
+            if wanted.startswith(prefix) and fnmatch.fnmatchcase(wanted, pattern):
+                found.append(name)
+        return tuple(dict.fromkeys(found))
 
 
 def index_files(modules: Sequence[Module]) -> dict[str, bytes]:
