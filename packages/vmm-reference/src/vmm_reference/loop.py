@@ -84,8 +84,8 @@ class Loop:
         self._epoll.modify(fd, events)
 
     def remove(self, fd: int) -> None:
-        """Forget `fd`. The caller closes it."""
-        if self._callbacks.pop(fd, None) is not None:
+        """Forget `fd`; on the loop, or when it does not run. The caller closes the descriptor."""
+        if self._callbacks.pop(fd, None) is not None and not self._closed:
             self._epoll.unregister(fd)
 
     def _run(self) -> None:

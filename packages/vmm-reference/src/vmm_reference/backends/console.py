@@ -12,6 +12,8 @@ from ..errors import VmmError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from ..loop import Loop
+
 __all__ = ["Console", "ConsoleTimeout"]
 
 # What a console keeps for `output` and `expect`; a guest that prints more loses the oldest.
@@ -35,18 +37,21 @@ class Console:
     """A console in memory, usable from any thread.
 
     Args:
+        loop: where typed bytes are handed over.
         receive: hands typed bytes to the device, which says how many it took.
-        written: tells the device that so many bytes of its output are gone.
+
+    Attributes:
+        ended: whether the machine has ended, so that no more output will come.
     """
 
-    def __init__(self, receive: Callable[[bytes], int], written: Callable[[int], None]) -> None:
+    def __init__(self, loop: Loop, receive: Callable[[bytes], int]) -> None:
+        self._loop = loop
         self._receive = receive
-        self._written = written
         self._changed = threading.Condition()
         self._output = bytearray()
         self._seen = 0  # up to where `expect` has consumed the output
         self._typed = b""
-        self._ended = False
+        self.ended = False
 
     @property
     def output(self) -> str:
@@ -73,7 +78,7 @@ class Console:
                     self._seen += len(text[: match.end()].encode(errors="replace"))
                     return match
                 left = deadline - time.monotonic()
-                if left <= 0 or self._ended:
+                if left <= 0 or self.ended:
                     raise ConsoleTimeout(pattern, timeout, text[-200:])
                 self._changed.wait(left)
 
@@ -81,14 +86,11 @@ class Console:
         """Type text at the guest; what its UART has no room for follows as it makes room."""
         with self._changed:
             self._typed += text.encode() if isinstance(text, str) else text
-        self.more()
+        self._loop.call_soon(self._offer)
 
     def more(self) -> None:
-        """The device has room again for what was typed."""
-        with self._changed:
-            if self._typed:
-                taken = self._receive(self._typed)
-                self._typed = self._typed[taken:]
+        """The device has room again for what was typed; from any thread."""
+        self._loop.call_soon(self._offer)
 
     def transmit(self, data: bytes) -> None:
         """The device's output; it is taken at once."""
@@ -99,10 +101,15 @@ class Console:
                 del self._output[:gone]
                 self._seen = max(0, self._seen - gone)
             self._changed.notify_all()
-        self._written(len(data))
+
+    def _offer(self) -> None:
+        # The device is entered without the lock: it may be sending to `transmit` at this moment.
+        taken = self._receive(self._typed) if self._typed else 0
+        with self._changed:
+            self._typed = self._typed[taken:]
 
     def end(self) -> None:
         """The machine has ended: nobody waits for output any more."""
         with self._changed:
-            self._ended = True
+            self.ended = True
             self._changed.notify_all()

@@ -1,0 +1,221 @@
+"""One power-on of a machine: a KVM virtual machine, its RAM, devices and vCPUs, wired together.
+
+Here alone devices meet descriptors, threads and KVM. Interrupts of virtio devices are eventfds
+that KVM listens to, their kicks are eventfds that the I/O loop listens to: neither costs a vCPU an
+exit to this process.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+from linux_loader import E820Entry, E820Type, Protocol, load
+from linux_loader.cache import default_folder
+from virtio_queue.device import VirtioDevice
+from virtio_queue.mmio import QUEUE_NOTIFY, MmioTransport
+from vm_memory import GuestAddress, GuestMemory
+
+from . import layout
+from .acpi.tables import VirtioMmio, build
+from .backends.file import FileBackend
+from .bus import Bus
+from .cpu.state import CpuPolicy, set_entry_state
+from .devices.blk import Block
+from .devices.i8042 import I8042
+from .devices.pm import PowerManagement
+from .devices.pvpanic import Pvpanic
+from .devices.rng import Rng
+from .devices.rtc import Rtc
+from .devices.serial import Serial
+from .loop import READ
+from .outcome import Outcome
+from .vcpu import VcpuThread
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from kvm_ioctls import Kvm, Vm
+    from virtio_queue.device import DeviceModel
+
+    from .config import MachineConfig
+    from .loop import Loop
+
+__all__ = ["Board"]
+
+_PIT_SPEAKER_DUMMY = 1
+_PARK_SECONDS = 10.0
+
+
+class Board:
+    """A machine that is switched on, until `close`.
+
+    Args:
+        config: what to build.
+        kvm: needed only while this is made.
+        loop: serves kicks and runs backends.
+        transmit: takes the serial port's output; each byte comes back through `transmitted`.
+        room: told that the serial port takes input again after `receive` refused some.
+        ended: told once, from any thread, how the guest ended and what there is to say about it.
+        timeline: gets `loaded` and `first_run`.
+
+    Raises:
+        KvmError, LoaderError, HostError: nothing is left behind.
+    """
+
+    def __init__(
+        self,
+        config: MachineConfig,
+        kvm: Kvm,
+        loop: Loop,
+        *,
+        transmit: Callable[[bytes], None],
+        room: Callable[[], None],
+        ended: Callable[[Outcome, str], None],
+        timeline: dict[str, float],
+    ) -> None:
+        self._loop = loop
+        self._ended = ended
+        self._timeline = timeline
+        self._virtio: list[VirtioDevice] = []
+        self._ports = Bus(0x10000)
+        self._mmio = Bus()
+        with ExitStack() as stack:
+            self._memory = GuestMemory.from_ranges(
+                [(GuestAddress(a), size) for a, size in layout.ram_ranges(config.memory)]
+            )
+            stack.callback(self._memory.close)
+            self._vm = stack.enter_context(kvm.create_vm())
+            self._create_platform()
+            self.serial = Serial(self._line(layout.SERIAL_IRQ), transmit, room=room)
+            self._add_legacy_devices()
+            self._add_virtio(stack, Rng(os.getrandom))
+            for drive in config.drives:
+                backend = FileBackend(drive.path, read_only=drive.read_only)
+                stack.callback(backend.close)
+                self._add_virtio(stack, Block(backend))
+            entry = self._load(config)
+            policy = CpuPolicy(kvm, config.cpus)
+            self._vcpus = []
+            for number in range(config.cpus):
+                vcpu = stack.enter_context(self._vm.create_vcpu(number))
+                policy.apply(vcpu)
+                if number == 0:
+                    set_entry_state(vcpu, entry)
+                self._vcpus.append(
+                    VcpuThread(
+                        vcpu, self._ports, self._mmio, ended, self._first_run if number == 0 else None
+                    )
+                )
+            self._resources = stack.pop_all()
+
+    def start(self) -> None:
+        """Let the vCPUs run."""
+        for vcpu in self._vcpus:
+            vcpu.start()
+
+    def stop(self) -> None:
+        """End the vCPU threads and wait for them; not from one of them. Idempotent."""
+        for vcpu in self._vcpus:
+            vcpu.stop()
+        for vcpu in self._vcpus:
+            vcpu.join()
+
+    def pause(self) -> None:
+        """Park all vCPUs.
+
+        Raises:
+            TimeoutError: one does not come back from the kernel; the others stay parked.
+        """
+        for vcpu in self._vcpus:
+            vcpu.pause()
+        for vcpu in self._vcpus:
+            if not vcpu.wait_parked(_PARK_SECONDS):
+                raise TimeoutError(f"vCPU {vcpu.vcpu.id} did not stop in {_PARK_SECONDS:g} s")
+
+    def resume(self) -> None:
+        """Let parked vCPUs run on."""
+        for vcpu in self._vcpus:
+            vcpu.resume()
+
+    def close(self) -> None:
+        """Give everything back. On the loop's thread, or after the loop has stopped."""
+        self.stop()
+        self._resources.close()
+
+    def receive(self, data: bytes) -> int:
+        """Input for the serial port; says how many bytes it took."""
+        with self._ports.lock(self.serial):
+            return self.serial.receive(data)
+
+    def transmitted(self, count: int) -> None:
+        """So many bytes of the serial port's output are gone. Not from within `transmit`."""
+        with self._ports.lock(self.serial):
+            self.serial.transmitted(count)
+
+    def _create_platform(self) -> None:
+        """Interrupt controllers, timer and RAM: what KVM itself emulates."""
+        vm = self._vm
+        vm.set_identity_map_addr(layout.IDENTITY_MAP)
+        vm.set_tss_addr(layout.TSS)
+        vm.create_irqchip()
+        vm.create_pit2(_PIT_SPEAKER_DUMMY)
+        for slot, region in enumerate(self._memory.regions):
+            vm.set_user_memory_region(
+                slot=slot, guest_phys_addr=region.guest_address, memory=region.buffer
+            )
+
+    def _line(self, gsi: int) -> Callable[[bool], None]:
+        """An interrupt line of a PC's own device."""
+        vm: Vm = self._vm
+        return lambda level: vm.irq_line(gsi, level)
+
+    def _add_legacy_devices(self) -> None:
+        ports = self._ports
+        ports.add(layout.SERIAL_PORT, 8, self.serial)
+        ports.add(0x70, 2, Rtc(time.time, self._line(8)))
+        i8042 = I8042(lambda: self._ended(Outcome.RESET, "keyboard controller"))
+        ports.add(0x60, 1, i8042)
+        ports.add(0x64, 1, i8042, offset=4)
+        ports.add(0x505, 1, Pvpanic(self._panicked))
+
+    def _panicked(self, event: int) -> None:
+        if event & 1:
+            self._ended(Outcome.GUEST_PANIC, "")
+
+    def _add_virtio(self, stack: ExitStack, model: DeviceModel) -> None:
+        """Give a device its window, its interrupt and one eventfd a queue for kicks."""
+        index = len(self._virtio)
+        window = layout.virtio_mmio_window(index)
+        interrupt = _eventfd(stack)
+        device = VirtioDevice(model, self._memory, lambda: os.eventfd_write(interrupt, 1))
+        self._vm.irqfd(interrupt, layout.virtio_gsi(index))
+        for number in range(len(device.queues)):
+            kick = _eventfd(stack)
+            self._vm.ioeventfd(kick, window + QUEUE_NOTIFY, 4, datamatch=number)
+            self._loop.add(kick, READ, _kicked(device, kick, number))
+            stack.callback(self._loop.remove, kick)
+        self._mmio.add(window, layout.VIRTIO_MMIO_SIZE, MmioTransport(device, device.process))
+        self._virtio.append(device)
+
+    def _load(self, config: MachineConfig) -> object:
+        """Put ACPI tables, kernel and initrd into memory."""
+
+    def _first_run(self) -> None:
+        self._timeline["first_run"] = time.monotonic()
+
+
+def _eventfd(stack: ExitStack) -> int:
+    fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+    stack.callback(os.close, fd)
+    return fd
+
+
+def _kicked(device: VirtioDevice, fd: int, queue: int) -> Callable[[int], None]:
+    def serve(_events: int) -> None:
+        os.eventfd_read(fd)
+        device.process(queue)
+
+    return serve

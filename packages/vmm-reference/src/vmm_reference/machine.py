@@ -1,0 +1,240 @@
+"""A machine from its configuration: started, waited for, stopped; restarted when it resets itself.
+
+Each power-on is a `Board` of its own, with new memory, new devices and a new KVM virtual machine,
+so that a reset leaves nothing behind. What outlives a reset is here: the I/O loop, the console's
+other end and the outcome.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import TYPE_CHECKING
+
+from kvm_ioctls import Kvm
+
+from .board import Board
+from .loop import Loop
+from .outcome import Outcome
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from .backends.console import Console
+    from .backends.stream import StreamInput, StreamOutput
+    from .config import MachineConfig
+
+__all__ = ["Machine"]
+
+# How long the end of the guest's output may take to reach a slow reader once the guest is gone.
+_DRAIN_SECONDS = 5.0
+
+
+class Machine:
+    """A virtual machine, usable as a context manager that starts it and takes it down.
+
+    Args:
+        config: what it is.
+        console: descriptors for the serial console's input and output, such as `(0, 1)`; the
+            default keeps it in memory as `console`.
+
+    Attributes:
+        config: as given.
+        outcome: how it ended, or None while it runs.
+        detail: what there is to say about the outcome.
+        timeline: seconds on the monotonic clock at which things happened: `start`, `loaded`,
+            `first_run`, `first_output`, `end`.
+        resets: how many times the guest reset itself and was restarted.
+
+    Raises:
+        KvmError: on start, if the host's KVM refuses.
+        LoaderError: on start, if the kernel or the initrd can't be loaded.
+
+    Example: see the package's README; a run needs a kernel.
+    """
+
+    def __init__(self, config: MachineConfig, *, console: tuple[int, int] | None = None) -> None:
+        self.config = config
+        self.outcome: Outcome | None = None
+        self.detail = ""
+        self.timeline: dict[str, float] = {}
+        self.resets = 0
+        self._lock = threading.RLock()
+        self._done = threading.Event()
+        self._board: Board | None = None
+        self._started = False
+        self._ending: tuple[Outcome, str] | None = None
+        self._loop = Loop(self._failed)
+        self._input: StreamInput | None = None
+        self._output: StreamOutput | None = None
+        self._console: Console | None = None
+        if console is None:
+            from .backends.console import Console  # noqa: PLC0415 - not on the way of `vmm run`
+
+            self._console = Console(self._loop, self._receive)
+            self._transmit = self._console.transmit
+        else:
+            from .backends.stream import StreamInput, StreamOutput  # noqa: PLC0415
+
+            self._input = StreamInput(self._loop, console[0], self._receive)
+            self._output = StreamOutput(self._loop, console[1], self._written)
+            self._transmit = self._output.send
+
+    @property
+    def console(self) -> Console:
+        """The console in memory.
+
+        Raises:
+            AttributeError: the machine was made with descriptors for its console.
+        """
+        if self._console is None:
+            raise AttributeError("this machine's console is on file descriptors")
+        return self._console
+
+    def start(self) -> None:
+        """Power on. What can't be had is an error, and nothing is left behind."""
+        self.timeline["start"] = time.monotonic()
+        self._power_on()
+        self._loop.start()
+        self._started = True
+        if self._input is not None:
+            self._loop.call_soon(self._input.start)
+
+    def wait(self, timeout: float | None = None) -> Outcome:
+        """Wait for the machine to end.
+
+        Args:
+            timeout: seconds, or None without limit.
+
+        Raises:
+            TimeoutError: it still runs after that long.
+        """
+        if not self._done.wait(timeout) or self.outcome is None:
+            raise TimeoutError(f"the machine still runs after {timeout:g} s")
+        return self.outcome
+
+    def stop(self, outcome: Outcome = Outcome.STOPPED) -> None:
+        """End the machine as pulling its plug would; from any thread or a signal handler."""
+        self._ended(outcome, "")
+
+    def pause(self) -> None:
+        """Park every vCPU between two instructions; devices finish what they were asked for.
+
+        Raises:
+            TimeoutError: a vCPU does not come back from the kernel.
+        """
+        with self._lock:
+            if self._board is not None:
+                self._board.pause()
+
+    def resume(self) -> None:
+        """Let parked vCPUs run on."""
+        with self._lock:
+            if self._board is not None:
+                self._board.resume()
+
+    def close(self) -> None:
+        """Stop the machine if it runs, and give everything back. Idempotent."""
+        if self._started and not self._done.is_set():
+            self.stop()
+            self._done.wait()
+        self._loop.stop()
+        if self._output is not None:
+            self._output.drain(_DRAIN_SECONDS)
+        if self._console is not None:
+            self._console.end()
+        if self._board is not None:
+            self._board.close()
+            self._board = None
+
+    @property
+    def dropped_output(self) -> int:
+        """Bytes of the guest's output that nobody could be given."""
+        board = self._board.serial.dropped if self._board is not None else 0
+        return board + (self._output.dropped if self._output is not None else 0)
+
+    def __enter__(self) -> Machine:
+        try:
+            self.start()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    # From here on: what the board, the loop and the console's other end call.
+
+    def _power_on(self) -> None:
+        with Kvm() as kvm:
+            self._board = Board(
+                self.config,
+                kvm,
+                self._loop,
+                transmit=self._send,
+                room=self._room,
+                ended=self._ended,
+                timeline=self.timeline,
+            )
+        try:
+            self._board.start()
+        except BaseException:
+            self._board.stop()
+            raise
+
+    def _ended(self, outcome: Outcome, detail: str) -> None:
+        """The first end counts; the loop carries it out, so that no vCPU waits for itself."""
+        with self._lock:
+            if self._ending is not None:
+                return
+            self._ending = outcome, detail
+        self._loop.call_soon(self._carry_out)
+
+    def _carry_out(self) -> None:
+        if self._board is None or self._ending is None:
+            return
+        outcome, detail = self._ending
+        self._board.stop()
+        if outcome is Outcome.RESET and self.config.on_reset == "restart":
+            self._board.close()
+            self.resets += 1
+            self._ending = None
+            try:
+                self._power_on()
+            except Exception as error:
+                outcome, detail = Outcome.HOST_FAILURE, f"restart: {error}"
+            else:
+                return
+        self.timeline["end"] = time.monotonic()
+        self.outcome, self.detail = outcome, detail
+        self._done.set()
+        if self._console is not None:
+            self._console.end()
+
+    def _failed(self, error: BaseException) -> None:
+        self._ended(Outcome.HOST_FAILURE, f"{type(error).__name__}: {error}")
+
+    def _send(self, data: bytes) -> None:
+        self.timeline.setdefault("first_output", time.monotonic())
+        self._transmit(data)
+        if self._console is not None and self._board is not None:
+            self._board.serial.transmitted(len(data))  # in memory it is gone at once
+
+    def _written(self, count: int) -> None:
+        if self._board is not None:
+            self._board.transmitted(count)
+
+    def _receive(self, data: bytes) -> int:
+        return self._board.receive(data) if self._board is not None else 0
+
+    def _room(self) -> None:
+        if self._input is not None:
+            self._input.more()
+        elif self._console is not None:
+            self._console.more()
