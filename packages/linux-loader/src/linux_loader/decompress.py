@@ -136,10 +136,6 @@ def _liblzma(name: str, container: int, view: memoryview, limit: int) -> bytes:
     try:
         unpacker = lzma.LZMADecompressor(format=container, memlimit=_XZ_MEMORY)
         result = unpacker.decompress(view, limit + 1)
-        if container == lzma.FORMAT_ALONE and not unpacker.eof and len(result) == limit:
-            # A stream without an end mark is over only when its stated size is asked for again.
-            result += unpacker.decompress(b"", 1)
-            return _complete(name, result, True, limit)
     except (lzma.LZMAError, EOFError) as error:
         raise _broken(name, error) from error
     return _complete(name, result, unpacker.eof, limit)

@@ -62,8 +62,7 @@ def zero_page(
     page = bytearray(4096)
     if image is None:
         # What a loader that has only a vmlinux must make up; the version allows all fields below.
-        struct.pack_into("<H4sH", page, 0x1FE, 0xAA55, b"HdrS", 0x20F)
-        page[0x201] = 0x6A
+        struct.pack_into("<HH4sH", page, 0x1FE, 0xAA55, 0x6AEB, b"HdrS", 0x20F)
         struct.pack_into("<I", page, 0x22C, 0x7FFFFFFF)  # initrd_addr_max
         struct.pack_into("<I", page, 0x230, 0x200000)  # kernel_alignment
         struct.pack_into("<I", page, 0x238, 2047)  # cmdline_size
@@ -158,6 +157,10 @@ def plan_bzimage(
     if wide and not image.xloadflags & XLF_KERNEL_64:
         raise ImageError(
             "xloadflags", 0x236, image.xloadflags, "has no XLF_KERNEL_64: use the linux32 protocol"
+        )
+    if wide and image.kernel_size <= 0x200:
+        raise ImageError(
+            "syssize", 0x1F4, image.kernel_size, "must reach the 64-bit entry at 0x200"
         )
     content = FileRange(source, image.setup_size, image.kernel_size)
     room = max(image.kernel_size, image.init_size)

@@ -208,7 +208,7 @@ def _plan(
         else:
             kernel_source, elf = unpacked
             if protocol is None:
-                protocol = Protocol.LINUX64 if elf.bits == 64 else Protocol.LINUX32
+                protocol = _linux(elf)
             placements, entry = _plan_elf(request, kernel_source, elf, protocol, image)
     else:
         from linux_loader.elf import parse_elf
@@ -219,7 +219,7 @@ def _plan(
             )
         elf = parse_elf(source)
         if protocol is None:
-            protocol = Protocol.LINUX64 if elf.pvh_entry is None else Protocol.PVH
+            protocol = Protocol.PVH if elf.pvh_entry is not None else _linux(elf)
         placements, entry = _plan_elf(request, source, elf, protocol, None)
     return Plan(checked(placements, request.memory_map), entry, kind, protocol, version)
 
@@ -262,6 +262,10 @@ def unpack_payload(payload: bytes) -> bytes:
     from linux_loader.decompress import decompress
 
     return decompress(payload, size=int.from_bytes(payload[-4:], "little"))
+
+
+def _linux(elf: ElfImage) -> Protocol:
+    return Protocol.LINUX64 if elf.bits == 64 else Protocol.LINUX32
 
 
 def _plan_elf(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import attrs
 
 from linux_loader.e820 import ram_ranges
-from linux_loader.errors import ImageError, PlacementError
+from linux_loader.errors import PlacementError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -189,15 +189,14 @@ def highest_fit(
     """
     for start, stop in reversed(ram):
         top = min(stop, limit)
-        for used_start, used_stop in sorted(taken, reverse=True):
+        while True:
             address = (top - size) & -_PAGE
-            if address < start or address >= used_stop:
+            if address < start or address < 0:
                 break
-            if used_start < top:
-                top = used_start
-        address = (top - size) & -_PAGE
-        if address >= start and size <= top:
-            return address
+            below = [used for used, end in taken if used < address + size and address < end]
+            if not below:
+                return address
+            top = min(below)
     return None
 
 
@@ -225,17 +224,17 @@ def _write_file(
     address, offset, size = placement.address, content.offset, content.size
     source = content.source
     head, whole = size, 0
-    if map_files and source.fd is not None and size >= _MAP_AT_LEAST:
+    fd = None
+    if map_files and size >= _MAP_AT_LEAST:
+        fd = source.mappable(placement.name, offset, size)
+    if fd is not None:
         skew = -address % _PAGE
-        if (address + skew) % _PAGE == (offset + skew) % _PAGE == 0:
-            # Only whole pages: the rest of the last one must not show what follows in the file.
-            pages = (size - skew) & -_PAGE
-            if offset + size > source.size:
-                raise ImageError(placement.name, offset, size, "must lie inside the file")
-            if memory.map_private_file(
-                GuestAddress(address + skew), source.fd, offset + skew, pages
-            ):
-                head, whole = skew, pages
+        # Only whole pages: the rest of the last one must not show what follows in the file.
+        pages = (size - skew) & -_PAGE
+        if (offset + skew) % _PAGE == 0 and memory.map_private_file(
+            GuestAddress(address + skew), fd, offset + skew, pages
+        ):
+            head, whole = skew, pages
     _copy(memory, placement.name, address, source, offset, head)
     if whole:
         done = head + whole

@@ -72,6 +72,16 @@ class Source:
         """The descriptor, where there is one to map."""
         return self._fd
 
+    def mappable(self, field: str, offset: int, length: int) -> int | None:
+        """Return the descriptor to map a range from, or None where there is none.
+
+        Raises:
+            ImageError: the file no longer holds that range: a mapping of it would fault.
+        """
+        if self._fd is not None and os.fstat(self._fd).st_size < offset + length:
+            raise self._shrunk(field, offset)
+        return self._fd
+
     def read(self, field: str, offset: int, length: int) -> bytes:
         """Read exactly `length` bytes.
 

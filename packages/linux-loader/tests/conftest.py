@@ -1,0 +1,30 @@
+"""Marks, Hypothesis profile and time limit of this package's tests."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import hypothesis
+import pytest
+
+hypothesis.settings.register_profile("ci", derandomize=True, deadline=None)
+hypothesis.settings.register_profile("soak", max_examples=2000, deadline=None)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Register the marks, so that the tests also run outside the repository."""
+    config.addinivalue_line("markers", "kvm: needs a /dev/kvm that this user may open")
+    config.addinivalue_line("markers", "linux: needs a KVM that runs an unmodified kernel")
+    if config.pluginmanager.hasplugin("timeout") and not config.getoption("--timeout", None):
+        config.option.timeout = 120
+
+
+@pytest.fixture(scope="session")
+def images() -> Path:
+    """The folder of unpacked distribution packages that LINUX_LOADER_IMAGES names."""
+    folder = os.environ.get("LINUX_LOADER_IMAGES", "")
+    if not folder or not Path(folder).is_dir():
+        pytest.skip("LINUX_LOADER_IMAGES names no folder of unpacked kernel packages")
+    return Path(folder)
