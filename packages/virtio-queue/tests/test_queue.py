@@ -92,7 +92,7 @@ def test_a_ready_queue_is_frozen(
     memory: GuestMemory, kind: type[SplitDriver | PackedDriver]
 ) -> None:
     """CVE-2026-5747: nothing of the configuration changes while the rings are in use."""
-    driver, queue = _pair(kind, memory)
+    _, queue = _pair(kind, memory)
     before = queue.save()
     with pytest.raises(QueueStateError):
         queue.set_size(4)

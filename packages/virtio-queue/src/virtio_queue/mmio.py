@@ -12,7 +12,13 @@ if TYPE_CHECKING:
     from virtio_queue.device import QueueField, VirtioDevice
     from virtio_queue.state import MmioState
 
-__all__ = ["CONFIG_OFFSET", "REGISTER_SIZE", "MmioTransport"]
+__all__ = ["CONFIG_OFFSET", "QUEUE_NOTIFY", "REGISTER_SIZE", "MmioTransport"]
+
+QUEUE_NOTIFY = 0x050
+"""Offset of the register that is written to kick a queue: 32 bits, for an ioeventfd.
+
+With VIRTIO_F_NOTIFICATION_DATA the value is not the queue index alone: no datamatch then.
+"""
 
 CONFIG_OFFSET = 0x100
 """Offset of the device configuration space."""
@@ -46,11 +52,11 @@ class MmioTransport:
 
     Args:
         device: the device behind the registers.
-        notify: told the index of an existing queue that was kicked; called by vCPU threads, it
-            must not block. A kick that an ioeventfd catches never comes here.
+        notify: told the index of an existing queue that was kicked, by a vCPU thread; what it
+            returns is ignored. A kick that an ioeventfd catches never comes here.
     """
 
-    def __init__(self, device: VirtioDevice, notify: Callable[[int], None]) -> None:
+    def __init__(self, device: VirtioDevice, notify: Callable[[int], object]) -> None:
         self.device = device
         self._notify = notify
         self._select(0, 0, 0, 0)
@@ -114,7 +120,7 @@ class MmioTransport:
 
     def _write_register(self, offset: int, value: int) -> None:
         device = self.device
-        if offset == 0x050:
+        if offset == QUEUE_NOTIFY:
             self._kick(value)
         elif offset == 0x064:
             device.acknowledge_interrupt(value)
