@@ -1,19 +1,77 @@
 /* What Python sees of the C part. `vm_memory.h` declares the same for the compiler. */
 
+/* mapping.c */
 struct vmm_mapping {
     uint8_t *base;
     size_t length;
     int fd;
     ...;
 };
-
 struct vmm_mapping *vmm_mapping_new(size_t length, size_t alignment, size_t guard, int flags,
                                     int fd, int64_t offset, int *error);
 void vmm_mapping_release(struct vmm_mapping *mapping);
 int vmm_mapping_overlay(struct vmm_mapping *mapping, size_t start, size_t length, int fd,
                         int64_t offset);
+int vmm_mapping_exclude(struct vmm_mapping *mapping, int from_dumps, int from_forks);
+size_t vmm_file_page_size(int fd);
 
+/* faults.c */
+int vmm_mapping_guard_faults(struct vmm_mapping *mapping, size_t page);
+int vmm_mapping_lost(struct vmm_mapping *mapping);
+
+/* policy.c */
+int vmm_advise(uint64_t host, size_t length, int advice);
+int vmm_populate(uint64_t host, size_t length, size_t page);
+int vmm_lock(uint64_t host, size_t length, int on_fault);
+int vmm_bind(uint64_t host, size_t length, int mode, uint64_t *mask, uint64_t bits);
+int vmm_nodes(uint64_t host, size_t page, size_t count, int *nodes);
+
+/* atomics.c */
 void vmm_fence(int order);
 uint64_t vmm_load(uint64_t host, uint32_t size, int order);
 void vmm_store(uint64_t host, uint32_t size, uint64_t value, int order);
+uint64_t vmm_update(uint64_t host, uint32_t size, int operation, uint64_t value, int order);
+int vmm_compare_exchange(uint64_t host, uint32_t size, uint64_t *expected, uint64_t desired,
+                         int order);
+
+/* bitmap.c */
+struct vmm_bitmap {
+    uint64_t *words;
+    uint64_t bits;
+    uint64_t size;
+    uint32_t page_shift;
+    ...;
+};
+struct vmm_bitmap *vmm_bitmap_new(uint64_t size, uint32_t page_shift);
+void vmm_bitmap_release(struct vmm_bitmap *bitmap);
+void vmm_bitmap_mark(struct vmm_bitmap *bitmap, uint64_t offset, uint64_t length);
+void vmm_bitmap_clear(struct vmm_bitmap *bitmap, uint64_t offset, uint64_t length);
+int vmm_bitmap_test(struct vmm_bitmap *bitmap, uint64_t offset);
+uint64_t vmm_bitmap_count(struct vmm_bitmap *bitmap);
+void vmm_bitmap_merge(struct vmm_bitmap *bitmap, uint64_t offset, const void *words,
+                      uint64_t bits, uint32_t page_shift);
+uint64_t vmm_bitmap_harvest(struct vmm_bitmap *bitmap, uint64_t first, uint64_t end, int take,
+                            uint64_t *ranges, uint64_t capacity, uint64_t *next);
+void vmm_bitmap_take(struct vmm_bitmap *bitmap, uint64_t first, uint64_t end, uint64_t *words);
+
+/* table.c */
+struct vmm_table {
+    uint32_t version;
+    uint32_t count;
+    ...;
+};
+struct vmm_table *vmm_table_new(uint32_t count);
+void vmm_table_set(struct vmm_table *table, uint32_t index, uint64_t guest_address, uint64_t size,
+                   struct vmm_mapping *mapping, struct vmm_bitmap *bitmap);
+void vmm_table_release(struct vmm_table *table);
+
+/* transfer.c */
+int64_t vmm_transfer(struct vmm_table *table, uint64_t address, uint64_t length, int fd,
+                     int64_t offset, int out, int exact, int *error);
+
+/* scan.c */
 void vmm_fill(uint64_t host, int value, size_t length);
+void vmm_copy(uint64_t target, uint64_t source, size_t length);
+int64_t vmm_find(uint64_t host, size_t length, const void *needle, size_t needle_length);
+size_t vmm_zero_run(uint64_t host, size_t length, size_t page, int *zero);
+size_t vmm_equal_run(uint64_t one, uint64_t other, size_t length, size_t page, int *equal);

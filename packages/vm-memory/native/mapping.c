@@ -7,9 +7,11 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <sys/mman.h>
+#include <sys/vfs.h>
 #include <unistd.h>
 
 #define RESERVED (MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE)
+#define HUGETLBFS 0x958458f6
 
 /* Reserve address space for the memory and both guards, the memory aligned. */
 static int reserve(struct vmm_mapping *mapping, size_t alignment, size_t guard)
@@ -48,6 +50,7 @@ struct vmm_mapping *vmm_mapping_new(size_t length, size_t alignment, size_t guar
     mapping->length = length;
     mapping->fd = fd;
     mapping->references = 1;
+    mapping->watch = -1;
     *error = reserve(mapping, alignment, guard);
     if (*error != 0) {
         free(mapping);
@@ -73,6 +76,7 @@ void vmm_mapping_release(struct vmm_mapping *mapping)
 {
     if (__atomic_sub_fetch(&mapping->references, 1, __ATOMIC_ACQ_REL) != 0)
         return;
+    vmm_unwatch(mapping);
     munmap(mapping->outer, mapping->outer_length);
     if (mapping->fd >= 0)
         close(mapping->fd);
@@ -82,7 +86,47 @@ void vmm_mapping_release(struct vmm_mapping *mapping)
 int vmm_mapping_overlay(struct vmm_mapping *mapping, size_t start, size_t length, int fd,
                         int64_t offset)
 {
-    void *memory = mmap(mapping->base + start, length, PROT_READ | PROT_WRITE,
+    uint8_t *base = mapping->base + start;
+    size_t page = (size_t)sysconf(_SC_PAGESIZE);
+    /* Watched first: a mapping that nobody watches could kill the process. */
+    int error = vmm_watch(mapping, base, length, page, VMM_WATCH_OVERLAY);
+    if (error != 0)
+        return error;
+    void *memory = mmap(base, length, PROT_READ | PROT_WRITE,
                         MAP_PRIVATE | MAP_FIXED | MAP_NORESERVE, fd, offset);
-    return memory == MAP_FAILED ? errno : 0;
+    if (memory == MAP_FAILED)
+        return errno;
+    /* The pages are new to the kernel: say again what was said about the old ones. */
+    if (mapping->no_dump)
+        madvise(base, length, MADV_DONTDUMP);
+    if (mapping->no_fork)
+        madvise(base, length, MADV_DONTFORK);
+    return 0;
+}
+
+int vmm_mapping_exclude(struct vmm_mapping *mapping, int from_dumps, int from_forks)
+{
+    if (from_dumps) {
+        if (madvise(mapping->base, mapping->length, MADV_DONTDUMP) != 0)
+            return errno;
+        mapping->no_dump = 1;
+    }
+    if (from_forks) {
+        int error = vmm_watch(mapping, mapping->base, mapping->length,
+                              (size_t)sysconf(_SC_PAGESIZE), VMM_WATCH_NO_FORK);
+        if (error != 0)
+            return error;
+        if (madvise(mapping->base, mapping->length, MADV_DONTFORK) != 0)
+            return errno;
+        mapping->no_fork = 1;
+    }
+    return 0;
+}
+
+size_t vmm_file_page_size(int fd)
+{
+    struct statfs system;
+    if (fstatfs(fd, &system) != 0 || (uint32_t)system.f_type != HUGETLBFS)
+        return 0;
+    return (size_t)system.f_bsize;
 }

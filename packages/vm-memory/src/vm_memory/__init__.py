@@ -15,55 +15,104 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from vm_memory.address import GuestAddress, RegionOffset
     from vm_memory.atomic import Order, fence
-    from vm_memory.backing import Anonymous, Memfd
+    from vm_memory.backing import Anonymous, Backing, FilePrivate, FileShared, Memfd
+    from vm_memory.dirty import DirtyBitmap
     from vm_memory.errors import (
         AddressError,
+        BackingLostError,
         ClosedError,
         InvalidValueError,
         MappingError,
         MemoryAccessError,
         RegionError,
+        ShortTransferError,
+        TransferError,
+        TranslationError,
         VmMemoryError,
     )
+    from vm_memory.iovec import Iovecs
     from vm_memory.memory import GuestMemory
+    from vm_memory.options import Advice, Lock, NumaMode, NumaPolicy, Options
     from vm_memory.permissions import Permissions
     from vm_memory.region import GuestRegion
+    from vm_memory.scalar import Scalar
 
 __all__ = [
     "AddressError",
+    "Advice",
     "Anonymous",
+    "Backing",
+    "BackingLostError",
     "ClosedError",
+    "DirtyBitmap",
+    "FilePrivate",
+    "FileShared",
     "GuestAddress",
     "GuestMemory",
     "GuestRegion",
     "InvalidValueError",
+    "Iovecs",
+    "Lock",
     "MappingError",
     "Memfd",
     "MemoryAccessError",
+    "NumaMode",
+    "NumaPolicy",
+    "Options",
     "Order",
     "Permissions",
     "RegionError",
     "RegionOffset",
+    "Scalar",
+    "ShortTransferError",
+    "TransferError",
+    "TranslationError",
     "VmMemoryError",
     "fence",
 ]
 
 _MODULES = {
-    "address": ("GuestAddress", "RegionOffset"),
-    "atomic": ("Order", "fence"),
-    "backing": ("Anonymous", "Memfd"),
+    "address": (
+        "GuestAddress",
+        "RegionOffset",
+    ),
+    "atomic": (
+        "Order",
+        "fence",
+    ),
+    "backing": (
+        "Anonymous",
+        "Backing",
+        "FilePrivate",
+        "FileShared",
+        "Memfd",
+    ),
+    "dirty": ("DirtyBitmap",),
     "errors": (
         "AddressError",
+        "BackingLostError",
         "ClosedError",
         "InvalidValueError",
         "MappingError",
         "MemoryAccessError",
         "RegionError",
+        "ShortTransferError",
+        "TransferError",
+        "TranslationError",
         "VmMemoryError",
     ),
+    "iovec": ("Iovecs",),
     "memory": ("GuestMemory",),
+    "options": (
+        "Advice",
+        "Lock",
+        "NumaMode",
+        "NumaPolicy",
+        "Options",
+    ),
     "permissions": ("Permissions",),
     "region": ("GuestRegion",),
+    "scalar": ("Scalar",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -4,18 +4,29 @@ from __future__ import annotations
 
 from bisect import bisect_right
 
-from vm_memory._mapping import Mapping, create_memfd
-from vm_memory.backing import Anonymous, Memfd
-from vm_memory.errors import ClosedError, InvalidValueError, MemoryAccessError, RegionError
+from vm_memory._mapping import Mapping
+from vm_memory.backing import Anonymous
+from vm_memory.errors import (
+    BackingLostError,
+    ClosedError,
+    InvalidValueError,
+    MemoryAccessError,
+    RegionError,
+)
 from vm_memory.region import GuestRegion, check_region
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
-    from typing import Final, Self
+    from typing import Final, Self, TypeAlias
 
+    from vm_memory._native import CData
     from vm_memory.address import GuestAddress
     from vm_memory.backing import Backing
+    from vm_memory.dirty import DirtyBitmap
+    from vm_memory.options import Options
+
+    Piece: TypeAlias = tuple[GuestRegion, int, int]
 
 __all__ = ["MemoryMap"]
 
@@ -32,6 +43,7 @@ class _Nowhere:
     u16 = _EMPTY.cast("H")
     u32 = _EMPTY.cast("I")
     u64 = _EMPTY.cast("Q")
+    dirty = None
 
 
 NOWHERE: Final = _Nowhere()
@@ -40,7 +52,7 @@ NOWHERE: Final = _Nowhere()
 class MemoryMap:
     """Regions by address. `GuestMemory` adds the access to what is in them."""
 
-    __slots__ = ("__weakref__", "_closed", "_recent", "_starts", "regions")
+    __slots__ = ("__weakref__", "_closed", "_recent", "_starts", "_table", "regions")
 
     def __init__(self, regions: Iterable[GuestRegion] = ()) -> None:
         """Make a map of regions, which must be sorted by address and not overlap.
@@ -57,9 +69,19 @@ class MemoryMap:
             _check_order(region.guest_address, region.size, end)
             end = region.guest_address + region.size
         self._starts = [region.guest_address for region in self.regions]
-        # The region that the last access went to: most accesses go there again.
-        self._recent: GuestRegion | _Nowhere = self.regions[0] if self.regions else NOWHERE
+        # The region that the last access went to: most accesses go there again. It is never a
+        # fragile one, so what is fast needs not ask.
+        self._recent: GuestRegion | _Nowhere = NOWHERE
+        for region in self.regions:
+            if not region.fragile:
+                self._recent = region
+                break
         self._closed = False
+        self._table: CData | None = None
+        if not all(region.mapping.inherited for region in self.regions):
+            from vm_memory._policy import close_in_children
+
+            close_in_children(self)
 
     @classmethod
     def from_ranges(
@@ -67,16 +89,21 @@ class MemoryMap:
         ranges: Iterable[tuple[GuestAddress, int]],
         *,
         backing: Backing = Anonymous(),  # noqa: B008, an immutable value
+        options: Options | None = None,
+        dirty_page_size: int | None = None,
     ) -> Self:
-        """Map new, zeroed memory at each range.
+        """Map new memory at each range: zeros, or what is in the backing's file.
 
         Args:
             ranges: guest address and size in bytes of each region, sorted by address.
             backing: what the memory is made of.
+            options: how the kernel is to treat it.
+            dirty_page_size: track which pages of so many bytes, a power of two, are written.
 
         Raises:
             RegionError: when a range is empty, misaligned, overlaps its neighbour or is out of
                 order.
+            InvalidValueError: when a value of the backing cannot be, on this host at least.
             MappingError: when the host refuses.
 
         >>> from vm_memory import GuestAddress, GuestMemory
@@ -91,7 +118,12 @@ the end of the region in front of it, 0x1000
             check_region(address, size)
             _check_order(address, size, end)
             end = address + size
-        return cls(_create(wanted, backing))
+        regions = _create(wanted, backing, dirty_page_size, options)
+        if options is not None:
+            from vm_memory._policy import apply
+
+            apply(options, [region.mapping for region in regions])
+        return cls(regions)
 
     def find_region(self, address: GuestAddress) -> GuestRegion | None:
         """The region that contains an address, or None."""
@@ -176,6 +208,7 @@ the end of the region in front of it, 0x1000
         self._closed = True
         self._recent = NOWHERE
         self._starts = []
+        self._table = None
         self.regions = ()
 
     def __enter__(self) -> Self:
@@ -192,11 +225,44 @@ the end of the region in front of it, 0x1000
         if self._closed:
             raise ClosedError
 
-    def _walk(self, address: int, length: int) -> Iterator[tuple[GuestRegion, int, int]]:
+    @property
+    def native_table(self) -> int:
+        """The address of the map as `struct vmm_table`, for C code of any extension.
+
+        The layout is in `native/vm_memory.h`. The pointer is valid until the map is closed or
+        gone; who keeps it longer calls the structure's `retain` before, `release` afterwards.
+
+        Raises:
+            ClosedError: when the map was closed.
+        """
+        from vm_memory._native import ffi
+
+        return int(ffi.cast("uintptr_t", self._native()))
+
+    def _native(self) -> CData:
+        """The table for C, made when it is first needed. Hold it for as long as C uses it."""
+        table = self._table
+        if table is None:
+            from vm_memory._native import ffi, lib
+
+            self._check_open()
+            regions = self.regions
+            table = ffi.gc(lib.vmm_table_new(len(regions)), lib.vmm_table_release)
+            for index, region in enumerate(regions):
+                bitmap = ffi.NULL if region.dirty is None else region.dirty.handle
+                lib.vmm_table_set(
+                    table, index, region.guest_address, region.size, region.mapping.handle, bitmap
+                )
+            if not self._closed:
+                self._table = table
+        return table
+
+    def _walk(self, address: int, length: int, *, write: bool = False) -> Iterator[Piece]:
         """Region, offset and count of each piece from `address` on, until done or at a hole."""
+        del write  # memory may be written wherever it may be read
         # Bound once: closing the map in another thread cannot pull it away halfway.
-        regions = self.regions
-        index = max(bisect_right(self._starts, address) - 1, 0)
+        regions, starts = self.regions, self._starts
+        index = max(bisect_right(starts, address) - 1, 0)
         while length > 0 and index < len(regions):
             region = regions[index]
             offset = address - region.guest_address
@@ -208,18 +274,36 @@ the end of the region in front of it, 0x1000
             length -= count
             index += 1
 
-    def _pieces(self, address: int, length: int) -> list[tuple[GuestRegion, int, int]]:
+    def _pieces(self, address: int, length: int, *, write: bool = False) -> list[Piece]:
         """All pieces of a range, or an exception."""
         if length < 0:
             raise InvalidValueError("length", length, "must not be negative")
-        pieces = list(self._walk(address, length))
+        pieces = list(self._walk(address, length, write=write))
         found = sum(count for _, _, count in pieces)
         if found != length:
             self._check_open()
             raise MemoryAccessError(address, length, f"there is no memory at {address + found:#x}")
-        if pieces:
+        if pieces and not pieces[-1][0].fragile:
             self._recent = pieces[-1][0]
         return pieces
+
+    def _wrote(self, address: int, pieces: list[Piece]) -> None:
+        """Mark pieces dirty, after they were written."""
+        del address
+        for region, offset, count in pieces:
+            if region.dirty is not None:
+                region.dirty.mark(offset, count)
+
+    def _check_lost(self, address: int, length: int, pieces: list[Piece]) -> None:
+        """Raise when an access just made may have gone to pages that are lost."""
+        for region, _, _ in pieces:
+            if region.fragile and region.mapping.lost:
+                raise BackingLostError(
+                    address,
+                    length,
+                    f"the region at {region.guest_address:#x} has lost pages: its file was "
+                    "truncated, or the hardware failed",
+                )
 
 
 def _check_order(address: int, size: int, end: int) -> None:
@@ -231,32 +315,74 @@ def _check_order(address: int, size: int, end: int) -> None:
         )
 
 
-def _create(ranges: list[tuple[GuestAddress, int]], backing: Backing) -> list[GuestRegion]:
+def _create(
+    ranges: list[tuple[GuestAddress, int]],
+    backing: Backing,
+    dirty_page_size: int | None,
+    options: Options | None,
+) -> list[GuestRegion]:
     """The regions of a new map, all of one backing."""
-    if not isinstance(backing, Memfd):
+    guard = 0 if options is None else options.guard
+    if isinstance(backing, Anonymous) and backing.hugetlb is None:
         return [
-            GuestRegion(address, size, Mapping(size, address), backing) for address, size in ranges
+            GuestRegion(
+                address,
+                size,
+                Mapping(size, address, guard=guard),
+                backing,
+                dirty=_bitmap(size, dirty_page_size),
+            )
+            for address, size in ranges
         ]
     import os
 
-    from vm_memory._mapping import PAGE
+    from vm_memory._files import open_source
 
-    offsets = [0]
-    for _, size in ranges:
-        offsets.append(offsets[-1] + -(-size // PAGE) * PAGE)
-    if not ranges:
-        return []
-    file = create_memfd(backing, offsets[-1])
+    # Bitmaps first: what can be refused for its value is refused before anything is made.
+    bitmaps = [_bitmap(size, dirty_page_size) for _, size in ranges]
+    source = open_source(backing, [(int(address), size) for address, size in ranges])
     regions = []
+    offset = source.offset
     try:
-        for (address, size), offset in zip(ranges, offsets, strict=False):
-            fd = os.dup(file)
+        for (address, size), bitmap in zip(ranges, bitmaps, strict=True):
+            fd = -1 if source.fd < 0 else os.dup(source.fd)
             try:
-                mapping = Mapping(size, address, fd, offset)
+                mapping = Mapping(
+                    size,
+                    address,
+                    flags=source.flags,
+                    fd=fd,
+                    offset=0 if fd < 0 else offset,
+                    guard=guard,
+                    page=source.page,
+                )
             except BaseException:
-                os.close(fd)
+                if fd >= 0:
+                    os.close(fd)
                 raise
-            regions.append(GuestRegion(address, size, mapping, backing, offset))
+            if source.fragile:
+                mapping.watch()
+            regions.append(
+                GuestRegion(
+                    address,
+                    size,
+                    mapping,
+                    backing,
+                    file_offset=0 if fd < 0 else offset,
+                    dirty=bitmap,
+                    fragile=source.fragile,
+                )
+            )
+            offset += mapping.length
     finally:
-        os.close(file)
+        if source.fd >= 0:
+            os.close(source.fd)
     return regions
+
+
+def _bitmap(size: int, page_size: int | None) -> DirtyBitmap | None:
+    if page_size is None:
+        return None
+    from vm_memory.dirty import DirtyBitmap
+
+    return DirtyBitmap(size, page_size)

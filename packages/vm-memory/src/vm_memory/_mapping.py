@@ -10,16 +10,18 @@ from vm_memory.errors import MappingError
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from vm_memory._native import CData
-    from vm_memory.backing import Memfd
 
 PAGE = os.sysconf("SC_PAGESIZE")
 _LARGE = 2 << 20
 
 # From <sys/mman.h>; the mmap module is not worth its import on the boot path.
-_MAP_SHARED = 0x01
-_MAP_PRIVATE = 0x02
-_MAP_ANONYMOUS = 0x20
-_MAP_NORESERVE = 0x4000
+MAP_SHARED = 0x01
+MAP_PRIVATE = 0x02
+MAP_ANONYMOUS = 0x20
+MAP_NORESERVE = 0x4000
+MAP_HUGETLB = 0x40000
+
+ANONYMOUS = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE
 
 
 class Mapping:
@@ -29,34 +31,55 @@ class Mapping:
         handle: the C structure, released with its last Python reference.
         address: the first byte's address in this process.
         length: bytes, whole pages.
-        private: whether it is anonymous and private, so that pages of it may be replaced.
+        flags: how it was mapped, as for mmap(2).
+        page: bytes of one of its pages.
+        inherited: whether a child of fork has it.
+        overlaid: whether pages were replaced by those of a file.
     """
 
-    __slots__ = ("address", "handle", "length", "private")
+    __slots__ = ("address", "flags", "handle", "inherited", "length", "overlaid", "page")
 
     def __init__(
-        self, length: int, guest_address: int, fd: int = -1, offset: int = 0, guard: int = 0
+        self,
+        length: int,
+        guest_address: int,
+        *,
+        flags: int = ANONYMOUS,
+        fd: int = -1,
+        offset: int = 0,
+        guard: int = 0,
+        page: int = PAGE,
     ) -> None:
-        """Map `length` bytes, anonymous or of a file, whose descriptor it takes over."""
-        length = -(-length // PAGE) * PAGE
+        """Map `length` bytes, anonymous or of a file, whose descriptor it takes over.
+
+        Raises:
+            MappingError: when the host refuses.
+        """
+        length = -(-length // page) * page
         # Host and guest addresses that agree modulo 2 MiB let the kernel and KVM use large pages.
-        alignment = _LARGE if length >= _LARGE and guest_address % _LARGE == 0 else PAGE
-        kind = _MAP_SHARED if fd >= 0 else _MAP_PRIVATE | _MAP_ANONYMOUS
+        large = length >= _LARGE and guest_address % _LARGE == 0
+        alignment = max(page, _LARGE) if large else page
         error = ffi.new("int *")
-        handle = lib.vmm_mapping_new(
-            length, alignment, guard, kind | _MAP_NORESERVE, fd, offset, error
-        )
+        handle = lib.vmm_mapping_new(length, alignment, guard, flags, fd, offset, error)
         if not handle:
-            raise MappingError(f"mmap of {length:#x} bytes", error[0], _host_numbers())
-        self.handle: CData = ffi.gc(handle, lib.vmm_mapping_release, length)
+            raise refused(f"mmap of {length:#x} bytes", error[0], page)
+        self.handle: CData = ffi.gc(handle, lib.vmm_mapping_release)
         self.address = int(ffi.cast("uintptr_t", handle.base))
         self.length = length
-        self.private = fd < 0
+        self.flags = flags
+        self.page = page
+        self.inherited = True
+        self.overlaid = False
 
     @property
     def fd(self) -> int:
         """The file behind it, or -1. It belongs to the mapping: duplicate it to keep it."""
         return self.handle.fd
+
+    @property
+    def lost(self) -> bool:
+        """Whether pages vanished, with their file's end for example."""
+        return bool(lib.vmm_mapping_lost(self.handle))
 
     def view(self, length: int) -> memoryview:
         """The first `length` bytes, writable. The view keeps the mapping alive."""
@@ -67,6 +90,16 @@ class Mapping:
 
         return memoryview(ffi.buffer(ffi.gc(handle.base, keep), length))
 
+    def watch(self) -> None:
+        """Turn the loss of pages into something that `lost` tells, instead of a dead process.
+
+        Raises:
+            MappingError: when there are too many such mappings, 8192.
+        """
+        error = lib.vmm_mapping_guard_faults(self.handle, self.page)
+        if error:
+            raise MappingError("watching a mapping of a file", error)
+
     def overlay(self, start: int, length: int, fd: int, offset: int) -> None:
         """Replace pages by a private mapping of a file.
 
@@ -76,32 +109,35 @@ class Mapping:
         error = lib.vmm_mapping_overlay(self.handle, start, length, fd, offset)
         if error:
             raise MappingError(f"mmap of {length:#x} bytes of a file", error)
+        self.overlaid = True
 
 
-def create_memfd(backing: Memfd, size: int) -> int:
-    """Make the file of a memfd backing, sized and sealed; returns its descriptor."""
-    import fcntl
-
-    fd = os.memfd_create(backing.name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    try:
-        os.ftruncate(fd, size)
-        fcntl.fcntl(
-            fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+def refused(operation: str, errno: int, page: int = PAGE) -> MappingError:
+    """The exception for a refusal, with the host's numbers that explain it."""
+    if page != PAGE:
+        folder = f"/sys/kernel/mm/hugepages/hugepages-{page >> 10}kB"
+        numbers = [f"{_number(f'{folder}/{name}')} {name}" for name in _HUGE]
+        return MappingError(
+            operation,
+            errno,
+            f"huge pages of {page >> 10} KiB: {', '.join(numbers)}; "
+            f"write a larger number to {folder}/nr_hugepages",
         )
-    except OSError as error:
-        os.close(fd)
-        raise MappingError(
-            f"memfd of {size:#x} bytes", error.errno or 0, _host_numbers()
-        ) from error
-    return fd
-
-
-def _host_numbers() -> str:
-    """The memory figures that explain a refusal."""
-    wanted = ("MemTotal", "MemAvailable", "CommitLimit", "Committed_AS")
     try:
         with open("/proc/meminfo", encoding="ascii") as file:  # noqa: PTH123
-            lines = [line for line in file if line.startswith(wanted)]
+            lines = [" ".join(line.split()) for line in file if line.startswith(_WANTED)]
     except OSError:
-        return ""
-    return "the host has " + ", ".join(" ".join(line.split()) for line in lines)
+        lines = []
+    return MappingError(operation, errno, f"the host has {', '.join(lines)}")
+
+
+_HUGE = ("nr_hugepages", "free_hugepages", "resv_hugepages")
+_WANTED = ("MemTotal", "MemAvailable", "CommitLimit", "Committed_AS")
+
+
+def _number(path: str) -> str:
+    try:
+        with open(path, encoding="ascii") as file:  # noqa: PTH123
+            return file.read().strip()
+    except OSError:
+        return "unknown"

@@ -8,11 +8,15 @@ from __future__ import annotations
 
 __all__ = [
     "AddressError",
+    "BackingLostError",
     "ClosedError",
     "InvalidValueError",
     "MappingError",
     "MemoryAccessError",
     "RegionError",
+    "ShortTransferError",
+    "TransferError",
+    "TranslationError",
     "VmMemoryError",
 ]
 
@@ -117,3 +121,90 @@ class MappingError(VmMemoryError, OSError):
     def __str__(self) -> str:
         text = f"{self.operation}: {self.strerror} (errno {self.errno})"
         return f"{text}; {self.hint}" if self.hint else text
+
+
+class BackingLostError(AddressError):
+    """Pages are gone, since their file was truncated or the hardware lost them.
+
+    What was read is not the guest's data, and what was written is nowhere. Stop the guest.
+    """
+
+
+class TransferError(VmMemoryError, OSError):
+    """A transfer between guest memory and a file failed.
+
+    Attributes:
+        address: the first address of the transfer.
+        length: the bytes that were asked for.
+        completed: the bytes that were transferred before.
+        errno: the error number of the system call.
+    """
+
+    def __init__(self, address: int, length: int, completed: int, errno: int) -> None:
+        import os
+
+        OSError.__init__(self, errno, os.strerror(errno))
+        self.address = address
+        self.length = length
+        self.completed = completed
+
+    def __reduce__(self) -> tuple[type[TransferError], tuple[int, int, int, int]]:
+        return TransferError, (self.address, self.length, self.completed, self.errno or 0)
+
+    def __str__(self) -> str:
+        return (
+            f"transfer of {self.length} bytes at guest address {self.address:#x}: "
+            f"{self.strerror} (errno {self.errno}) after {self.completed}"
+        )
+
+
+class ShortTransferError(VmMemoryError, EOFError):
+    """A file ended before a transfer was complete.
+
+    Attributes:
+        address: the first address of the transfer.
+        length: the bytes that were asked for.
+        completed: the bytes that were transferred.
+    """
+
+    def __init__(self, address: int, length: int, completed: int) -> None:
+        super().__init__(address, length, completed)
+        self.address = address
+        self.length = length
+        self.completed = completed
+
+    def __str__(self) -> str:
+        return (
+            f"transfer of {self.length} bytes at guest address {self.address:#x}: "
+            f"the file ended after {self.completed}"
+        )
+
+
+class TranslationError(AddressError):
+    """An IOMMU does not map all of a range for the access.
+
+    Attributes:
+        misses: parts that are not mapped at all, as address and length.
+        denied: parts that are mapped without the permission, as address and length.
+    """
+
+    def __init__(
+        self,
+        address: int,
+        length: int,
+        misses: tuple[tuple[int, int], ...],
+        denied: tuple[tuple[int, int], ...],
+    ) -> None:
+        parts = [f"{start:#x}+{size:#x} is not mapped" for start, size in misses]
+        parts += [f"{start:#x}+{size:#x} does not permit it" for start, size in denied]
+        super().__init__(address, length, ", ".join(parts))
+        self.misses = misses
+        self.denied = denied
+
+    def __reduce__(
+        self,
+    ) -> tuple[
+        type[TranslationError],
+        tuple[int, int, tuple[tuple[int, int], ...], tuple[tuple[int, int], ...]],
+    ]:
+        return TranslationError, (self.address, self.length, self.misses, self.denied)

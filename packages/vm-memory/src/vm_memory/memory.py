@@ -1,4 +1,4 @@
-"""Guest memory: bytes, scalars, atomics and zero-copy slices over a map of regions.
+"""Guest memory: bytes, scalars, atomics, records, files and slices over a map of regions.
 
 Rules that hold for every access:
 
@@ -7,38 +7,34 @@ Rules that hold for every access:
 - A scalar whose address is a multiple of its size is read and written in one piece, so a guest
   that writes at the same time is seen before or after, never halfway. Larger and misaligned
   accesses give no such promise.
-- Scalars are little-endian.
+- Every way to write marks the pages dirty, where that is tracked, after the write. What bypasses
+  that says so: `GuestRegion.buffer` and its typed views, and slices that are written later.
 """
 
 from __future__ import annotations
 
+from vm_memory._atomics import AtomicAccess
 from vm_memory._map import MemoryMap
-from vm_memory._native import lib
-from vm_memory.atomic import Order
-from vm_memory.errors import InvalidValueError, MemoryAccessError
 from vm_memory.permissions import Permissions
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import TypeAlias
+    from collections.abc import Iterator
+    from struct import Struct
+    from typing import Any, TypeVar
 
+    from vm_memory._bytes import Buffer
     from vm_memory.address import GuestAddress
+    from vm_memory.iovec import Iovecs
     from vm_memory.region import GuestRegion
+    from vm_memory.transfer import File
 
-    Buffer: TypeAlias = bytes | bytearray | memoryview
+    T = TypeVar("T")
 
 __all__ = ["GuestMemory"]
 
-_load = lib.vmm_load
-_store = lib.vmm_store
-_fill = lib.vmm_fill
 
-# What an atomic load or store may ask for (C11, 7.17.7).
-_LOADS = (Order.RELAXED, Order.ACQUIRE, Order.SEQ_CST)
-_STORES = (Order.RELAXED, Order.RELEASE, Order.SEQ_CST)
-
-
-class GuestMemory(MemoryMap):
+class GuestMemory(MemoryMap, AtomicAccess):
     r"""The guest-physical address space.
 
     Attributes:
@@ -55,220 +51,178 @@ class GuestMemory(MemoryMap):
 
     __slots__ = ()
 
-    # --- bytes ---
+    # --- records ---
 
-    def read(self, address: GuestAddress, length: int) -> bytes:
-        """Exactly `length` bytes.
+    def read_struct(self, address: GuestAddress, layout: str | Struct) -> tuple[Any, ...]:
+        """The values of a `struct` format, such as `"<QIHH"`.
+
+        Raises:
+            MemoryAccessError: when the range is not all memory.
+            InvalidValueError: when the format is none.
+
+        >>> from vm_memory import GuestAddress, GuestMemory
+        >>> memory = GuestMemory.from_ranges([(GuestAddress(0), 4096)])
+        >>> memory.write_struct(GuestAddress(8), "<QIHH", 0x1000, 512, 1, 2)
+        >>> memory.read_struct(GuestAddress(8), "<QIHH")
+        (4096, 512, 1, 2)
+        """
+        from vm_memory.records import compiled
+
+        form = compiled(layout)
+        return form.unpack(self.read(address, form.size))
+
+    def write_struct(self, address: GuestAddress, layout: str | Struct, *values: object) -> None:
+        """Write values in a `struct` format.
+
+        Raises:
+            MemoryAccessError: when the range is not all memory.
+            InvalidValueError: when the format is none, or the values do not fit it.
+        """
+        from vm_memory.records import compiled, packed
+
+        self.write(address, packed(compiled(layout), values))
+
+    def read_record(self, address: GuestAddress, kind: type[T]) -> T:
+        """An instance of an attrs class whose fields say how they lie in memory.
+
+        See `vm_memory.records` for how to write such a class.
+
+        Raises:
+            MemoryAccessError: when the range is not all memory.
+            InvalidValueError: when the class has fields without a format.
+        """
+        from vm_memory.records import layout_of
+
+        return kind(*self.read_struct(address, layout_of(kind)))
+
+    def write_record(self, address: GuestAddress, record: object) -> None:
+        """Write an instance of such a class.
+
+        Raises:
+            MemoryAccessError: when the range is not all memory.
+            InvalidValueError: when the class has fields without a format, or values do not fit.
+        """
+        from vm_memory.records import layout_of, packed, values_of
+
+        self.write(address, packed(layout_of(type(record)), values_of(record)))
+
+    def read_cdata(self, address: GuestAddress, ffi: Any, kind: str) -> Any:
+        """A copy of a C type, as `ffi.new` makes it.
+
+        Args:
+            address: where it is.
+            ffi: the `cffi.FFI` that knows the type.
+            kind: the type, `"struct virtio_blk_req"` for example.
 
         Raises:
             MemoryAccessError: when the range is not all memory.
         """
-        region = self._recent
-        offset = address - region.guest_address
-        end = offset + length
-        if 0 <= offset <= end <= region.size:
-            return region.buffer[offset:end].tobytes()
-        pieces = self._pieces(address, length)
-        return b"".join([region.buffer[start : start + count] for region, start, count in pieces])
+        value = ffi.new(f"{kind} *")
+        self.read_into(address, memoryview(ffi.buffer(value)))
+        return value
 
-    def write(self, address: GuestAddress, data: Buffer) -> None:
-        """Write all of `data`, or nothing.
+    def write_cdata(self, address: GuestAddress, ffi: Any, value: Any) -> None:
+        """Write what a cffi pointer or array refers to.
 
         Raises:
             MemoryAccessError: when the range is not all memory.
         """
-        length = len(data)
-        region = self._recent
-        offset = address - region.guest_address
-        end = offset + length
-        if 0 <= offset <= end <= region.size:
-            try:
-                region.buffer[offset:end] = data
-            except (TypeError, ValueError):
-                pass  # not a flat buffer of bytes: below it is made one
-            else:
-                return
-        view = memoryview(data).cast("B")
-        done = 0
-        for region, start, count in self._pieces(address, len(view)):
-            region.buffer[start : start + count] = view[done : done + count]
-            done += count
+        self.write(address, memoryview(ffi.buffer(value)))
 
-    def read_partial(self, address: GuestAddress, length: int) -> bytes:
-        """Up to `length` bytes: what there is in front of the first hole.
+    # --- files ---
 
-        Raises:
-            MemoryAccessError: when there is no memory at `address` itself.
-        """
-        return self.read(address, self._available(address, length))
-
-    def write_partial(self, address: GuestAddress, data: Buffer) -> int:
-        """Write what fits in front of the first hole; returns how many bytes that were.
-
-        Raises:
-            MemoryAccessError: when there is no memory at `address` itself.
-        """
-        view = memoryview(data).cast("B")
-        length = self._available(address, len(view))
-        self.write(address, view[:length])
-        return length
-
-    def fill(self, address: GuestAddress, length: int, value: int = 0) -> None:
-        """Set every byte of a range to one value, 0 to 255.
-
-        Raises:
-            MemoryAccessError: when the range is not all memory.
-            InvalidValueError: when the value is no byte.
-        """
-        if not 0 <= value <= 255:
-            raise InvalidValueError("value", value, "must be 0 to 255")
-        for region, offset, count in self._pieces(address, length):
-            _fill(region.host_address + offset, value, count)
-
-    def slices(
+    def iovecs(
         self,
         address: GuestAddress,
         length: int,
         permissions: Permissions = Permissions.READ_WRITE,
-    ) -> list[memoryview]:
-        """The pieces of a range as writable views, one for each region, without a copy.
+    ) -> Iovecs:
+        """The pieces of a range as an array of `struct iovec`, for C code and io_uring.
 
-        The views work wherever buffers do: `os.preadv`, `readinto`, `recv_into`, numpy. They stay
-        valid after the map was closed. With `WRITE` the range counts as written at once.
+        Like `slices`, it marks the range dirty at once with `WRITE`.
 
         Raises:
             MemoryAccessError: when the range is not all memory.
         """
-        region = self._recent
-        offset = address - region.guest_address
-        end = offset + length
-        if 0 <= offset < end <= region.size:
-            return [region.buffer[offset:end]]
-        pieces = self._pieces(address, length)
-        return [region.buffer[start : start + count] for region, start, count in pieces]
+        from vm_memory.iovec import Iovecs
 
-    # --- scalars ---
+        return Iovecs(self.slices(address, length, permissions))
 
-    def read_u8(self, address: GuestAddress) -> int:
-        """The byte at an address."""
-        region = self._recent
-        offset = address - region.guest_address
-        if 0 <= offset < region.size:
-            return region.buffer[offset]
-        return self.read(address, 1)[0]
+    def read_from_file(
+        self, address: GuestAddress, file: File, length: int, offset: int | None = None
+    ) -> int:
+        """Read from a file, pipe or socket straight into memory, once.
 
-    def read_u16(self, address: GuestAddress) -> int:
-        """The 16-bit word at an address; in one piece when that is a multiple of 2."""
-        region = self._recent
-        offset = address - region.guest_address
-        if offset >= 0 and not offset & 1:
-            try:
-                return region.u16[offset >> 1]
-            except IndexError:
-                pass  # in another region
-        return self._read_scalar(address, 2)
+        Args:
+            address: where the bytes go.
+            file: a descriptor, or an object that has one.
+            length: how many bytes at most; a hole shortens it.
+            offset: where in the file; its own position, which then moves, when None.
 
-    def read_u32(self, address: GuestAddress) -> int:
-        """The 32-bit word at an address; in one piece when that is a multiple of 4."""
-        region = self._recent
-        offset = address - region.guest_address
-        if offset >= 0 and not offset & 3:
-            try:
-                return region.u32[offset >> 2]
-            except IndexError:
-                pass
-        return self._read_scalar(address, 4)
-
-    def read_u64(self, address: GuestAddress) -> int:
-        """The 64-bit word at an address; in one piece when that is a multiple of 8."""
-        region = self._recent
-        offset = address - region.guest_address
-        if offset >= 0 and not offset & 7:
-            try:
-                return region.u64[offset >> 3]
-            except IndexError:
-                pass
-        return self._read_scalar(address, 8)
-
-    def write_u8(self, address: GuestAddress, value: int) -> None:
-        """Write a byte."""
-        self._write_scalar(address, 1, value)
-
-    def write_u16(self, address: GuestAddress, value: int) -> None:
-        """Write a 16-bit word; in one piece when the address is a multiple of 2."""
-        region = self._recent
-        offset = address - region.guest_address
-        if offset >= 0 and not offset & 1:
-            try:
-                region.u16[offset >> 1] = value
-            except (IndexError, ValueError):
-                pass
-            else:
-                return
-        self._write_scalar(address, 2, value)
-
-    def write_u32(self, address: GuestAddress, value: int) -> None:
-        """Write a 32-bit word; in one piece when the address is a multiple of 4."""
-        region = self._recent
-        offset = address - region.guest_address
-        if offset >= 0 and not offset & 3:
-            try:
-                region.u32[offset >> 2] = value
-            except (IndexError, ValueError):
-                pass
-            else:
-                return
-        self._write_scalar(address, 4, value)
-
-    def write_u64(self, address: GuestAddress, value: int) -> None:
-        """Write a 64-bit word; in one piece when the address is a multiple of 8."""
-        region = self._recent
-        offset = address - region.guest_address
-        if offset >= 0 and not offset & 7:
-            try:
-                region.u64[offset >> 3] = value
-            except (IndexError, ValueError):
-                pass
-            else:
-                return
-        self._write_scalar(address, 8, value)
-
-    # --- atomics ---
-
-    def atomic_load(self, address: GuestAddress, size: int, order: Order = Order.ACQUIRE) -> int:
-        """Read 1, 2, 4 or 8 bytes as one, ordered with what surrounds it.
+        Returns:
+            The bytes read, 0 at the end of the file. Exactly these are marked dirty.
 
         Raises:
-            MemoryAccessError: when the address is no multiple of `size`, or no memory.
-            InvalidValueError: when the size is another, or a load cannot have that order.
+            MemoryAccessError: when there is no memory at `address` itself.
+            TransferError: when the system call fails.
+            BackingLostError: when pages of the range are lost.
         """
-        if order not in _LOADS:
-            raise InvalidValueError("order", order, "a load is RELAXED, ACQUIRE or SEQ_CST")
-        region, offset = self._one(address, size)
-        return _load(region.host_address + offset, size, order)
+        from vm_memory.transfer import transfer
 
-    def atomic_store(
-        self, address: GuestAddress, size: int, value: int, order: Order = Order.RELEASE
+        length = self._available(address, length)
+        return transfer(self, address, file, length, offset, out=False, exact=False)
+
+    def read_exact_from_file(
+        self, address: GuestAddress, file: File, length: int, offset: int | None = None
     ) -> None:
-        """Write 1, 2, 4 or 8 bytes as one, ordered with what surrounds it.
+        """Read exactly so many bytes from a file, as `read_from_file` until done.
 
         Raises:
-            MemoryAccessError: when the address is no multiple of `size`, or no memory.
-            InvalidValueError: when the size is another, the value does not fit, or a store
-                cannot have that order.
+            MemoryAccessError: when the range is not all memory; nothing is read then.
+            ShortTransferError: when the file ends before.
+            TransferError: when a system call fails.
+            BackingLostError: when pages of the range are lost.
         """
-        if order not in _STORES:
-            raise InvalidValueError("order", order, "a store is RELAXED, RELEASE or SEQ_CST")
-        region, offset = self._one(address, size)
-        _store(region.host_address + offset, size, _unsigned(value, size), order)
+        from vm_memory.transfer import transfer
 
-    # --- mapping files in ---
+        self._pieces(address, length)
+        transfer(self, address, file, length, offset, out=False, exact=True)
+
+    def write_to_file(
+        self, address: GuestAddress, file: File, length: int, offset: int | None = None
+    ) -> int:
+        """Write from memory straight to a file, pipe or socket, once; returns the bytes written.
+
+        Raises:
+            MemoryAccessError: when there is no memory at `address` itself.
+            TransferError: when the system call fails.
+            BackingLostError: when pages of the range are lost.
+        """
+        from vm_memory.transfer import transfer
+
+        length = self._available(address, length)
+        return transfer(self, address, file, length, offset, out=True, exact=False)
+
+    def write_all_to_file(
+        self, address: GuestAddress, file: File, length: int, offset: int | None = None
+    ) -> None:
+        """Write exactly so many bytes to a file, as `write_to_file` until done.
+
+        Raises:
+            MemoryAccessError: when the range is not all memory; nothing is written then.
+            TransferError: when a system call fails.
+            BackingLostError: when pages of the range are lost.
+        """
+        from vm_memory.transfer import transfer
+
+        self._pieces(address, length)
+        transfer(self, address, file, length, offset, out=True, exact=True)
 
     def map_private_file(self, address: GuestAddress, fd: int, offset: int, length: int) -> bool:
         """Put a file's content into anonymous memory by mapping it, copy-on-write.
 
         Pages are read when touched, and shared with the host's page cache until written. The
-        file must not be truncated while the memory lives.
+        file must not be truncated while the memory lives: see `lost_regions`.
 
         Args:
             address: where to; what was there is gone.
@@ -287,68 +241,104 @@ class GuestMemory(MemoryMap):
         """
         import os
 
-        from vm_memory._mapping import PAGE
+        from vm_memory._mapping import ANONYMOUS, PAGE
 
-        pieces = self._pieces(address, length)
+        pieces = self._pieces(address, length, write=True)
         if len(pieces) != 1 or (address | offset | length) % PAGE or offset < 0:
             return False
         region, start, _ = pieces[0]
         end = -(-os.fstat(fd).st_size // PAGE) * PAGE
-        if not region.mapping.private or start % PAGE or offset + length > end:
+        if region.mapping.flags != ANONYMOUS or start % PAGE or offset + length > end:
             return False
         region.mapping.overlay(start, length, fd, offset)
+        self._wrote(address, pieces)
         return True
 
-    # --- slow paths ---
+    @property
+    def lost_regions(self) -> tuple[GuestRegion, ...]:
+        """Regions with lost pages, those of mapped files included; a guest must stop then.
 
-    def _available(self, address: int, length: int) -> int:
-        """How many bytes of a range lie in front of the first hole; at least one."""
-        count = sum(count for _, _, count in self._walk(address, length))
-        if count == 0 and length > 0:
-            self._check_open()
-            raise MemoryAccessError(address, length, "there is no memory at its first byte")
-        return count
+        Accesses to regions of a file raise `BackingLostError` by themselves. In anonymous memory
+        with a file mapped into it, only transfers do, and the lost pages read as zeros.
+        """
+        return tuple(region for region in self.regions if region.lost)
 
-    def _read_scalar(self, address: int, size: int) -> int:
-        pieces = self._pieces(address, size)
-        region, offset, count = pieces[0]
-        if count == size and not offset & (size - 1):
-            return _words(region, size)[offset // size]
-        data = b"".join([r.buffer[start : start + n] for r, start, n in pieces])
-        return int.from_bytes(data, "little")
+    def discard(self, address: GuestAddress, length: int) -> None:
+        """Give pages back to the host; the range reads as zeros then, whatever it is made of.
 
-    def _write_scalar(self, address: int, size: int, value: int) -> None:
-        _unsigned(value, size)
-        pieces = self._pieces(address, size)
-        region, offset, count = pieces[0]
-        if count == size and not offset & (size - 1):
-            _words(region, size)[offset // size] = value
-        else:
-            data = value.to_bytes(size, "little")
-            for region, start, count in pieces:
-                region.buffer[start : start + count] = data[:count]
-                data = data[count:]
+        This is what a balloon does. Memory that shows a file's content is only cleared.
 
-    def _one(self, address: int, size: int) -> tuple[GuestRegion, int]:
-        """Region and offset for an atomic access; the caller holds the region meanwhile."""
-        if size not in (1, 2, 4, 8):
-            raise InvalidValueError("size", size, "must be 1, 2, 4 or 8")
-        if address % size:
-            raise MemoryAccessError(address, size, f"the address must be a multiple of {size}")
-        pieces = self._pieces(address, size)
-        region, offset, count = pieces[0]
-        if count != size:
-            raise MemoryAccessError(address, size, "it must lie within one region")
-        return region, offset
+        Raises:
+            MemoryAccessError: when the range is not all memory.
+            BackingLostError: when pages of it are lost.
+        """
+        from vm_memory._discard import discard
 
+        pieces = self._pieces(address, length, write=True)
+        for region, offset, count in pieces:
+            discard(region, offset, count)
+        self._wrote(address, pieces)
+        self._check_lost(address, length, pieces)
 
-def _words(region: GuestRegion, size: int) -> memoryview:
-    if size == 1:
-        return region.buffer
-    return {2: region.u16, 4: region.u32, 8: region.u64}[size]
+    # --- dirty pages ---
 
+    def mark_dirty(self, address: GuestAddress, length: int) -> None:
+        """Say that a range was written, by way of a slice or the guest's own hand.
 
-def _unsigned(value: int, size: int) -> int:
-    if not 0 <= value < 1 << (8 * size):
-        raise InvalidValueError("value", value, f"must fit in {size} unsigned bytes")
-    return value
+        Raises:
+            MemoryAccessError: when the range is not all memory.
+        """
+        self._wrote(address, self._pieces(address, length))
+
+    def is_dirty(self, address: GuestAddress) -> bool:
+        """Whether the page of an address is marked; never where that is not tracked."""
+        region = self.find_region(address)
+        if region is None or region.dirty is None:
+            return False
+        return region.dirty.is_dirty(address - region.guest_address)
+
+    def harvest_dirty(self, *, clear: bool = True) -> Iterator[tuple[GuestAddress, int]]:
+        """Take the marks: address and length of each run of dirty pages, in order.
+
+        Marks are taken as the iteration goes on, a bounded number at a time; those of an
+        iteration that is abandoned are lost partly.
+
+        Args:
+            clear: whether to take the marks or only to look.
+        """
+        from vm_memory.address import GuestAddress
+
+        start = end = -1
+        for region in self.regions:
+            if region.dirty is None:
+                continue
+            for batch in region.dirty.batches(clear=clear):
+                for offset, length in zip(batch[::2], batch[1::2], strict=True):
+                    first = region.guest_address + offset
+                    if first == end:
+                        end += length
+                        continue
+                    if end > start:
+                        yield GuestAddress(start), end - start
+                    start, end = first, first + length
+        if end > start:
+            yield GuestAddress(start), end - start
+
+    def merge_dirty(self, address: GuestAddress, words: Buffer, page_size: int = 4096) -> None:
+        """Add the marks of another bitmap, such as KVM's dirty log of the slot of a region.
+
+        Args:
+            address: the first address that it tells of, in a region that is tracked.
+            words: whole 64-bit little-endian words; bits past the region's end are ignored.
+            page_size: bytes that one bit stands for.
+
+        Raises:
+            MemoryAccessError: when no tracked region is there.
+            InvalidValueError: when it is not whole words, or the page size no power of two.
+        """
+        from vm_memory.errors import MemoryAccessError
+
+        region = self.find_region(address)
+        if region is None or region.dirty is None:
+            raise MemoryAccessError(address, 1, "no region that tracks dirty pages is there")
+        region.dirty.merge(words, address - region.guest_address, page_size)

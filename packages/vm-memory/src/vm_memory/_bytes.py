@@ -1,0 +1,211 @@
+"""Access to guest memory as bytes."""
+
+from __future__ import annotations
+
+from vm_memory._native import ffi, lib
+from vm_memory.errors import InvalidValueError, MemoryAccessError
+from vm_memory.permissions import Permissions
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from typing import TypeAlias
+
+    from vm_memory._map import Piece, _Nowhere
+    from vm_memory.address import GuestAddress
+    from vm_memory.region import GuestRegion
+
+    Buffer: TypeAlias = bytes | bytearray | memoryview
+
+__all__ = ["ByteAccess"]
+
+_fill = lib.vmm_fill
+_copy = lib.vmm_copy
+_READ = Permissions.READ
+
+# From here on a copy is worth a C call, which lets other Python threads run meanwhile.
+_LONG = 128 << 10
+
+
+class ByteAccess:
+    """Reading and writing bytes, over whatever finds the pieces of a range."""
+
+    __slots__ = ()
+
+    if TYPE_CHECKING:
+        _recent: GuestRegion | _Nowhere
+
+        def _walk(self, address: int, length: int, *, write: bool = False) -> Iterator[Piece]: ...
+        def _pieces(self, address: int, length: int, *, write: bool = False) -> list[Piece]: ...
+        def _wrote(self, address: int, pieces: list[Piece]) -> None: ...
+        def _check_lost(self, address: int, length: int, pieces: list[Piece]) -> None: ...
+        def _check_open(self) -> None: ...
+
+    def read(self, address: GuestAddress, length: int) -> bytes:
+        """Exactly `length` bytes.
+
+        Raises:
+            MemoryAccessError: when the range is not all memory.
+            BackingLostError: when pages of it are lost.
+        """
+        region = self._recent
+        offset = address - region.guest_address
+        end = offset + length
+        if 0 <= offset <= end <= region.size:
+            return region.buffer[offset:end].tobytes()
+        pieces = self._pieces(address, length)
+        data = b"".join([region.buffer[start : start + count] for region, start, count in pieces])
+        self._check_lost(address, length, pieces)
+        return data
+
+    def write(self, address: GuestAddress, data: Buffer) -> None:
+        """Write all of `data`, or nothing.
+
+        Raises:
+            MemoryAccessError: when the range is not all memory.
+            BackingLostError: when pages of it are lost.
+        """
+        length = len(data)
+        region = self._recent
+        offset = address - region.guest_address
+        end = offset + length
+        if 0 <= offset <= end <= region.size:
+            try:
+                region.buffer[offset:end] = data
+            except (TypeError, ValueError):
+                pass  # not a flat buffer of bytes: below it is made one
+            else:
+                if region.dirty is not None:
+                    region.dirty.mark(offset, length)
+                return
+        view = _flat(data)
+        done = 0
+        pieces = self._pieces(address, len(view), write=True)
+        for region, start, count in pieces:
+            region.buffer[start : start + count] = view[done : done + count]
+            done += count
+        self._wrote(address, pieces)
+        self._check_lost(address, done, pieces)
+
+    def read_into(self, address: GuestAddress, buffer: bytearray | memoryview) -> None:
+        """Fill a writable buffer from memory. Long copies let other threads run meanwhile.
+
+        Raises:
+            MemoryAccessError: when the range is not all memory; the buffer is unchanged then.
+            BackingLostError: when pages of it are lost.
+        """
+        view = _flat(buffer)
+        length = len(view)
+        pieces = self._pieces(address, length)
+        done = 0
+        for region, start, count in pieces:
+            if count >= _LONG:
+                target = ffi.from_buffer(view[done : done + count], require_writable=True)
+                source = region.host_address + start
+                _copy(int(ffi.cast("uintptr_t", target)), source, count)
+            else:
+                view[done : done + count] = region.buffer[start : start + count]
+            done += count
+        self._check_lost(address, length, pieces)
+
+    def read_partial(self, address: GuestAddress, length: int) -> bytes:
+        """Up to `length` bytes: what there is in front of the first hole.
+
+        Raises:
+            MemoryAccessError: when there is no memory at `address` itself.
+        """
+        return self.read(address, self._available(address, length))
+
+    def write_partial(self, address: GuestAddress, data: Buffer) -> int:
+        """Write what fits in front of the first hole; returns how many bytes that were.
+
+        Raises:
+            MemoryAccessError: when there is no memory at `address` itself.
+        """
+        view = _flat(data)
+        length = self._available(address, len(view), write=True)
+        self.write(address, view[:length])
+        return length
+
+    def fill(self, address: GuestAddress, length: int, value: int = 0) -> None:
+        """Set every byte of a range to one value, 0 to 255.
+
+        Raises:
+            MemoryAccessError: when the range is not all memory.
+            InvalidValueError: when the value is no byte.
+            BackingLostError: when pages of it are lost.
+        """
+        if not 0 <= value <= 255:
+            raise InvalidValueError("value", value, "must be 0 to 255")
+        pieces = self._pieces(address, length, write=True)
+        for region, offset, count in pieces:
+            _fill(region.host_address + offset, value, count)
+        self._wrote(address, pieces)
+        self._check_lost(address, length, pieces)
+
+    def copy(self, target: GuestAddress, source: GuestAddress, length: int) -> None:
+        """Copy within the memory, as memmove does: the ranges may overlap.
+
+        Raises:
+            MemoryAccessError: when either range is not all memory; nothing is written then.
+            BackingLostError: when pages of them are lost.
+        """
+        froms = self._pieces(source, length)
+        tos = self._pieces(target, length, write=True)
+        if len(froms) == len(tos) == 1:
+            (one, start, _), (other, offset, _) = froms[0], tos[0]
+            _copy(other.host_address + offset, one.host_address + start, length)
+        else:
+            # Piecewise in either direction an overlap could be overwritten before it is read.
+            data = b"".join([r.buffer[start : start + count] for r, start, count in froms])
+            done = 0
+            for region, start, count in tos:
+                region.buffer[start : start + count] = data[done : done + count]
+                done += count
+        self._wrote(target, tos)
+        self._check_lost(source, length, froms)
+        self._check_lost(target, length, tos)
+
+    def slices(
+        self,
+        address: GuestAddress,
+        length: int,
+        permissions: Permissions = Permissions.READ_WRITE,
+    ) -> list[memoryview]:
+        """The pieces of a range as writable views, one for each region, without a copy.
+
+        The views work wherever buffers do: `os.preadv`, `readinto`, `recv_into`, numpy. They stay
+        valid after the map was closed. With `WRITE` the range is marked dirty at once; who writes
+        later, while somebody harvests, calls `mark_dirty` again afterwards.
+
+        Raises:
+            MemoryAccessError: when the range is not all memory.
+        """
+        region = self._recent
+        offset = address - region.guest_address
+        end = offset + length
+        if 0 <= offset < end <= region.size:
+            if region.dirty is not None and permissions is not _READ:
+                region.dirty.mark(offset, length)
+            return [region.buffer[offset:end]]
+        write = permissions is not _READ
+        pieces = self._pieces(address, length, write=write)
+        if write:
+            self._wrote(address, pieces)
+        return [region.buffer[start : start + count] for region, start, count in pieces]
+
+    def _available(self, address: int, length: int, *, write: bool = False) -> int:
+        """How many bytes of a range lie in front of the first hole; at least one."""
+        if length < 0:
+            raise InvalidValueError("length", length, "must not be negative")
+        found = sum(count for _, _, count in self._walk(address, length, write=write))
+        if found == 0 and length > 0:
+            self._check_open()
+            raise MemoryAccessError(address, length, "there is no memory at its first byte")
+        return found
+
+
+def _flat(data: Buffer) -> memoryview:
+    """A buffer as plain bytes, whatever its format and shape."""
+    view = memoryview(data)
+    return view if view.format == "B" and view.ndim == 1 else view.cast("B")

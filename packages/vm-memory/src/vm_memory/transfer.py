@@ -1,0 +1,134 @@
+"""Transfers between guest memory and files or sockets, without a copy on the way."""
+
+from __future__ import annotations
+
+from vm_memory._native import ffi, lib
+from vm_memory.errors import BackingLostError, ShortTransferError, TransferError
+from vm_memory.permissions import Permissions
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Sequence
+    from typing import Protocol, TypeAlias
+
+    from vm_memory.address import GuestAddress
+    from vm_memory.memory import GuestMemory
+
+    class HasFileno(Protocol):
+        """Whatever has a descriptor: files, sockets."""
+
+        def fileno(self) -> int: ...
+
+    File: TypeAlias = int | HasFileno
+
+__all__ = ["receive_message", "send_message", "transfer"]
+
+_EINTR = 4
+_EFAULT = 14
+
+
+def transfer(
+    memory: GuestMemory,
+    address: GuestAddress,
+    file: File,
+    length: int,
+    offset: int | None,
+    *,
+    out: bool,
+    exact: bool,
+) -> int:
+    """Move bytes between memory and a file; `GuestMemory` has the methods to call.
+
+    Args:
+        memory: the memory, whose range the caller has checked.
+        address: where in the memory.
+        file: a descriptor, or an object that has one.
+        length: how many bytes.
+        offset: where in the file; its own position when None.
+        out: from memory to the file, else from the file to memory.
+        exact: until all is done, else with one system call.
+
+    Returns:
+        The bytes moved.
+
+    Raises:
+        ShortTransferError: when an exact transfer meets the end of the file.
+        TransferError: when a system call fails.
+        BackingLostError: when pages of the range are lost.
+    """
+    fd = file if isinstance(file, int) else file.fileno()
+    table = memory._native()
+    error = ffi.new("int *")
+    done = 0
+    while done < length or length == 0:
+        position = -1 if offset is None else offset + done
+        count = lib.vmm_transfer(
+            table, address + done, length - done, fd, position, out, exact, error
+        )
+        done += count
+        if error[0] == _EINTR:
+            # Back in Python its signal handlers have run, and may have raised; then go on.
+            if exact or done == 0:
+                continue
+            return done
+        if error[0]:
+            raise _failure(memory, address, length, done, error[0])
+        if exact and done < length:
+            raise ShortTransferError(address, length, done)
+        break
+    return done
+
+
+def receive_message(
+    memory: GuestMemory,
+    address: GuestAddress,
+    length: int,
+    sock: socket.socket,
+    ancillary: int = 0,
+    flags: int = 0,
+) -> tuple[int, list[tuple[int, int, bytes]], int, object]:
+    """`recvmsg` straight into memory; what arrived is marked dirty.
+
+    Returns:
+        Bytes, ancillary data, message flags and the sender's address, as `recvmsg_into` does.
+
+    Raises:
+        MemoryAccessError: when the range is not all memory.
+        OSError: what the socket raises.
+    """
+    pieces = memory.slices(address, length, Permissions.READ)
+    count, control, message, sender = sock.recvmsg_into(pieces, ancillary, flags)
+    memory.mark_dirty(address, count)
+    return count, control, message, sender
+
+
+def send_message(
+    memory: GuestMemory,
+    address: GuestAddress,
+    length: int,
+    sock: socket.socket,
+    ancillary: Sequence[tuple[int, int, bytes]] = (),
+    flags: int = 0,
+) -> int:
+    """`sendmsg` straight from memory; returns how many bytes were sent.
+
+    Raises:
+        MemoryAccessError: when the range is not all memory.
+        OSError: what the socket raises.
+    """
+    return sock.sendmsg(memory.slices(address, length, Permissions.READ), ancillary, flags)
+
+
+def _failure(
+    memory: GuestMemory, address: GuestAddress, length: int, done: int, errno: int
+) -> TransferError | BackingLostError:
+    """EFAULT on memory that was checked means that the kernel found no page behind it."""
+    if errno == _EFAULT:
+        start: GuestAddress = address + done  # type: ignore[assignment]
+        region = memory.find_region(start)
+        if region is not None and (region.fragile or region.mapping.overlaid):
+            return BackingLostError(
+                address, length, f"pages from {address + done:#x} on are lost: a file was truncated"
+            )
+    return TransferError(address, length, done, errno)
