@@ -199,9 +199,7 @@ def _watch(command: list[str], folder: Path, progress: Progress, problem: str, r
                 if time.monotonic() > end:
                     raise PackageError(f"{problem}: it has taken {_LONGEST:.0f} s", remedy)
                 time.sleep(0.05)
-                files = (path.stat().st_size for path in folder.glob("*.deb"))
-                partial = (path.stat().st_size for path in folder.glob("partial/*"))
-                progress.update((sum(files) + sum(partial)) / 1e6)
+                progress.update(sum(map(_size, folder.glob("*.deb"))) / 1e6)
         finally:
             process.kill()
             process.wait()
@@ -210,6 +208,13 @@ def _watch(command: list[str], folder: Path, progress: Progress, problem: str, r
             log.seek(0)
             lines = [line for line in log.read().splitlines() if line.startswith(("E:", "dpkg"))]
             raise PackageError(": ".join([problem, *lines[:2]]), remedy)
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:  # apt moves its files about while we look
+        return 0
 
 
 def _index_modules(root: Path) -> None:
