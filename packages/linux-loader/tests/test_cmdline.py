@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from linux_loader import Cmdline, CmdlineError
-from linux_loader.cmdline import encode_cmdline
+from linux_loader.encode import encode_cmdline
 from linux_loader.testing import cmdlines
 
 

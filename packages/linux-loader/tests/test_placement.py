@@ -146,7 +146,11 @@ def test_mapped_and_copied_files_read_the_same(
         guest.fill(GuestAddress(0), SIZE, 0xAA)
         made = make_plan(
             Placement(
-                "f", 0x10000 + skew, 160_000, FileRange(source, skew + shift, size), zero=True
+                "f",
+                0x10000 + skew,
+                160_000,
+                FileRange(source=source, offset=skew + shift, size=size),
+                zero=True,
             )
         )
         mapped = made.write(guest, map_files=map_files)
@@ -167,7 +171,9 @@ def test_a_file_that_shrank_is_an_error(tmp_path: Path, size: int, map_files: bo
     path = tmp_path / "file"
     path.write_bytes(bytes(size))
     with memory() as guest, Source.open(path) as source:
-        made = make_plan(Placement("f", 0x10000, size, FileRange(source, 0, size)))
+        made = make_plan(
+            Placement("f", 0x10000, size, FileRange(source=source, offset=0, size=size))
+        )
         path.write_bytes(b"short")
         with pytest.raises(ImageError):
             made.write(guest, map_files=map_files)
@@ -179,7 +185,7 @@ def test_contents_cross_regions() -> None:
     with GuestMemory.from_ranges([(GuestAddress(0), half), (GuestAddress(half), half)]) as guest:
         source = Source.of_bytes(b"abcdefgh", "bytes")
         make_plan(
-            Placement("f", half - 4, 8, FileRange(source, 0, 8)),
+            Placement("f", half - 4, 8, FileRange(source=source, offset=0, size=8)),
             Placement("g", 8, 4, b"data"),
         ).write(guest)
         assert guest.read(GuestAddress(half - 4), 8) == b"abcdefgh"

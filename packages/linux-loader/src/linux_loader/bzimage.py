@@ -5,8 +5,7 @@ from __future__ import annotations
 import struct
 from typing import TYPE_CHECKING
 
-import attrs
-
+from linux_loader._value import Value
 from linux_loader.errors import ImageError
 from linux_loader.kinds import Format, format_of
 
@@ -24,8 +23,7 @@ XLF_KERNEL_64 = 1
 XLF_CAN_BE_LOADED_ABOVE_4G = 2
 
 
-@attrs.frozen
-class BzImage:
+class BzImage(Value):
     """A checked setup header. Fields that the protocol version does not have hold its defaults.
 
     Attributes:

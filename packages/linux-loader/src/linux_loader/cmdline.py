@@ -4,37 +4,12 @@ from __future__ import annotations
 
 import attrs
 
+from linux_loader.encode import encode_cmdline
 from linux_loader.errors import CmdlineError
 
 __all__ = ["Cmdline"]
 
 _CAPACITY = 2047
-
-
-def encode_cmdline(text: str, capacity: int) -> bytes:
-    r"""Return a command line as the guest reads it, with its NUL.
-
-    Args:
-        text: the whole line.
-        capacity: the most characters the kernel takes, its NUL not counted.
-
-    Raises:
-        CmdlineError: a character is not printable ASCII, or there are too many.
-
-    >>> encode_cmdline("console=ttyS0", 255)
-    b'console=ttyS0\x00'
-    """
-    if not (text.isascii() and text.isprintable()):
-        for index, character in enumerate(text):
-            if not " " <= character <= "~":
-                raise CmdlineError(
-                    "cmdline", index, character, "only printable ASCII reaches the kernel unharmed"
-                )
-    if len(text) > capacity:
-        raise CmdlineError(
-            "cmdline", None, len(text), f"this kernel takes {capacity} characters: shorten it"
-        )
-    return text.encode("ascii") + b"\0"
 
 
 def _split(text: str) -> list[str]:

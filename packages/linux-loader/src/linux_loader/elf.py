@@ -5,8 +5,7 @@ from __future__ import annotations
 import struct
 from typing import TYPE_CHECKING
 
-import attrs
-
+from linux_loader._value import Value
 from linux_loader.errors import ImageError
 
 if TYPE_CHECKING:
@@ -31,8 +30,7 @@ _MAX_PROGRAM_HEADERS = 256
 _MAX_NOTES = 1 << 20
 
 
-@attrs.frozen
-class ElfSegment:
+class ElfSegment(Value):
     """A PT_LOAD program header.
 
     Attributes:
@@ -52,8 +50,7 @@ class ElfSegment:
     flags: int
 
 
-@attrs.frozen
-class ElfImage:
+class ElfImage(Value):
     """A checked x86 executable.
 
     Attributes:
@@ -124,7 +121,16 @@ def parse_elf(source: Source) -> ElfImage:
         if kind == _PT_LOAD:
             if memsz:
                 _check_segment(source, at, offset, paddr, filesz, memsz)
-                segments.append(ElfSegment(offset, paddr, vaddr, filesz, memsz, flags))
+                segments.append(
+                    ElfSegment(
+                        offset=offset,
+                        address=paddr,
+                        virtual_address=vaddr,
+                        file_size=filesz,
+                        memory_size=memsz,
+                        flags=flags,
+                    )
+                )
             elif filesz:
                 raise ImageError("p_memsz", at, 0, f"must be at least p_filesz ({filesz:#x})")
         elif kind == _PT_NOTE and pvh_entry is None:

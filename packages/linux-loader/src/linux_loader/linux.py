@@ -162,7 +162,7 @@ def plan_bzimage(
         raise ImageError(
             "syssize", 0x1F4, image.kernel_size, "must reach the 64-bit entry at 0x200"
         )
-    content = FileRange(source, image.setup_size, image.kernel_size)
+    content = FileRange(source=source, offset=image.setup_size, size=image.kernel_size)
     room = max(image.kernel_size, image.init_size)
     if image.relocatable:
         address = _load_address(request, image, room)

@@ -280,7 +280,7 @@ def _plan_elf(
             f"kernel segment {index}",
             segment.address,
             segment.memory_size,
-            FileRange(source, segment.offset, segment.file_size),
+            FileRange(source=source, offset=segment.offset, size=segment.file_size),
             zero=True,
         )
         for index, segment in enumerate(elf.segments)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import attrs
 
+from linux_loader._value import Value
 from linux_loader.e820 import ram_ranges
 from linux_loader.errors import PlacementError
 
@@ -24,11 +25,10 @@ _PAGE = 4096
 _MAP_AT_LEAST = 64 << 10  # below this, a mapping costs more than the copy it saves
 
 
-@attrs.frozen
-class FileRange:
+class FileRange(Value):
     """Bytes that are still in a file."""
 
-    source: Source = attrs.field(repr=False, eq=False)
+    source: Source
     offset: int
     size: int
 

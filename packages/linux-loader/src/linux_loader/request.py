@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from linux_loader.cmdline import encode_cmdline
 from linux_loader.e820 import checked_map, ram_ranges
+from linux_loader.encode import encode_cmdline
 from linux_loader.errors import PlacementError
 from linux_loader.layout import Layout
 from linux_loader.placement import FileRange, Placement, describe, highest_fit
@@ -72,7 +72,7 @@ class BootRequest:
         result = []
         for source, size in zip(self.initrds, sizes, strict=True):
             if size:
-                content = FileRange(source, 0, source.size)
+                content = FileRange(source=source, offset=0, size=source.size)
                 result.append(Placement(f"initrd {source.name}", address, size, content, zero=True))
             address += size
         return result
