@@ -83,9 +83,9 @@ def build_disk(
                     (root / name).mkdir(parents=True)
                 _install_busybox(shell, root)
                 for name, source in [*base, *added]:
-                    _place(root / name, source)
+                    _place(root, name, source)
                 _permit(root, added)
-                _make(file, root, size=size, label=label, key=key, tools=tools)
+                _make(file, root, size=size, label=label, tools=tools)
             return [shell, *input_files(added)]
 
         cached = cached_image(f"disk-{key}.ext4", build)
@@ -104,14 +104,11 @@ def _tool(name: str) -> str:
     return found
 
 
-def _base_files() -> list[tuple[str, Path]]:
+def _base_files() -> list[tuple[str, bytes]]:
     """The files of this package that every root disk has."""
     top = Path(str(importlib.resources.files(__package__) / "guest" / "disk"))
-    return [
-        (name, source)
-        for name, source in walk_files("", top)
-        if isinstance(source, Path) and source.is_file()
-    ]
+    found = [(name, source) for name, source in walk_files("", top) if isinstance(source, Path)]
+    return [(name, source.read_bytes()) for name, source in found if source.is_file()]
 
 
 def _install_busybox(shell: Path, root: Path) -> None:
@@ -125,8 +122,11 @@ def _install_busybox(shell: Path, root: Path) -> None:
             link.symlink_to("/bin/busybox")
 
 
-def _place(target: Path, source: Path | bytes) -> None:
+def _place(root: Path, name: str, source: Path | bytes) -> None:
     """Put one file, link or folder into the staging folder, over whatever has its name."""
+    target = root / name
+    if not target.parent.resolve().is_relative_to(root.resolve()):
+        raise ImageError(f"place {name!r}: a link among the files leads out of the image")
     target.parent.mkdir(parents=True, exist_ok=True)
     if target.is_symlink() or target.is_file():
         target.unlink()
@@ -139,8 +139,7 @@ def _place(target: Path, source: Path | bytes) -> None:
         target.mkdir(exist_ok=True)
     elif source.is_file():
         shutil.copyfile(source, target)
-        script = target.open("rb").read(2) == b"#!"
-        target.chmod(0o755 if script else source.stat().st_mode & 0o7777)
+        target.chmod(source.stat().st_mode & 0o7777)
     else:
         raise ImageError(f"{source} is neither a file, a folder nor a link")
 
@@ -155,11 +154,18 @@ def _permit(root: Path, added: Sequence[tuple[str, Path | bytes]]) -> None:
         Path(folder).chmod(modes.get(Path(folder), 0o755))
 
 
-def _make(
-    file: Path, root: Path, *, size: int, label: str, key: str, tools: Mapping[str, str]
-) -> None:
+def _make(file: Path, root: Path, *, size: int, label: str, tools: Mapping[str, str]) -> None:
     """Make the file system, then give every file in it to root, at the epoch."""
-    identity = uuid.uuid5(uuid.NAMESPACE_OID, key)
+    names = [
+        f"/{Path(folder, name).relative_to(root)}"
+        for folder, folders, files in os.walk(root)
+        for name in [*folders, *files]
+    ]
+    odd = next((name for name in names if '"' in name or "\n" in name), None)
+    if odd is not None:
+        raise DiskError(f"file name {odd!r} has a quotation mark or a line break in it")
+    names.sort()
+    identity = _identity(root, names)
     with file.open("wb") as image:
         image.truncate(size)
     extended = f"hash_seed={identity},root_owner=0:0,lazy_itable_init=0,nodiscard"
@@ -171,26 +177,26 @@ def _make(
         f"the files do not fit on a disk of {size >> 20} MiB, or mkfs.ext4 cannot make it",
         "give a larger --size",
     )  # fmt: skip
-    fields = ("uid", "gid", "atime", "ctime", "mtime", "crtime")
-    names = [
-        f"/{Path(folder, name).relative_to(root)}"
-        for folder, folders, files in os.walk(root)
-        for name in sorted([*folders, *files])
-    ]
-    odd = next((name for name in names if '"' in name or "\n" in name), None)
-    if odd is not None:
-        raise DiskError(f"file name {odd!r} has a quotation mark or a line break in it")
     script = root.parent / "script"
     lines = (
         f'set_inode_field "{name}" {field} {0 if field.endswith("id") else "@1"}\n'
         for name in ["/", "/lost+found", *names]
-        for field in fields
+        for field in ("uid", "gid", "atime", "ctime", "mtime", "crtime")
     )
     script.write_text("".join(lines))
     _run(
         [tools["debugfs"], "-w", "-f", str(script), str(file)],
         "debugfs cannot set the owners of the files",
     )
+
+
+def _identity(root: Path, names: Sequence[str]) -> uuid.UUID:
+    """A UUID made of the names and contents of the files."""
+    parts: list[str | Path] = []
+    for name in names:
+        path = root / name[1:]
+        parts += [name, path if path.is_file() and not path.is_symlink() else ""]
+    return uuid.uuid5(uuid.NAMESPACE_OID, content_key(*parts))
 
 
 def _run(command: Sequence[str], problem: str, remedy: str = "") -> str:

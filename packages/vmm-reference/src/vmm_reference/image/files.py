@@ -6,12 +6,23 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from .errors import ImageError
+
 __all__ = ["file_identity", "input_files", "walk_files"]
 
 
 def walk_files(name: str, source: Path | bytes) -> list[tuple[str, Path | bytes]]:
-    """A file, or a folder and all below it in a fixed order, each with its name in the image."""
+    """A file, or a folder and all below it in a fixed order, each with its name in the image.
+
+    Raises:
+        ImageError: the place is not a plain path.
+        OSError: the file is not there.
+    """
     name = name.strip("/")
+    if any(part in ("", ".", "..") for part in name.split("/")) and (
+        name or isinstance(source, bytes) or not source.is_dir()
+    ):
+        raise ImageError(f"place {name!r} is not a plain path below the root")
     if isinstance(source, bytes) or not source.is_dir():
         return [(name, source if isinstance(source, bytes) else source.resolve(strict=True))]
     found: list[tuple[str, Path | bytes]] = [(name, source)] if name else []

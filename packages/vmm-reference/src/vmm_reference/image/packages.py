@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 
@@ -184,8 +185,7 @@ def _watch(command: list[str], folder: Path, progress: Progress, problem: str, r
     """Run a command in a folder to its end, reporting how large the files there have become."""
     end = time.monotonic() + _LONGEST
     environment = os.environ | {"LC_ALL": "C"}
-    with (folder.parent / f".log-{folder.name}").open("w+") as log:
-        Path(log.name).unlink()
+    with tempfile.TemporaryFile("w+", errors="replace") as log:
         process = subprocess.Popen(
             command,
             cwd=folder,
