@@ -1,148 +1,153 @@
-"""The lab's interface on the host itself, for machines whose KVM needs no lab."""
+"""The same as a lab, on a host whose own KVM runs unmodified kernels: commands run right here."""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
-import pty
-import re
 import select
+import signal
 import subprocess
-import time
+import termios
 from typing import TYPE_CHECKING, TypeVar
 
-from lab.errors import LabError, LabTimeout
+from lab import wire
+from lab.dialogue import STDERR, STDOUT, Dialogue
+from lab.errors import LabError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-__all__ = ["Direct", "DirectJob"]
+__all__ = ["Direct", "Process"]
 
 T = TypeVar("T")
 
 
-class DirectJob:
-    """A command on the host, with the methods of `lab.lab.Job` that tests use."""
+class Process(Dialogue):
+    """A command that runs on this host: made by `Direct.popen`."""
 
     def __init__(
         self,
-        argv: list[str],
-        *,
-        terminal: bool,
+        argv: Sequence[str | os.PathLike[str]],
+        pty: bool,
         env: Mapping[str, str] | None,
         cwd: str | os.PathLike[str] | None,
     ) -> None:
-        self.argv = argv
-        self._output = bytearray()
-        self._searched = 0
-        if terminal:
-            self._near, far = pty.openpty()
-            self._process = subprocess.Popen(
-                argv, stdin=far, stdout=far, stderr=far, env=env, cwd=cwd, start_new_session=True
-            )
-            os.close(far)
-            self._input = self._near
+        super().__init__([os.fspath(argument) for argument in argv])
+        self._input = bytearray()
+        self._closing = False
+        self._terminal = -1
+        if pty:
+            self._terminal, inner = os.openpty()
+            ends = (inner, inner, inner)
+            self._stdin = self._terminal
+            self._outputs = {self._terminal: STDOUT}
         else:
+            (stdin, self._stdin), (out, stdout), (err, stderr) = os.pipe(), os.pipe(), os.pipe()
+            ends = (stdin, stdout, stderr)
+            self._outputs = {out: STDOUT, err: STDERR}
+        try:
+            # A session of its own, so that all of it can be ended; the first terminal that its
+            # leader opens becomes its own, which Popen leaves to a shell.
+            command = ["sh", "-c", f'exec "$@" <{os.ttyname(inner)}', "sh"] if pty else []
             self._process = subprocess.Popen(
-                argv,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
+                [*command, *self.argv],
+                stdin=ends[0],
+                stdout=ends[1],
+                stderr=ends[2],
                 env=env,
                 cwd=cwd,
+                start_new_session=True,
             )
-            assert self._process.stdin is not None
-            assert self._process.stdout is not None
-            self._near = self._process.stdout.fileno()
-            self._input = self._process.stdin.fileno()
-
-    @property
-    def returncode(self) -> int | None:
-        """None until it has ended; 128 + n after signal n, as shells count."""
-        status = self._process.poll()
-        return status if status is None or status >= 0 else 128 - status
-
-    @property
-    def stdout(self) -> str:
-        """All it has written so far."""
-        return self._output.decode(errors="replace")
-
-    def read_until(self, pattern: str, timeout: float = 60) -> str:
-        """Wait until it writes what a regular expression describes, and return up to there.
-
-        Raises:
-            LabTimeout: it did not in time, in seconds.
-            LabError: it ended without.
-        """
-        expression = re.compile(pattern.encode())
-        deadline = time.monotonic() + timeout
-        while (match := expression.search(self._output, self._searched)) is None:
-            if not self._read(deadline):
-                raise LabError(f"{self.argv[0]} ended before it wrote {pattern!r}:\n{self.stdout}")
-            if time.monotonic() > deadline:
-                what = f"{self.argv[0]} did not write {pattern!r} within {timeout} s"
-                raise LabTimeout(what, self.stdout)
-        text = self._output[self._searched : match.end()].decode(errors="replace")
-        self._searched = match.end()
-        return text
+        except OSError:
+            for end in {self._stdin, *self._outputs}:
+                os.close(end)
+            raise
+        finally:
+            for end in {*ends}:
+                os.close(end)
+        for end in {self._stdin, *self._outputs}:
+            os.set_blocking(end, False)
 
     def write(self, data: str | bytes) -> None:
-        """Give it input."""
-        os.write(self._input, data.encode() if isinstance(data, str) else data)
+        if self._closing:
+            raise LabError(f"the input of {self.argv[0]} is closed already")
+        self._input += data.encode() if isinstance(data, str) else data
+        self._feed()
 
     def close_stdin(self) -> None:
-        """End its input."""
-        if self._process.stdin is not None:
-            self._process.stdin.close()
+        self._closing = True
+        self._feed()
 
     def send_signal(self, number: int) -> None:
-        """Send the command a signal."""
-        self._process.send_signal(number)
+        if number == signal.SIGKILL:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, number)
+        else:
+            self._process.send_signal(number)
 
-    def wait(self, timeout: float = 60) -> int:
-        """Wait for its end, in seconds, and return its status.
-
-        Raises:
-            LabTimeout: it did not end in time. It runs on.
-        """
-        deadline = time.monotonic() + timeout
-        while self._read(deadline):
-            if time.monotonic() > deadline:
-                raise LabTimeout(f"{self.argv[0]} did not end within {timeout} s", self.stdout)
-        self._process.wait()
-        assert self.returncode is not None
-        return self.returncode
+    def resize(self, rows: int, columns: int) -> None:
+        if self._terminal >= 0:
+            size = wire.WINDOW.pack(rows, columns) + bytes(4)
+            fcntl.ioctl(self._terminal, termios.TIOCSWINSZ, size)
 
     def close(self) -> None:
-        """End it, if it has not ended."""
-        self._process.kill()
+        self.send_signal(signal.SIGKILL)
         self._process.wait()
-        if self._process.stdout is None:
-            os.close(self._near)
-        else:
-            self._process.stdout.close()
-        self.close_stdin()
+        for end in {self._stdin, self._terminal, *self._outputs} - {-1}:
+            os.close(end)
+        self._outputs.clear()
+        self._stdin = self._terminal = -1
 
-    def __enter__(self) -> DirectJob:
-        return self
+    def _pump(self, timeout: float) -> None:
+        poll = select.poll()
+        for end in self._outputs:
+            poll.register(end, select.POLLIN)
+        if self._input and self._stdin >= 0:
+            both = select.POLLOUT | (select.POLLIN if self._stdin in self._outputs else 0)
+            poll.register(self._stdin, both)
+        for end, _ in poll.poll(min(timeout, 0.25) * 1000):
+            if end in self._outputs:
+                self._drain(end)
+        self._feed()
+        # What it has started may hold its outputs open for ever: its own end is what counts.
+        status = self._process.poll()
+        if status is not None:
+            while self._outputs and select.select([*self._outputs], [], [], 0)[0]:
+                for end in select.select([*self._outputs], [], [], 0)[0]:
+                    self._drain(end)
+            self.returncode = status if status >= 0 else 128 - status
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def _read(self, deadline: float) -> bool:
-        """Take what it has written; False once it will write no more."""
-        left = max(0.0, min(deadline - time.monotonic(), 1.0))
-        if not select.select([self._near], [], [], left)[0]:
-            return True
+    def _drain(self, end: int) -> None:
         try:
-            data = os.read(self._near, 1 << 16)
-        except OSError:  # a terminal whose other end is closed
+            data = os.read(end, 1 << 16)
+        except BlockingIOError:
+            return
+        except OSError:  # how a pseudo-terminal says that nobody has it open any more
             data = b""
-        self._output += data
-        return bool(data)
+        self._written[self._outputs[end]] += data
+        if not data:
+            del self._outputs[end]
+            if end != self._terminal:
+                os.close(end)
+
+    def _feed(self) -> None:
+        if self._stdin < 0:
+            return
+        try:
+            while self._input:
+                del self._input[: os.write(self._stdin, self._input[: 1 << 16])]
+        except BlockingIOError:
+            return
+        except OSError:  # nobody reads it any more
+            self._input.clear()
+        if self._closing and self._stdin != self._terminal:
+            os.close(self._stdin)
+            self._stdin = -1
 
 
 class Direct:
-    """Runs commands on this host, as `lab.lab.Lab` runs them in a lab."""
+    """Runs commands on this host, with the methods of a `Lab`."""
 
     def popen(
         self,
@@ -151,41 +156,39 @@ class Direct:
         pty: bool = False,
         env: Mapping[str, str] | None = None,
         cwd: str | os.PathLike[str] | None = None,
-    ) -> DirectJob:
-        """Start a command and return at once; a context manager that ends it."""
-        return DirectJob([os.fspath(word) for word in argv], terminal=pty, env=env, cwd=cwd)
+    ) -> Process:
+        """As `Lab.popen`."""
+        return Process(argv, pty, env, cwd)
 
     def run(
         self,
         argv: Sequence[str | os.PathLike[str]],
         *,
-        input: str | bytes | None = None,  # noqa: A002 - as subprocess.run calls it
+        input: str | bytes | None = None,  # noqa: A002
         timeout: float = 120,
         env: Mapping[str, str] | None = None,
         cwd: str | os.PathLike[str] | None = None,
     ) -> subprocess.CompletedProcess[str]:
-        """Run a command to its end."""
-        text = input.decode() if isinstance(input, bytes) else input
-        return subprocess.run(
-            [os.fspath(word) for word in argv],
-            input=text or "",
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            env=env,
-            cwd=cwd,
-            check=False,
-        )
+        """As `Lab.run`."""
+
+        def dialogue(process: Dialogue) -> subprocess.CompletedProcess[str]:
+            if input is not None:
+                process.write(input)
+            process.close_stdin()
+            status = process.wait(timeout)
+            return subprocess.CompletedProcess(process.argv, status, process.stdout, process.stderr)
+
+        return self.converse(argv, dialogue, env=env, cwd=cwd)
 
     def converse(
         self,
         argv: Sequence[str | os.PathLike[str]],
-        dialogue: Callable[[DirectJob], T],
+        dialogue: Callable[[Dialogue], T],
         *,
         pty: bool = False,
         env: Mapping[str, str] | None = None,
         cwd: str | os.PathLike[str] | None = None,
     ) -> T:
-        """Start a command and hand it to a function."""
-        with self.popen(argv, pty=pty, env=env, cwd=cwd) as job:
-            return dialogue(job)
+        """As `Lab.converse`."""
+        with self.popen(argv, pty=pty, env=env, cwd=cwd) as process:
+            return dialogue(process)
