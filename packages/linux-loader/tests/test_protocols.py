@@ -16,6 +16,7 @@ from linux_loader import (
     LoaderError,
     PlacementError,
     Protocol,
+    Screen,
     load,
     plan,
 )
@@ -219,6 +220,26 @@ def test_an_image_without_a_64_bit_entry_starts_by_linux32() -> None:
         boot(image, protocol=Protocol.LINUX64)
 
 
+@pytest.mark.parametrize("loadflags", [0, 1])
+def test_the_oldest_images_find_all_at_0x90000(loadflags: int) -> None:
+    """Protocol 2.00 has the zero page at 0x90000 and its command line behind, by CL_MAGIC."""
+    image = build_bzimage(
+        b"\x90" * 2048,
+        protocol=0x200,
+        relocatable=False,
+        loadflags=loadflags,
+        code32_start=0x100000 if loadflags else 0x1000,
+    )
+    guest, loaded = boot(image, cmdline="root=301")
+    assert loaded.protocol is Protocol.LINUX32
+    assert loaded.entry.rip == (0x100000 if loadflags else 0x1000)
+    assert loaded.entry.rsi == 0x90000
+    magic, offset = word(guest, 0x90020, 2), word(guest, 0x90022, 2)
+    assert magic == 0xA33F
+    assert string(guest, 0x90000 + offset) == b"root=301"
+    assert word(guest, 0x901E0) == word(guest, 0x90002, 2) == 63 << 10
+
+
 def test_an_image_that_ends_before_its_entry_is_refused() -> None:
     """A 64-bit entry needs more than 0x200 bytes of code in front of it."""
     with pytest.raises(ImageError, match="0x200"):
@@ -261,6 +282,17 @@ def test_initrds_are_joined_with_padding() -> None:
     address, size = word(guest, 0x7218), word(guest, 0x721C)
     assert guest.read(GuestAddress(address), size) == b"abcde\0\0\0xyz"
     assert loaded.plan.find(f"initrd file descriptor {one}").address == address
+
+
+def test_microcode_comes_first() -> None:
+    """An uncompressed archive with microcode is moved before the others, whose order stays."""
+    early = b"070701" + b"0" * 104 + b"kernel/x86/microcode/AuthenticAMD.bin\0..."
+    with image_file(b"main") as one, image_file(b"next") as two, image_file(early) as three:
+        guest, _ = boot(ELF, initrd=[one, two, three], protocol=Protocol.LINUX64)
+    address, size = word(guest, 0x7218), word(guest, 0x721C)
+    data = guest.read(GuestAddress(address), size)
+    padding = bytes(-len(early) % 4)
+    assert data == early + padding + b"main" + b"next"
 
 
 def test_the_initrd_stays_below_the_image_s_limit() -> None:
@@ -308,14 +340,62 @@ def test_a_kernel_over_the_tables_is_refused() -> None:
         boot(build_elf([(0x7800, CODE)], entry=0x7800))
 
 
-def test_too_many_ranges_for_a_zero_page() -> None:
-    """The zero page holds 128 ranges; more are refused, by PVH accepted."""
+def setup_data(guest: GuestMemory, page: int) -> list[tuple[int, bytes]]:
+    """Follow the list as Linux does."""
+    result, address = [], word(guest, page + 0x250, 8)
+    while address:
+        following, kind, length = struct.unpack("<QII", guest.read(GuestAddress(address), 16))
+        result.append((kind, guest.read(GuestAddress(address + 16), length)))
+        address = following
+    return result
+
+
+def test_more_ranges_than_the_zero_page_holds() -> None:
+    """128 ranges lie in the zero page, the others in setup_data; PVH takes any number."""
     many = [E820Entry(index << 20, 1 << 20, 1 + index % 2) for index in range(130)]
-    with image_file(ELF) as fd:
-        with pytest.raises(PlacementError, match="128"):
-            plan(fd, memory_map=many, protocol=Protocol.LINUX64)
-        plan(fd, memory_map=many[:128], protocol=Protocol.LINUX64)
+    kernel = build_elf([(0x200000, CODE)], entry=0x200000, notes=pvh_note(0x200000))
+    with GuestMemory.from_ranges([(GuestAddress(0), 130 << 20)]) as guest, image_file(kernel) as fd:
+        load(guest, fd, memory_map=many, protocol=Protocol.LINUX64, rng_seed=b"s" * 33)
+        assert word(guest, 0x71E8, 1) == 128
+        (first, rest), (second, seed) = setup_data(guest, 0x7000)
+        assert (first, second, seed) == (1, 9, b"s" * 33)
+        assert [E820Entry(*item) for item in struct.iter_unpack("<QQI", rest)] == many[128:]
         plan(fd, memory_map=many, protocol=Protocol.PVH)
+
+
+def test_the_seed_reaches_the_kernel_only_by_linux() -> None:
+    """PVH and images older than setup_data refuse a seed; without one there is no list."""
+    guest, _ = boot(ELF, protocol=Protocol.LINUX64, rng_seed=b"0123456789")
+    assert setup_data(guest, 0x7000) == [(9, b"0123456789")]
+    guest, _ = boot(ELF, protocol=Protocol.LINUX64)
+    assert setup_data(guest, 0x7000) == []
+    with pytest.raises(LoaderError, match="leave it out"):
+        boot(ELF, protocol=Protocol.PVH, rng_seed=b"x")
+    with pytest.raises(ImageError, match="setup_data"):
+        boot(build_bzimage(b"\x90" * 2048, protocol=0x208), rng_seed=b"x")
+
+
+def test_a_screen_is_described() -> None:
+    """screen_info tells size, place, stride and colours of the framebuffer."""
+    screen = Screen(0x1_F000_0000, 1024, 768, 4352)
+    guest, _ = boot(ELF, protocol=Protocol.LINUX64, screen=screen)
+    info = guest.read(GuestAddress(0x7000), 64)
+    assert info[0x0F] == 0x23
+    assert struct.unpack_from("<HHHII", info, 0x12) == (1024, 768, 32, 0xF0000000, 51)
+    assert struct.unpack_from("<H8B", info, 0x24) == (4352, 8, 16, 8, 8, 8, 0, 8, 24)
+    assert struct.unpack_from("<II", info, 0x36) == (2, 1)
+    with pytest.raises(LoaderError, match="leave it out"):
+        boot(ELF, screen=screen)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [(0, 0, 1), (0, 1, 0), (0, 65536, 1), (1, 4, 4), (1 << 52, 4, 4), (0, 4, 4, 15), (0, 20000, 4)],
+)
+def test_impossible_screens_are_refused(fields: tuple[int, ...]) -> None:
+    """Sizes, places and strides out of range are errors at once."""
+    with pytest.raises(PlacementError, match="screen"):
+        Screen(*fields)
 
 
 def test_bss_is_cleared_unless_memory_is_fresh() -> None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from linux_loader.layout import Layout
     from linux_loader.loading import Loaded, load, plan
     from linux_loader.placement import Placement, Plan
+    from linux_loader.screen import Screen
 
 __all__ = [
     "Cmdline",
@@ -35,6 +36,7 @@ __all__ = [
     "PlacementError",
     "Plan",
     "Protocol",
+    "Screen",
     "SegmentState",
     "TableState",
     "load",
@@ -50,6 +52,7 @@ _MODULES = {
     "layout": ("Layout",),
     "loading": ("Loaded", "load", "plan"),
     "placement": ("Placement", "Plan"),
+    "screen": ("Screen",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

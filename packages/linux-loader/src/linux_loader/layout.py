@@ -17,6 +17,8 @@ class Layout:
         zero_page: Linux's `boot_params`, one page.
         stack: first stack pointer; the rest of its page below it is the stack.
         page_tables: six pages, page-aligned.
+        setup_data: entropy and other extras of the Linux protocol, 8-byte aligned; room up to
+            `cmdline`.
         cmdline: the command line.
     """
 
@@ -25,4 +27,5 @@ class Layout:
     zero_page: int = 0x7000
     stack: int = 0x8FF0
     page_tables: int = 0x9000
+    setup_data: int = 0xF000
     cmdline: int = 0x20000

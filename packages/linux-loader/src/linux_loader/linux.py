@@ -9,12 +9,14 @@ import struct
 from typing import TYPE_CHECKING
 
 from linux_loader.bzimage import XLF_KERNEL_64
-from linux_loader.e820 import encode
+from linux_loader.e820 import encode, ram_ranges
 from linux_loader.entry import TableState, long_mode, protected_mode
 from linux_loader.errors import ImageError, PlacementError
 from linux_loader.kinds import Protocol
+from linux_loader.layout import Layout
 from linux_loader.placement import FileRange, Placement, describe, lowest_fit
 from linux_loader.request import initrd_range
+from linux_loader.setup_data import SETUP_E820_EXT, SETUP_RNG_SEED, setup_data_list
 from linux_loader.tables import descriptor_table, identity_page_tables
 
 if TYPE_CHECKING:
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from linux_loader.e820 import E820Entry
     from linux_loader.entry import EntryState
     from linux_loader.request import BootRequest
+    from linux_loader.screen import Screen
     from linux_loader.source import Source
 
 __all__ = ["plan_linux", "zero_page"]
@@ -29,6 +32,9 @@ __all__ = ["plan_linux", "zero_page"]
 _E820_TABLE = 0x2D0
 _E820_MAX = 128
 _HEADER = 0x1F1
+_CL_MAGIC = 0xA33F
+_OLD = Layout(zero_page=0x90000, cmdline=0x91000, stack=0x94FF0)
+"""Kernels before protocol 2.02 look for everything at 0x90000, whatever they are told."""
 
 
 def zero_page(
@@ -40,26 +46,23 @@ def zero_page(
     image: BzImage | None,
     code32_start: int = 0,
     setup_data: int = 0,
+    screen: Screen | None = None,
 ) -> bytes:
     """Return `struct boot_params`, 4096 bytes.
 
     Args:
-        memory_map: sorted; 128 entries at most.
+        memory_map: sorted; the first 128 entries go in, the others are for `setup_data`.
         cmdline: guest-physical address of the command line.
         initrd: address and size of the initrd, zeros where there is none.
         rsdp: guest-physical address of the ACPI root pointer, 0 to let the kernel search.
         image: the boot image whose setup header to pass on; None for a bare vmlinux.
         code32_start: where the protected-mode code was put.
         setup_data: guest-physical address of the first `struct setup_data`, 0 for none.
-
-    Raises:
-        PlacementError: the memory map has too many entries.
+        screen: a framebuffer.
     """
-    if len(memory_map) > _E820_MAX:
-        raise PlacementError(
-            "e820_entries", None, len(memory_map), f"the zero page holds {_E820_MAX}: join ranges"
-        )
     page = bytearray(4096)
+    if screen is not None:
+        page[:64] = screen.screen_info()
     if image is None:
         # What a loader that has only a vmlinux must make up; the version allows all fields below.
         struct.pack_into("<HH4sH", page, 0x1FE, 0xAA55, 0x6AEB, b"HdrS", 0x20F)
@@ -80,8 +83,23 @@ def zero_page(
     struct.pack_into("<I", page, 0x0C8, cmdline >> 32)
     struct.pack_into("<Q", page, 0x250, setup_data)
     struct.pack_into("<Q", page, 0x070, rsdp)
-    page[0x1E8] = len(memory_map)
-    table = encode(memory_map)
+    table = encode(memory_map[:_E820_MAX])
+    page[0x1E8] = len(table) // 20
+    # What kernels before E820 read: KiB above 1 MiB, in 16 bits and in 32.
+    above = (
+        sum(
+            [
+                stop - max(start, 1 << 20)
+                for start, stop in ram_ranges(memory_map)
+                if start <= 1 << 20 < stop
+            ]
+        )
+        >> 10
+    )
+    struct.pack_into("<H", page, 0x002, min(above, 0xFC00))
+    struct.pack_into("<I", page, 0x1E0, min(above, 0xFFFFFFFF))
+    if image is not None and image.protocol < 0x202:
+        struct.pack_into("<HH", page, 0x020, _CL_MAGIC, _OLD.cmdline - _OLD.zero_page)
     page[_E820_TABLE : _E820_TABLE + len(table)] = table
     return bytes(page)
 
@@ -109,17 +127,22 @@ def plan_linux(
         LoaderError: something does not fit.
     """
     layout = request.layout
+    if image is not None and image.protocol < 0x202:
+        layout = _OLD
     gdt = descriptor_table(long=wide)
     placements = [
         *kernel,
         Placement("GDT", layout.gdt, len(gdt), gdt),
         Placement("stack", layout.stack & -4096, layout.stack % 4096),
-        request.cmdline_placement(2047 if image is None else image.cmdline_size),
+        request.cmdline_placement(
+            2047 if image is None else image.cmdline_size, address=layout.cmdline
+        ),
     ]
     if wide:
         tables = identity_page_tables(layout.page_tables)
         placements.append(Placement("page tables", layout.page_tables, len(tables), tables))
     initrds = request.initrd_placements(placements, _initrd_limit(image))
+    extras = _extras(request, image)
     page = zero_page(
         memory_map=request.memory_map,
         cmdline=layout.cmdline,
@@ -127,8 +150,13 @@ def plan_linux(
         rsdp=request.rsdp,
         image=image,
         code32_start=code32_start,
+        setup_data=layout.setup_data if extras else 0,
+        screen=request.screen,
     )
     placements += initrds
+    if extras:
+        data = setup_data_list(layout.setup_data, extras)
+        placements.append(Placement("setup data", layout.setup_data, len(data), data))
     placements.append(Placement("zero page", layout.zero_page, len(page), page))
     table = TableState(layout.gdt, len(gdt) - 1)
     state = (
@@ -143,6 +171,20 @@ def plan_linux(
         else protected_mode(rip=entry, rsp=layout.stack, rsi=layout.zero_page, gdt=table)
     )
     return placements, state
+
+
+def _extras(request: BootRequest, image: BzImage | None) -> list[tuple[int, bytes]]:
+    """Return what goes into the list of `setup_data`."""
+    extras = []
+    if len(request.memory_map) > _E820_MAX:
+        extras.append((SETUP_E820_EXT, encode(request.memory_map[_E820_MAX:])))
+    if request.rng_seed:
+        extras.append((SETUP_RNG_SEED, request.rng_seed))
+    if extras and image is not None and image.protocol < 0x209:
+        raise ImageError(
+            "version", 0x206, image.protocol, "has no setup_data: no seed, and 128 ranges at most"
+        )
+    return extras
 
 
 def plan_bzimage(

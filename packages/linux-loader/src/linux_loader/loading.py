@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from linux_loader.elf import ElfImage
     from linux_loader.entry import EntryState
     from linux_loader.layout import Layout
+    from linux_loader.screen import Screen
     from vm_memory import GuestMemory
 
     File: TypeAlias = str | os.PathLike[str] | int
@@ -62,6 +63,8 @@ def load(
     kaslr: bool = False,
     cache: str | os.PathLike[str] | None = None,
     layout: Layout | None = None,
+    rng_seed: bytes = b"",
+    screen: Screen | None = None,
     zeroed: bool = False,
     map_files: bool = True,
 ) -> Loaded:
@@ -75,7 +78,8 @@ def load(
         memory_map: the guest-physical memory map to hand over; the loader places things in its
             RAM. The ranges must not overlap.
         cmdline: the kernel's command line, printable ASCII.
-        initrd: path or descriptor of an initrd, or several, which are concatenated.
+        initrd: path or descriptor of an initrd, or several, which are concatenated in their order,
+            archives with microcode first.
         protocol: how to start it; None for what suits the image: Linux's 64-bit protocol for a
             boot image, PVH for an ELF file that has such an entry.
         rsdp: guest-physical address of the ACPI root pointer; 0 to let the guest search.
@@ -84,6 +88,9 @@ def load(
         cache: a folder that keeps unpacked kernels; None to keep none. See
             `linux_loader.cache.default_folder`.
         layout: where the loader's own tables go.
+        rng_seed: entropy for the guest's random number generator; 32 bytes are enough. Linux
+            protocols only.
+        screen: a framebuffer that the guest may draw on from the start. Linux protocols only.
         zeroed: the caller states that the memory is fresh, so that it need not be cleared.
         map_files: map large page-aligned pieces of files copy-on-write where the memory allows
             it. The files must then not be changed while the guest lives.
@@ -109,6 +116,8 @@ def load(
             kaslr=kaslr,
             cache=cache,
             layout=layout,
+            rng_seed=rng_seed,
+            screen=screen,
         )
         mapped = made.write(memory, zeroed=zeroed, map_files=map_files)
     finally:
@@ -128,6 +137,8 @@ def plan(
     kaslr: bool = False,
     cache: str | os.PathLike[str] | None = None,
     layout: Layout | None = None,
+    rng_seed: bytes = b"",
+    screen: Screen | None = None,
 ) -> Plan:
     """Plan what `load` would write, without any guest memory. Arguments are those of `load`.
 
@@ -148,6 +159,8 @@ def plan(
         kaslr=kaslr,
         cache=cache,
         layout=layout,
+        rng_seed=rng_seed,
+        screen=screen,
     )
 
 
@@ -169,6 +182,8 @@ def _plan(
     kaslr: bool,
     cache: str | os.PathLike[str] | None,
     layout: Layout | None,
+    rng_seed: bytes,
+    screen: Screen | None,
 ) -> Plan:
     """Plan; every file opened is appended to `sources`."""
     source = Source.open(kernel)
@@ -181,6 +196,8 @@ def _plan(
         initrds=sources[1:],
         rsdp=rsdp,
         layout=layout,
+        rng_seed=rng_seed,
+        screen=screen,
     )
     kind = format_of(source.read_up_to(0, 1024))
     if kind is None:

@@ -70,13 +70,14 @@ def plan_pvh(
     Raises:
         LoaderError: something does not fit.
     """
+    request.refuse_linux_extras("PVH")
     layout = request.layout
     gdt = descriptor_table(long=False)
     placements = [
         *kernel,
         Placement("GDT", layout.gdt, len(gdt), gdt),
         Placement("stack", layout.stack & -4096, layout.stack % 4096),
-        request.cmdline_placement(2047),
+        request.cmdline_placement(2047, address=layout.cmdline),
     ]
     initrds = request.initrd_placements(placements, 1 << 32)
     info = start_info(

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from linux_loader.e820 import checked_map, ram_ranges
 from linux_loader.encode import encode_cmdline
-from linux_loader.errors import PlacementError
+from linux_loader.errors import LoaderError, PlacementError
 from linux_loader.layout import Layout
 from linux_loader.placement import FileRange, Placement, describe, highest_fit
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from linux_loader.e820 import E820Entry
+    from linux_loader.screen import Screen
     from linux_loader.source import Source
 
 __all__ = ["BootRequest"]
@@ -30,6 +31,8 @@ class BootRequest:
         initrds: Sequence[Source],
         rsdp: int,
         layout: Layout | None,
+        rng_seed: bytes = b"",
+        screen: Screen | None = None,
     ) -> None:
         if not 0 <= rsdp < 1 << 64:
             raise PlacementError("rsdp", None, rsdp, "must be a guest-physical address")
@@ -37,13 +40,31 @@ class BootRequest:
         self.ram = ram_ranges(self.memory_map)
         self.cmdline = cmdline
         self.initrds = initrds
+        if len(initrds) > 1:
+            from linux_loader.initrd import microcode_first
+
+            self.initrds = microcode_first(initrds)
         self.rsdp = rsdp
         self.layout = layout or Layout()
+        self.rng_seed = rng_seed
+        self.screen = screen
 
-    def cmdline_placement(self, capacity: int) -> Placement:
+    def refuse_linux_extras(self, protocol: str) -> None:
+        """Refuse what only the Linux protocols can hand over.
+
+        Raises:
+            LoaderError: entropy or a framebuffer was given.
+        """
+        for field, value in (("rng_seed", len(self.rng_seed)), ("screen", self.screen)):
+            if value:
+                raise LoaderError(
+                    field, None, value, f"{protocol} cannot hand it over: leave it out"
+                )
+
+    def cmdline_placement(self, capacity: int, *, address: int) -> Placement:
         """Place the command line; `capacity` is the image's own limit, its NUL not counted."""
         data = encode_cmdline(self.cmdline, capacity)
-        return Placement("command line", self.layout.cmdline, len(data), data)
+        return Placement("command line", address, len(data), data)
 
     def initrd_placements(self, taken: Iterable[Placement], limit: int) -> list[Placement]:
         """Place the initrds one behind the other, each padded to 4 bytes, as high as they fit.
