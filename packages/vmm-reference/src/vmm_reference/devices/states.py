@@ -13,6 +13,7 @@ import attrs
 from vmm_reference.errors import VmmError
 
 __all__ = [
+    "BlockState",
     "I8042State",
     "PowerState",
     "PvpanicState",
@@ -164,4 +165,18 @@ class PowerState:
 
     events: int = _whole(0, 0xFF)
     wake_status: bool = _flag()
+    version: int = _version()
+
+
+@attrs.frozen
+class BlockState:
+    """A `vmm_reference.devices.blk.Block`.
+
+    Attributes:
+        writeback: whether writes may wait in a cache until the guest flushes.
+        sectors: the disk's size; a restore needs a disk of the same.
+    """
+
+    writeback: bool = _flag()
+    sectors: int = _whole(1, 1 << 55)
     version: int = _version()

@@ -1,0 +1,259 @@
+"""A virtio block device: section 5.2 of the virtio specification, version 1.3.
+
+The device turns descriptor chains into operations of a backend, which is synchronous here: when
+`process` returns, everything it took is used. Chains may be cut into descriptors at will; what
+counts is the byte stream: a header that can be read, data, one status byte that can be written.
+
+A request that breaks a rule gets VIRTIO_BLK_S_IOERR or VIRTIO_BLK_S_UNSUPP and touches nothing.
+A chain that has no room for a status can't be answered: the driver is broken, and the device asks
+for a reset.
+"""
+
+from __future__ import annotations
+
+from struct import Struct
+from typing import TYPE_CHECKING, Protocol
+
+from virtio_queue.constants import DEFAULT_QUEUE_FEATURES
+from virtio_queue.errors import ChainError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from virtio_queue import DescriptorChain, Queue, Reader, Writer
+    from vm_memory import GuestMemory
+
+    from .states import BlockState
+
+__all__ = ["Backend", "Block"]
+
+SECTOR = 512
+
+# Feature masks, 5.2.3
+F_SEG_MAX, F_RO, F_BLK_SIZE = 1 << 2, 1 << 5, 1 << 6
+F_FLUSH, F_TOPOLOGY, F_CONFIG_WCE = 1 << 9, 1 << 10, 1 << 11
+F_DISCARD, F_WRITE_ZEROES = 1 << 13, 1 << 14
+
+# Request types and status values, 5.2.6
+T_IN, T_OUT, T_FLUSH, T_GET_ID, T_DISCARD, T_WRITE_ZEROES = 0, 1, 4, 8, 11, 13
+S_OK, S_IOERR, S_UNSUPP = b"\0", b"\1", b"\2"
+
+HEADER = Struct("<IIQ")
+SEGMENT = Struct("<QII")
+UNMAP = 1  # the only flag of a segment, for write zeroes
+
+# struct virtio_blk_config, 5.2.4: capacity, size_max, seg_max, geometry, blk_size, topology,
+# writeback, num_queues, discard and write zeroes limits, write_zeroes_may_unmap.
+CONFIG = Struct("<QIIHBBIBBHIBxHIIIIIB3x")
+WRITEBACK_OFFSET = 32
+
+QUEUE_SIZE = 256
+SEG_MAX = QUEUE_SIZE - 2
+ID_LENGTH = 20
+
+# What one request may ask for, so that none holds up the other devices for long.
+MAX_SEGMENTS = 64
+MAX_SEGMENT_SECTORS = 1 << 22  # 2 GiB
+
+
+class Backend(Protocol):
+    """What a block device needs of an image; see `vmm_reference.backends.file.FileBackend`."""
+
+    size: int
+    read_only: bool
+
+    def read(self, offset: int, buffers: Sequence[memoryview]) -> None:
+        """Fill the buffers."""
+
+    def write(self, offset: int, buffers: Sequence[memoryview]) -> None:
+        """Write the buffers."""
+
+    def flush(self) -> None:
+        """Make what was written durable."""
+
+    def discard(self, offset: int, length: int) -> None:
+        """Give space back."""
+
+    def write_zeroes(self, offset: int, length: int, *, unmap: bool) -> None:
+        """Make a range read as zeros."""
+
+
+class Refused(Exception):  # noqa: N818 - a request's end, caught by the one method that answers
+    """A request that is answered with `status` and does nothing."""
+
+    def __init__(self, status: bytes) -> None:
+        super().__init__(status)
+        self.status = status
+
+
+class Block:
+    """A disk for the guest.
+
+    Args:
+        backend: the image; what of it is no whole sector is out of reach.
+        serial: up to 20 bytes of ASCII that the guest reads as the disk's identity.
+
+    Attributes:
+        requests: how many requests were served, by type.
+        failures: how many of them failed because the host did.
+        refused: how many were refused because of what the driver asked for.
+        unfinished: whether `process` left something for another call.
+    """
+
+    device_id = 2
+    queue_sizes = (QUEUE_SIZE,)
+
+    def __init__(self, backend: Backend, *, serial: str = "") -> None:
+        if len(serial) > ID_LENGTH or not serial.isascii():
+            raise ValueError(f"serial: {serial!r}: must be at most {ID_LENGTH} ASCII characters")
+        self.requests: dict[int, int] = {}
+        self.failures = 0
+        self.refused = 0
+        self.unfinished = False
+        self.device_features = (
+            DEFAULT_QUEUE_FEATURES | F_SEG_MAX | F_BLK_SIZE | F_FLUSH | F_TOPOLOGY | F_CONFIG_WCE
+        ) | (F_RO if backend.read_only else F_DISCARD | F_WRITE_ZEROES)
+        self._backend = backend
+        self._sectors = backend.size // SECTOR
+        self._serial = serial.encode().ljust(ID_LENGTH, b"\0")
+        self._writeback = True
+        self._features = 0
+        self._memory: GuestMemory | None = None
+        self._queue: Queue | None = None
+
+    def read_config(self, offset: int, length: int) -> bytes:
+        """The configuration space, 5.2.4."""
+        sectors = MAX_SEGMENT_SECTORS
+        config = CONFIG.pack(
+            self._sectors, 0, SEG_MAX, 0, 0, 0, SECTOR, 3, 0, 1, 0, self._writeback, 1,
+            sectors, MAX_SEGMENTS, 8, sectors, MAX_SEGMENTS, 1,
+        )  # fmt: skip
+        return config[offset : offset + length]
+
+    def write_config(self, offset: int, data: bytes) -> None:
+        """Only the cache mode can be written: 0 makes every write durable before it is used."""
+        if offset == WRITEBACK_OFFSET and data and self._features & F_CONFIG_WCE:
+            self._writeback = bool(data[0])
+
+    def activate(
+        self, memory: GuestMemory, driver_features: int, queues: Sequence[Queue]
+    ) -> None:
+        """The driver is ready. Without FLUSH it can't make writes durable: each one is (5.2.5.2)."""
+        self._memory = memory
+        self._features = driver_features
+        self._queue = queues[0]
+        self._writeback = bool(driver_features & F_FLUSH)
+
+    def reset(self) -> None:
+        """Forget the driver; nothing is under way between two calls."""
+        self._memory = self._queue = None
+        self._features = 0
+        self._writeback = True
+
+    def process(self, queue_index: int) -> None:
+        """Serve what the driver made available, at most a ring's worth.
+
+        Raises:
+            ChainError: a chain that can't be answered.
+        """
+        memory, queue = self._memory, self._queue
+        if memory is None or queue is None or queue_index != 0:
+            return
+        queue.disable_notifications(memory)
+        for chain in queue.chains(memory):
+            queue.add_used(memory, chain.head, self._serve(chain, memory))
+        self.unfinished = queue.enable_notifications(memory)
+
+    def save(self) -> BlockState:
+        """What a driver set; the image is the backend's."""
+        from .states import BlockState
+
+        return BlockState(writeback=self._writeback, sectors=self._sectors)
+
+    def restore(self, state: BlockState) -> None:
+        """Take up what was saved from a disk of the same size.
+
+        Raises:
+            StateError: the image has another size.
+        """
+        from .states import StateError
+
+        if state.sectors != self._sectors:
+            raise StateError("BlockState.sectors", state.sectors, f"must be {self._sectors}")
+        self._writeback = state.writeback
+
+    def _serve(self, chain: DescriptorChain, memory: GuestMemory) -> int:
+        """Carry out one request; returns how many bytes were written into the chain."""
+        reader, writer = chain.reader(memory), chain.writer(memory)
+        if writer.available < 1:
+            raise ChainError("5.2.6", chain.head, 0, "a request has room for a status byte")
+        status = writer.split_at(writer.available - 1)
+        try:
+            self._execute(reader, writer)
+        except Refused as refusal:
+            self.refused += 1
+            status.write(refusal.status)
+        except OSError:
+            self.failures += 1
+            status.write(S_IOERR)
+        else:
+            status.write(S_OK)
+        return writer.used_length
+
+    def _execute(self, reader: Reader, writer: Writer) -> None:
+        if reader.available < HEADER.size:
+            raise Refused(S_IOERR)
+        kind, _, sector = reader.read_struct(HEADER)
+        self.requests[kind] = self.requests.get(kind, 0) + 1
+        if kind == T_IN:
+            offset = self._range(sector, writer.available)
+            self._backend.read(offset, writer.slices())
+            writer.advance(writer.available)
+        elif kind == T_OUT:
+            self._writable()
+            offset = self._range(sector, reader.available)
+            self._backend.write(offset, reader.slices())
+            self._written()
+        elif kind == T_FLUSH and self._features & F_FLUSH:
+            self._backend.flush()
+        elif kind == T_GET_ID:
+            writer.write(self._serial)
+        elif kind == T_DISCARD and self._features & F_DISCARD:
+            for offset, length, _ in self._segments(reader, flags=0):
+                self._backend.discard(offset, length)
+        elif kind == T_WRITE_ZEROES and self._features & F_WRITE_ZEROES:
+            for offset, length, flags in self._segments(reader, flags=UNMAP):
+                self._backend.write_zeroes(offset, length, unmap=bool(flags & UNMAP))
+            self._written()
+        else:
+            raise Refused(S_UNSUPP)
+
+    def _segments(self, reader: Reader, *, flags: int) -> list[tuple[int, int, int]]:
+        """All segments of a request, checked before any is carried out (5.2.6.2)."""
+        self._writable()
+        count, rest = divmod(reader.available, SEGMENT.size)
+        if rest or not 1 <= count <= MAX_SEGMENTS:
+            raise Refused(S_IOERR)
+        segments = []
+        for _ in range(count):
+            sector, sectors, given = reader.read_struct(SEGMENT)
+            if given & ~flags:
+                raise Refused(S_UNSUPP)
+            if sectors > MAX_SEGMENT_SECTORS:
+                raise Refused(S_IOERR)
+            segments.append((self._range(sector, sectors * SECTOR), sectors * SECTOR, given))
+        return segments
+
+    def _range(self, sector: int, length: int) -> int:
+        """The byte offset of a range that lies on the disk and is whole sectors, or a refusal."""
+        if length % SECTOR or not length or sector + length // SECTOR > self._sectors:
+            raise Refused(S_IOERR)
+        return sector * SECTOR
+
+    def _writable(self) -> None:
+        if self._backend.read_only:
+            raise Refused(S_IOERR)
+
+    def _written(self) -> None:
+        if not self._writeback:
+            self._backend.flush()

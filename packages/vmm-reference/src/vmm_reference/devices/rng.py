@@ -1,0 +1,76 @@
+"""A virtio entropy device: section 5.4 of the virtio specification, version 1.3."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from virtio_queue.constants import DEFAULT_QUEUE_FEATURES
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from virtio_queue import Queue
+    from vm_memory import GuestMemory
+
+__all__ = ["MAX_REQUEST", "Rng"]
+
+MAX_REQUEST = 64 << 10
+"""The most a single request gets, in bytes: a guest that asks for gigabytes gets this much."""
+
+
+class Rng:
+    """A source of random bytes for the guest.
+
+    Args:
+        entropy: returns that many random bytes, 1 to `MAX_REQUEST`, or at least one of them.
+
+    Attributes:
+        served: bytes given to the guest.
+        unfinished: whether `process` left something for another call.
+    """
+
+    device_id = 4
+    device_features = DEFAULT_QUEUE_FEATURES
+    queue_sizes = (64,)
+
+    def __init__(self, entropy: Callable[[int], bytes]) -> None:
+        self.served = 0
+        self.unfinished = False
+        self._entropy = entropy
+        self._memory: GuestMemory | None = None
+        self._queue: Queue | None = None
+
+    def read_config(self, offset: int, length: int) -> bytes:
+        """There is no configuration."""
+        return b""
+
+    def write_config(self, offset: int, data: bytes) -> None:
+        """There is no configuration."""
+
+    def activate(
+        self, memory: GuestMemory, driver_features: int, queues: Sequence[Queue]
+    ) -> None:
+        """The driver is ready."""
+        self._memory, self._queue = memory, queues[0]
+
+    def reset(self) -> None:
+        """Forget the driver."""
+        self._memory = self._queue = None
+
+    def process(self, queue_index: int) -> None:
+        """Fill the buffers that the driver made available, at most a ring's worth.
+
+        Raises:
+            ChainError: the driver broke the ring.
+        """
+        memory, queue = self._memory, self._queue
+        if memory is None or queue is None or queue_index != 0:
+            return
+        for chain in queue.chains(memory):
+            writer = chain.writer(memory)
+            length = min(writer.available, MAX_REQUEST)
+            if length:
+                writer.write(self._entropy(length)[:length])
+                self.served += writer.used_length
+            queue.add_used(memory, chain.head, writer.used_length)
+        self.unfinished = queue.enable_notifications(memory)
