@@ -21,6 +21,7 @@ from linux_loader.testing import (
     image_file,
     lies,
     memory_map,
+    multiboot_images,
     pvh_note,
 )
 from vm_memory import GuestAddress, GuestMemory
@@ -28,7 +29,7 @@ from vm_memory import GuestAddress, GuestMemory
 SIZE = 32 << 20
 MAP = memory_map(SIZE)
 ELF = build_elf([(0x1000000, b"\xf4" * 64)], entry=0x1000000, notes=pvh_note(0x1000000))
-KINDS = (elf_images(), bzimages())
+KINDS = (elf_images(), bzimages(), multiboot_images())
 
 
 @pytest.fixture(scope="module")

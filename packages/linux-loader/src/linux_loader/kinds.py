@@ -13,6 +13,7 @@ class Format(enum.Enum):
     ELF64 = "elf64"
     ELF32 = "elf32"
     BZIMAGE = "bzimage"
+    MULTIBOOT = "multiboot"
 
 
 class Protocol(enum.Enum):
@@ -21,6 +22,8 @@ class Protocol(enum.Enum):
     LINUX64 = "linux64"
     LINUX32 = "linux32"
     PVH = "pvh"
+    MULTIBOOT = "multiboot"
+    MULTIBOOT2 = "multiboot2"
 
 
 def format_of(head: bytes) -> Format | None:

@@ -16,7 +16,6 @@ from linux_loader.kinds import Protocol
 from linux_loader.layout import Layout
 from linux_loader.placement import FileRange, Placement, describe, lowest_fit
 from linux_loader.request import initrd_range
-from linux_loader.setup_data import SETUP_E820_EXT, SETUP_RNG_SEED, setup_data_list
 from linux_loader.tables import descriptor_table, identity_page_tables
 
 if TYPE_CHECKING:
@@ -155,6 +154,8 @@ def plan_linux(
     )
     placements += initrds
     if extras:
+        from linux_loader.setup_data import setup_data_list
+
         data = setup_data_list(layout.setup_data, extras)
         placements.append(Placement("setup data", layout.setup_data, len(data), data))
     placements.append(Placement("zero page", layout.zero_page, len(page), page))
@@ -175,12 +176,16 @@ def plan_linux(
 
 def _extras(request: BootRequest, image: BzImage | None) -> list[tuple[int, bytes]]:
     """Return what goes into the list of `setup_data`."""
+    if not request.rng_seed and len(request.memory_map) <= _E820_MAX:
+        return []
+    from linux_loader.setup_data import SETUP_E820_EXT, SETUP_RNG_SEED
+
     extras = []
     if len(request.memory_map) > _E820_MAX:
         extras.append((SETUP_E820_EXT, encode(request.memory_map[_E820_MAX:])))
     if request.rng_seed:
         extras.append((SETUP_RNG_SEED, request.rng_seed))
-    if extras and image is not None and image.protocol < 0x209:
+    if image is not None and image.protocol < 0x209:
         raise ImageError(
             "version", 0x206, image.protocol, "has no setup_data: no seed, and 128 ranges at most"
         )

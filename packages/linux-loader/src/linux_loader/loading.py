@@ -6,9 +6,7 @@ from typing import TYPE_CHECKING
 
 import attrs
 
-from linux_loader.errors import ImageError, LoaderError
-from linux_loader.kinds import Format, Protocol, format_of
-from linux_loader.placement import FileRange, Placement, Plan, checked
+from linux_loader.dispatch import plan_image
 from linux_loader.request import BootRequest
 from linux_loader.source import Source
 
@@ -17,11 +15,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from typing import TypeAlias
 
-    from linux_loader.bzimage import BzImage
     from linux_loader.e820 import E820Entry
-    from linux_loader.elf import ElfImage
     from linux_loader.entry import EntryState
+    from linux_loader.kinds import Format, Protocol
     from linux_loader.layout import Layout
+    from linux_loader.placement import Plan
     from linux_loader.screen import Screen
     from vm_memory import GuestMemory
 
@@ -199,120 +197,4 @@ def _plan(
         rng_seed=rng_seed,
         screen=screen,
     )
-    kind = format_of(source.read_up_to(0, 1024))
-    if kind is None:
-        raise ImageError(
-            "kernel", 0, source.name, "must be an ELF image or a Linux boot image (bzImage)"
-        )
-    version = ""
-    if kind is Format.BZIMAGE:
-        from linux_loader.bzimage import XLF_KERNEL_64, parse_bzimage
-
-        image = parse_bzimage(source)
-        version = image.version
-        unpacked = None if kaslr else _unpack(source, image, cache, sources)
-        if unpacked is None:
-            from linux_loader.linux import plan_bzimage
-
-            if protocol is None:
-                wide = image.xloadflags & XLF_KERNEL_64
-                protocol = Protocol.LINUX64 if wide else Protocol.LINUX32
-            if protocol is Protocol.PVH:
-                raise ImageError(
-                    "protocol", None, "pvh", "the entry is inside the payload: unpack it (no kaslr)"
-                )
-            placements, entry = plan_bzimage(request, source, image, protocol)
-        else:
-            kernel_source, elf = unpacked
-            if protocol is None:
-                protocol = _linux(elf)
-            placements, entry = _plan_elf(request, kernel_source, elf, protocol, image)
-    else:
-        from linux_loader.elf import parse_elf
-
-        if kaslr:
-            raise LoaderError(
-                "kaslr", None, kind.value, "needs a boot image, which has a decompressor"
-            )
-        elf = parse_elf(source)
-        if protocol is None:
-            protocol = Protocol.PVH if elf.pvh_entry is not None else _linux(elf)
-        placements, entry = _plan_elf(request, source, elf, protocol, None)
-    return Plan(checked(placements, request.memory_map), entry, kind, protocol, version)
-
-
-def _unpack(
-    source: Source,
-    image: BzImage,
-    cache: str | os.PathLike[str] | None,
-    sources: list[Source],
-) -> tuple[Source, ElfImage] | None:
-    """Return the kernel inside a boot image, or None where only the image itself can unpack it."""
-    from linux_loader.decompress import compression_of
-    from linux_loader.elf import parse_elf
-
-    offset, size = image.payload_offset, image.payload_size
-    if size < 16 or compression_of(source.read("payload", offset, 16)) is None:
-        return None
-    if cache is not None:
-        from linux_loader.cache import DecompressionCache
-
-        folder = DecompressionCache(cache)
-        kernel = folder.open(source, offset, size, unpack_payload)
-        sources.append(kernel)
-        try:
-            return kernel, parse_elf(kernel)
-        except ImageError:
-            folder.forget(kernel)
-    payload = unpack_payload(source.read("payload", offset, size))
-    kernel = Source.of_bytes(payload, f"kernel of {source.name}")
-    sources.append(kernel)
-    return kernel, parse_elf(kernel)
-
-
-def unpack_payload(payload: bytes) -> bytes:
-    """Decompress the payload of a boot image, which ends with the size of what comes out.
-
-    Raises:
-        ImageError: the payload is broken, or something else comes out than it says.
-    """
-    from linux_loader.decompress import decompress
-
-    return decompress(payload, size=int.from_bytes(payload[-4:], "little"))
-
-
-def _linux(elf: ElfImage) -> Protocol:
-    return Protocol.LINUX64 if elf.bits == 64 else Protocol.LINUX32
-
-
-def _plan_elf(
-    request: BootRequest,
-    source: Source,
-    elf: ElfImage,
-    protocol: Protocol,
-    image: BzImage | None,
-) -> tuple[list[Placement], EntryState]:
-    kernel = [
-        Placement(
-            f"kernel segment {index}",
-            segment.address,
-            segment.memory_size,
-            FileRange(source=source, offset=segment.offset, size=segment.file_size),
-            zero=True,
-        )
-        for index, segment in enumerate(elf.segments)
-    ]
-    if protocol is Protocol.PVH:
-        from linux_loader.pvh import plan_pvh
-
-        if elf.pvh_entry is None:
-            raise ImageError(
-                "XEN_ELFNOTE_PHYS32_ENTRY", None, None, "this image has no PVH entry note"
-            )
-        return plan_pvh(request, kernel=kernel, entry=elf.pvh_entry)
-    from linux_loader.linux import plan_linux
-
-    wide = protocol is Protocol.LINUX64
-    if wide and elf.bits == 32:
-        raise ImageError("EI_CLASS", 4, 1, "a 32-bit kernel has no 64-bit entry: use linux32")
-    return plan_linux(request, kernel=kernel, entry=elf.entry, image=image, wide=wide)
+    return plan_image(sources, request, protocol=protocol, kaslr=kaslr, cache=cache)

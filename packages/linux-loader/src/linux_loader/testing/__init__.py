@@ -12,16 +12,20 @@ from __future__ import annotations
 from linux_loader.testing.images import (
     build_bzimage,
     build_elf,
+    build_multiboot,
+    build_multiboot2,
     compress,
     image_file,
     memory_map,
     pvh_note,
 )
-from linux_loader.testing.strategies import bzimages, cmdlines, elf_images, lies
+from linux_loader.testing.strategies import bzimages, cmdlines, elf_images, lies, multiboot_images
 
 __all__ = [
     "build_bzimage",
     "build_elf",
+    "build_multiboot",
+    "build_multiboot2",
     "bzimages",
     "cmdlines",
     "compress",
@@ -29,5 +33,6 @@ __all__ = [
     "image_file",
     "lies",
     "memory_map",
+    "multiboot_images",
     "pvh_note",
 ]

@@ -12,7 +12,16 @@ from linux_loader.e820 import E820Entry, E820Type
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-__all__ = ["build_bzimage", "build_elf", "compress", "image_file", "memory_map", "pvh_note"]
+__all__ = [
+    "build_bzimage",
+    "build_elf",
+    "build_multiboot",
+    "build_multiboot2",
+    "compress",
+    "image_file",
+    "memory_map",
+    "pvh_note",
+]
 
 
 @contextmanager
@@ -147,6 +156,77 @@ def build_bzimage(
     struct.pack_into("<II", setup, 0x248, len(code) if payload else 0, len(payload))
     struct.pack_into("<QI", setup, 0x258, pref_address, init_size)
     return bytes(setup) + body
+
+
+def build_multiboot(
+    code: bytes,
+    *,
+    address: int = 0x100000,
+    entry: int | None = None,
+    flags: int = 3,
+    memory: int | None = None,
+    skip: int = 0,
+    checksum: int | None = None,
+) -> bytes:
+    """Return a flat kernel whose Multiboot header tells by address fields where it goes.
+
+    Args:
+        code: what follows the header.
+        address: where the header goes.
+        entry: first instruction; None for the first byte of `code`.
+        flags: besides bit 16.
+        memory: size from the header on, with BSS; None for no BSS.
+        skip: bytes of the file in front of the header, which are not loaded.
+        checksum: another than the right one.
+    """
+    flags |= 1 << 16
+    if checksum is None:
+        checksum = -(0x1BADB002 + flags) & 0xFFFFFFFF
+    header = struct.pack(
+        "<8I12x4x",
+        0x1BADB002,
+        flags,
+        checksum,
+        address,
+        address,
+        address + 48 + len(code),
+        0 if memory is None else address + memory,
+        address + 48 if entry is None else entry,
+    )
+    return bytes(skip) + header + code
+
+
+def build_multiboot2(
+    code: bytes,
+    *,
+    address: int = 0x100000,
+    tags: Sequence[tuple[int, int, bytes]] = (),
+    addressed: bool = True,
+    length: int | None = None,
+) -> bytes:
+    """Return a flat kernel with a Multiboot 2 header.
+
+    Args:
+        code: what follows the header, and where it starts.
+        address: where the header goes.
+        tags: type, flags and content of further tags.
+        addressed: whether the address and entry tags are there.
+        length: another header_length than the right one.
+    """
+
+    def tag(kind: int, flags: int, body: bytes) -> bytes:
+        data = struct.pack("<HHI", kind, flags, 8 + len(body)) + body
+        return data.ljust(-(-len(data) // 8) * 8, b"\0")
+
+    middle = b"".join([tag(*item) for item in tags])
+    size = 16 + (24 + 16 if addressed else 0) + len(middle) + 8
+    if addressed:
+        end = address + size + len(code)
+        middle += tag(2, 0, struct.pack("<4I", address, address, end, 0))
+        middle += tag(3, 0, struct.pack("<I", address + size))
+    stated = size if length is None else length
+    checksum = -(0xE85250D6 + stated) & 0xFFFFFFFF
+    return struct.pack("<4I", 0xE85250D6, 0, stated, checksum) + middle + tag(0, 0, b"") + code
 
 
 def compress(name: str, data: bytes) -> bytes:

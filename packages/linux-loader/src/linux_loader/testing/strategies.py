@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import struct
 from typing import TYPE_CHECKING
 
 from hypothesis import strategies as st
 
 from linux_loader.cmdline import Cmdline
 from linux_loader.decompress import COMPRESSIONS
-from linux_loader.testing.images import build_bzimage, build_elf, compress, pvh_note
+from linux_loader.testing.images import (
+    build_bzimage,
+    build_elf,
+    build_multiboot,
+    build_multiboot2,
+    compress,
+    pvh_note,
+)
 
 if TYPE_CHECKING:
     from hypothesis.strategies import DrawFn, SearchStrategy
 
-__all__ = ["bzimages", "cmdlines", "elf_images", "lies"]
+__all__ = ["bzimages", "cmdlines", "elf_images", "lies", "multiboot_images"]
 
 _EDGES = (0, 1, 2, 3, 0x7F, 0x80, 0xFF, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF)
 
@@ -62,6 +70,28 @@ def bzimages(draw: DrawFn) -> bytes:
         pref_address=draw(st.sampled_from([0x100000, 0x200000, 0x1000000])),
         init_size=draw(st.integers(0, 0x200000)),
     )
+
+
+@st.composite
+def multiboot_images(draw: DrawFn) -> bytes:
+    """Valid Multiboot kernels of either version, flat or inside an ELF file."""
+    code = draw(st.binary(min_size=1, max_size=200))
+    if draw(st.booleans()):
+        image = build_multiboot2(code, tags=[(5, 1, bytes(12)), (6, 0, b"")])
+        if draw(st.booleans()):
+            header = build_multiboot2(b"", addressed=False)
+            image = build_elf(
+                [(0x100000, header + code)],
+                entry=0x100000 + len(header),
+                bits=32,
+                page_aligned=True,
+            )
+        return image
+    if draw(st.booleans()):
+        header = struct.pack("<III", 0x1BADB002, 3, -(0x1BADB002 + 3) & 0xFFFFFFFF)
+        return build_elf([(0x100000, header + code)], entry=0x10000C, bits=32)
+    memory = draw(st.sampled_from([None, 0x1000, 0x10000]))
+    return build_multiboot(code, memory=memory, skip=draw(st.sampled_from([0, 4, 4096])))
 
 
 @st.composite
