@@ -1,0 +1,97 @@
+"""Port and memory-mapped I/O: the exits that a machine's devices live on."""
+
+from __future__ import annotations
+
+from struct import Struct
+
+import attrs
+
+from kvm_ioctls.exits.base import Exit
+
+__all__ = ["IoIn", "IoOut", "MmioRead", "MmioWrite"]
+
+
+@attrs.define
+class IoIn(Exit):
+    """KVM_EXIT_IO, in: the guest reads a port.
+
+    Attributes:
+        port: 0 to 65535.
+        size: bytes of one access: 1, 2 or 4.
+        count: how many accesses: above 1 for string instructions.
+        data: a view of the run page, size * count bytes: write the answer there, then run.
+    """
+
+    reason = 2
+    port: int
+    size: int
+    count: int
+    data: memoryview
+
+
+@attrs.define
+class IoOut(Exit):
+    """KVM_EXIT_IO, out: the guest writes a port.
+
+    Attributes:
+        port: 0 to 65535.
+        size: bytes of one access: 1, 2 or 4.
+        count: how many accesses: above 1 for string instructions.
+        data: what it wrote, size * count bytes.
+    """
+
+    reason = 2
+    port: int
+    size: int
+    count: int
+    data: bytes
+
+
+@attrs.define
+class MmioRead(Exit):
+    """KVM_EXIT_MMIO, read: the guest reads an address without memory.
+
+    Attributes:
+        address: guest-physical.
+        data: a view of the run page, 1 to 8 bytes: write the answer there, then run.
+    """
+
+    reason = 6
+    address: int
+    data: memoryview
+
+
+@attrs.define
+class MmioWrite(Exit):
+    """KVM_EXIT_MMIO, write: the guest writes an address without memory.
+
+    Attributes:
+        address: guest-physical.
+        data: what it wrote, 1 to 8 bytes.
+    """
+
+    reason = 6
+    address: int
+    data: bytes
+
+
+_IO = Struct("<BBHIQ").unpack_from
+_MMIO = Struct("<QQIB").unpack_from
+
+
+def decode_io(page: memoryview) -> Exit:
+    """From a run page whose exit reason is KVM_EXIT_IO."""
+    direction, size, port, count, offset = _IO(page, 32)
+    data = page[offset : offset + size * count]
+    if direction:
+        return IoOut(port, size, count, data.tobytes())
+    return IoIn(port, size, count, data)
+
+
+def decode_mmio(page: memoryview) -> Exit:
+    """From a run page whose exit reason is KVM_EXIT_MMIO."""
+    address, _, length, is_write = _MMIO(page, 32)
+    data = page[40 : 40 + (length if length < 8 else 8)]
+    if is_write:
+        return MmioWrite(address, data.tobytes())
+    return MmioRead(address, data)

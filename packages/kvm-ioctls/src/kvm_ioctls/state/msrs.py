@@ -1,0 +1,74 @@
+"""Model-specific registers, read and written in batches."""
+
+from __future__ import annotations
+
+from struct import Struct
+from typing import TYPE_CHECKING
+
+import attrs
+
+from kvm_ioctls._native import lib
+from kvm_ioctls.state._codec import pack_fields
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+    from typing import Any
+
+    from kvm_ioctls._fd import Descriptor
+
+__all__ = ["MsrReport", "read_msrs", "write_msrs"]
+
+_HEAD = Struct("<II")
+_ENTRY = Struct("<I4xQ")
+_BATCH = 256
+
+
+@attrs.frozen
+class MsrReport:
+    """What became of a batch of MSRs.
+
+    Attributes:
+        values: the MSRs that worked, by index, in the order they were asked for.
+        refused: indices that the kernel refused: unknown here, or the value was not legal.
+        version: of this form; 1.
+    """
+
+    values: dict[int, int]
+    refused: tuple[int, ...] = ()
+    version: int = attrs.field(default=1, kw_only=True)
+
+    def __getitem__(self, index: int) -> int:
+        return self.values[index]
+
+
+def _batches(
+    source: Descriptor, request: int, pairs: list[tuple[int, int]]
+) -> tuple[dict[int, int], tuple[int, ...]]:
+    """Carry out all of them: the kernel stops at one it refuses, we go on behind it."""
+    done: dict[int, int] = {}
+    refused: list[int] = []
+    start = 0
+    while start < len(pairs):
+        batch = pairs[start : start + _BATCH]
+        data = bytearray(_HEAD.pack(len(batch), 0))
+        for pair in batch:
+            data += pack_fields(pair, _ENTRY, pair)
+        count = source._write(request, data, nmsrs=len(batch), first=batch[0][0])
+        for position in range(count):
+            index, value = _ENTRY.unpack_from(data, 8 + 16 * position)
+            done[index] = value
+        start += count
+        if count < len(batch):
+            refused.append(batch[count][0])
+            start += 1
+    return done, tuple(refused)
+
+
+def read_msrs(source: Descriptor, indices: Iterable[int]) -> MsrReport:
+    """KVM_GET_MSRS on a vCPU or the system."""
+    return MsrReport(*_batches(source, lib.KVM_GET_MSRS, [(index, 0) for index in indices]))
+
+
+def write_msrs(source: Descriptor, values: Mapping[int, int] | Any) -> MsrReport:
+    """KVM_SET_MSRS on a vCPU, in the mapping's order."""
+    return MsrReport(*_batches(source, lib.KVM_SET_MSRS, list(values.items())))

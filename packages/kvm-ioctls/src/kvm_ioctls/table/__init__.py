@@ -1,0 +1,14 @@
+"""KVM's user API as data: structures, ioctls and exits, one row each.
+
+This is the only place where a number or a layout of the kernel is declared. The build reads it
+(`native/generate.py`) for the extension's constants and for a checker that compares every row with
+the system's own header; the tests compare it with the classes; the documentation prints it.
+Nothing here is imported while a guest runs: only an error message looks a name up.
+"""
+
+from __future__ import annotations
+
+from kvm_ioctls.table.ioctls import IOCTLS, Ioctl, find
+from kvm_ioctls.table.structs import STRUCTS, Field, Layout, layout
+
+__all__ = ["IOCTLS", "STRUCTS", "Field", "Ioctl", "Layout", "find", "layout"]

@@ -1,0 +1,37 @@
+"""A vCPU: running it, and its state, one file for each chapter."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from kvm_ioctls._fd import Descriptor
+from kvm_ioctls.vcpu.cpu import VcpuCpu
+from kvm_ioctls.vcpu.interrupts import VcpuInterrupts
+from kvm_ioctls.vcpu.registers import VcpuRegisters
+from kvm_ioctls.vcpu.run import VcpuRun
+
+if TYPE_CHECKING:
+    from kvm_ioctls.vm import Vm
+
+__all__ = ["Vcpu"]
+
+
+class Vcpu(VcpuRun, VcpuRegisters, VcpuInterrupts, VcpuCpu):
+    """A virtual processor, made by Vm.create_vcpu().
+
+    run() and everything that reads or writes its state belongs to one thread at a time; kick() may
+    be called from any. While one thread runs it, state calls of others wait for that run to end.
+
+    Attributes:
+        id: what it was created with; its local APIC's id on x86.
+        vm: the VM it belongs to.
+    """
+
+    _kind = "vcpu"
+
+    def __init__(self, vm: Vm, fd: int, vcpu_id: int, mmap_size: int) -> None:
+        self._fd = -1  # until the run page is mapped the caller owns the descriptor
+        self.id = vcpu_id
+        self.vm = vm
+        self._init_run(fd, mmap_size)
+        Descriptor.__init__(self, fd)

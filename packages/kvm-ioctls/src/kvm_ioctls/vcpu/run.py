@@ -1,0 +1,135 @@
+"""KVM_RUN, the page shared with the kernel, and the kick."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from kvm_ioctls._fd import Descriptor
+from kvm_ioctls._native import ffi, lib
+from kvm_ioctls.exits.decoders import decoders, interrupted
+
+if TYPE_CHECKING:
+    from typing import Any, NoReturn
+
+    from kvm_ioctls.exits.base import Exit
+
+__all__ = ["VcpuRun"]
+
+_run = lib.kvmi_run
+_KICKED = lib.KVMI_KICKED
+_EINTR = 4
+
+_kick_signal = 0
+
+
+def _install_kick_signal() -> int:
+    """The signal that kicks are sent with; its handler does nothing and is installed once."""
+    global _kick_signal
+    if not _kick_signal:
+        result = lib.kvmi_kick_signal()
+        if result < 0:
+            from kvm_ioctls.errors import KvmError
+
+            raise KvmError("sigaction", -result, {}, "every real-time signal has a handler already:"
+                           " kick() needs one that nobody uses")  # fmt: skip
+        _kick_signal = result
+    return _kick_signal
+
+
+class VcpuRun(Descriptor):
+    """The part of a vCPU that runs."""
+
+    id: int
+
+    def _init_run(self, fd: int, mmap_size: int) -> None:
+        signal = _install_kick_signal()
+        address = ffi.new("uint8_t **")
+        result = lib.kvmi_map(fd, 0, mmap_size, address)
+        if result < 0:
+            self._fail("mmap", -result, {"size": mmap_size})
+        # Whoever holds a view of the run page keeps it mapped: a view can never point nowhere.
+        self._page_owner: Any = ffi.gc(
+            address[0], lambda page, size=mmap_size: lib.kvmi_unmap(page, size)
+        )
+        self._page: memoryview = memoryview(ffi.buffer(self._page_owner, mmap_size)).cast("B")
+        self._control = ffi.new("kvmi_vcpu *")
+        lib.kvmi_vcpu_init(self._control, fd, address[0], signal)
+
+    def run(self) -> Exit:
+        """KVM_RUN: run the guest until something needs the caller, without the GIL.
+
+        Returns:
+            A value of kvm_ioctls.exits, made for `match`. Views in it (`data` of a read) point into
+            the run page: answer by writing to them before the next run. `Interrupted` when a
+            signal or kick() ended the run; then, as after every exit, simply run again. A signal
+            with a Python handler has its handler run before this method's caller goes on, so
+            KeyboardInterrupt comes out of here on the main thread.
+
+        Raises:
+            KvmError: KVM could not run the guest; EBUSY if another thread is running it.
+            ClosedError: the vCPU has been closed.
+        """
+        reason = _run(self._control)
+        if reason < 0:
+            if reason == _KICKED or reason == -_EINTR:
+                return interrupted(reason == _KICKED)
+            self._fail_run(-reason)
+        return decoders[reason](self._page)
+
+    def _fail_run(self, errno: int) -> NoReturn:
+        self._fail(lib.KVM_RUN, errno, {"vcpu": self.id})
+
+    def kick(self) -> None:
+        """End the run under way in another thread, or else the next one: from any thread.
+
+        A kick is never lost: exactly as with an event, any number of kicks before the run reports
+        `Interrupted(kicked=True)` count as one, and the next kick after that counts again. It costs
+        a store, and a signal to the running thread only if there is one. The signal is real-time,
+        the first that nobody used when the first vCPU was made, its handler is a no-op in C, and
+        Python's own signal handling is not involved; a blocking call that it meets in that thread
+        is restarted by Python. A closed vCPU ignores it.
+
+        Raises:
+            KvmError: EAGAIN if for a second the process's queue of real-time signals was full.
+        """
+        owner = self._page_owner
+        if owner is None:
+            return
+        result = lib.kvmi_kick(self._control)
+        if result < 0:
+            self._fail("tgkill", -result, {"signal": _kick_signal})
+
+    @property
+    def run_page(self) -> memoryview:
+        """The struct kvm_run and the pages behind it, shared with the kernel.
+
+        A view taken from here stays valid after close().
+        """
+        return self._page
+
+    @property
+    def runs(self) -> int:
+        """How often KVM_RUN was entered."""
+        return int(self._control.runs)
+
+    @property
+    def kicks(self) -> int:
+        """How many runs a kick has ended."""
+        return int(self._control.kicks)
+
+    @property
+    def kick_signals(self) -> int:
+        """How many kicks met a running thread and sent it the signal."""
+        return int(self._control.signals)
+
+    def close(self) -> None:
+        """End a run under way in another thread, wait for it, and close; again: nothing."""
+        if self._fd < 0:
+            return
+        result = lib.kvmi_retire(self._control)
+        if result < 0:
+            self._fail("close", -result, {"vcpu": self.id})
+        super().close()
+        # The mapping holds a reference to the VM in the kernel: it goes now, not with the object.
+        self._page_owner = None
+        self._page = memoryview(b"")

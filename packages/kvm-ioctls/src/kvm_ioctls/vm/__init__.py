@@ -1,0 +1,75 @@
+"""A virtual machine: its memory, interrupts, events and clocks, one file each."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from kvm_ioctls._fd import Descriptor
+from kvm_ioctls._native import lib
+from kvm_ioctls.vm.events import VmEvents
+from kvm_ioctls.vm.irq import VmIrq
+from kvm_ioctls.vm.memory import VmMemory
+from kvm_ioctls.vm.platform import VmPlatform
+
+if TYPE_CHECKING:
+    from typing import Self
+
+    from kvm_ioctls.vcpu import Vcpu
+
+__all__ = ["Vm"]
+
+
+class Vm(VmMemory, VmIrq, VmEvents, VmPlatform):
+    """A virtual machine, made by Kvm.create_vm().
+
+    It owns its vCPUs: close() closes these first, waiting for the ones that run. Buffers given as
+    memory are held until then, so guest memory cannot vanish under a running guest.
+    """
+
+    _kind = "vm"
+
+    def __init__(self, fd: int, vcpu_mmap_size: int) -> None:
+        Descriptor.__init__(self, fd)
+        self._mmap_size = vcpu_mmap_size
+        self._init_memory()
+        self._vcpus: list[Vcpu] = []
+
+    @classmethod
+    def adopt(cls, fd: int, vcpu_mmap_size: int) -> Self:
+        """Take over an open descriptor of a VM, such as one that another process has passed.
+
+        Slots and vCPUs made before are unknown to the object; their memory is their maker's care.
+        """
+        os.set_inheritable(fd, False)
+        return cls(fd, vcpu_mmap_size)
+
+    def create_vcpu(self, vcpu_id: int) -> Vcpu:
+        """KVM_CREATE_VCPU: a vCPU; its id is its local APIC's id on x86.
+
+        Raises:
+            KvmError: EEXIST if the id is taken, EINVAL if it is too large.
+        """
+        from kvm_ioctls.vcpu import Vcpu
+
+        fd = self._value(lib.KVM_CREATE_VCPU, vcpu_id, vcpu_id=vcpu_id)
+        try:
+            vcpu = Vcpu(self, fd, vcpu_id, self._mmap_size)
+        except BaseException:
+            os.close(fd)
+            raise
+        self._vcpus.append(vcpu)
+        return vcpu
+
+    @property
+    def vcpus(self) -> tuple[Vcpu, ...]:
+        """The vCPUs made by this object that are not closed, oldest first."""
+        return tuple(vcpu for vcpu in self._vcpus if not vcpu.closed)
+
+    def close(self) -> None:
+        """Close the vCPUs, then the VM, then let go of the memory."""
+        for vcpu in self._vcpus:
+            vcpu.close()
+        super().close()
+        self._vcpus = []
+        self._forget_memory()
