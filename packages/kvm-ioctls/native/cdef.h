@@ -21,4 +21,4 @@ int kvmi_kick_signal(void);
 void kvmi_vcpu_init(kvmi_vcpu *vcpu, int fd, uint8_t *page, int kick_signal);
 int kvmi_run(kvmi_vcpu *vcpu);
 int kvmi_kick(kvmi_vcpu *vcpu);
-int kvmi_retire(kvmi_vcpu *vcpu);
+void kvmi_retire(kvmi_vcpu *vcpu);

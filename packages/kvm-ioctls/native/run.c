@@ -148,17 +148,14 @@ int kvmi_kick(kvmi_vcpu *vcpu)
 }
 
 /* Let no further run begin and wait until the one under way has ended. */
-int kvmi_retire(kvmi_vcpu *vcpu)
+void kvmi_retire(kvmi_vcpu *vcpu)
 {
     __atomic_store_n(&vcpu->retired, 1, __ATOMIC_SEQ_CST);
     while (__atomic_load_n(&vcpu->running, __ATOMIC_SEQ_CST)) {
         int tid = __atomic_load_n(&vcpu->tid, __ATOMIC_SEQ_CST);
-        if (tid && tid == thread_id)
-            return -EDEADLK; /* closed from a signal handler of the very thread that runs it */
         __atomic_store_n(&vcpu->page[IMMEDIATE_EXIT], 1, __ATOMIC_SEQ_CST);
         if (tid)
             syscall(SYS_tgkill, getpid(), tid, vcpu->kick_signal);
         nanosleep(&(struct timespec){.tv_nsec = 100000}, 0);
     }
-    return 0;
 }

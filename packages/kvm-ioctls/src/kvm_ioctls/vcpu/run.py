@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 from kvm_ioctls._fd import Descriptor
@@ -124,12 +125,11 @@ class VcpuRun(Descriptor):
 
     def close(self) -> None:
         """End a run under way in another thread, wait for it, and close; again: nothing."""
-        if self._fd < 0:
+        fd, self._fd = self._fd, -1
+        if fd < 0:
             return
-        result = lib.kvmi_retire(self._control)
-        if result < 0:
-            self._fail("close", -result, {"vcpu": self.id})
-        super().close()
+        lib.kvmi_retire(self._control)
+        os.close(fd)
         # The mapping holds a reference to the VM in the kernel: it goes now, not with the object.
         self._page_owner = None
         self._page = memoryview(b"")
