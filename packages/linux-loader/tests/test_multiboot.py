@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from functools import partial
 
 import pytest
 
@@ -29,6 +30,7 @@ from vm_memory import GuestAddress, GuestMemory
 
 SIZE = 32 << 20
 CODE = b"\xf4" * 100
+aligned_elf = partial(build_elf, page_aligned=True)
 SCREEN = Screen(0xE0000000, 640, 480)
 
 
@@ -133,13 +135,11 @@ def test_an_elf_kernel_with_a_header(bits: int, newer: bool) -> None:
         if newer
         else struct.pack("<III", 0x1BADB002, 0, -0x1BADB002 & 0xFFFFFFFF)
     )
-    image = build_elf(
-        [(0x100000, header + CODE)], entry=0x100000 + len(header), bits=bits, page_aligned=True
-    )
+    image = aligned_elf([(0x100000, header + CODE)], entry=0x100000 + len(header), bits=bits)
     _, loaded = boot(image)
     assert loaded.protocol is (Protocol.MULTIBOOT2 if newer else Protocol.MULTIBOOT)
     assert loaded.entry.rip == 0x100000 + len(header)
-    with_note = build_elf(
+    with_note = aligned_elf(
         [(0x100000, header + CODE)],
         entry=0x100000,
         bits=bits,
@@ -155,9 +155,7 @@ def test_an_elf_kernel_with_a_header(bits: int, newer: bool) -> None:
 def test_an_entry_tag_outdoes_elf() -> None:
     """The entry address tag is where an ELF kernel starts."""
     header = build_multiboot2(b"", addressed=False, tags=[(3, 0, struct.pack("<I", 0x100040))])
-    _, loaded = boot(
-        build_elf([(0x100000, header + CODE)], entry=0x100000, bits=32, page_aligned=True)
-    )
+    _, loaded = boot(aligned_elf([(0x100000, header + CODE)], entry=0x100000, bits=32))
     assert loaded.entry.rip == 0x100040
 
 
@@ -165,7 +163,7 @@ def test_a_protocol_without_its_header_is_refused() -> None:
     """Asking an image for Multiboot that has no header is an error."""
     for protocol in (Protocol.MULTIBOOT, Protocol.MULTIBOOT2):
         with pytest.raises(ImageError, match="no such header"):
-            boot(build_elf([(0x100000, CODE)], entry=0x100000), protocol=protocol)
+            boot(aligned_elf([(0x100000, CODE)], entry=0x100000), protocol=protocol)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from binascii import crc32
 from pathlib import Path
 
 import pytest
@@ -23,28 +24,35 @@ def find(folder: Path, pattern: str) -> list[Path]:
     return found
 
 
-@pytest.mark.parametrize("protocol", [Protocol.LINUX64, Protocol.PVH])
-def test_debian_kernels_load(images: Path, tmp_path: Path, protocol: Protocol) -> None:
-    """Every packaged kernel is unpacked, and loads the same copied as mapped from the cache."""
+def test_debian_kernels_load(images: Path, tmp_path: Path) -> None:
+    """Every packaged kernel is unpacked, cached and mapped, and starts by either protocol."""
     for path in find(images, "vmlinuz-*-amd64"):
-        seen = []
-        for arguments in ({}, {"cache": tmp_path}, {"cache": tmp_path, "map_files": False}):
+        for protocol in (Protocol.LINUX64, Protocol.PVH):
             with GuestMemory.from_ranges([(GuestAddress(0), SIZE)]) as guest:
                 loaded = load(
-                    guest, path, memory_map=memory_map(SIZE), protocol=protocol, **arguments
+                    guest, path, memory_map=memory_map(SIZE), protocol=protocol, cache=tmp_path
                 )
                 assert loaded.format is Format.BZIMAGE
                 assert loaded.version.startswith(path.name.removeprefix("vmlinuz-"))
-                kernel = [item for item in loaded.plan.placements if item.name.startswith("kernel")]
-                seen.append(
-                    [hash(guest.read(GuestAddress(item.address), item.size)) for item in kernel]
-                )
-                entry = guest.read(GuestAddress(loaded.entry.rip), 16)
-                assert any(entry)
-                if arguments == {"cache": tmp_path}:
-                    assert loaded.mapped > 16 << 20
-        assert seen[0] == seen[1] == seen[2]
-        (tmp_path / "vmlinux").unlink(missing_ok=True)
+                assert any(guest.read(GuestAddress(loaded.entry.rip), 16))
+                assert loaded.mapped > 16 << 20
+
+
+def test_mapped_copied_and_unpacked_kernels_are_the_same(images: Path, tmp_path: Path) -> None:
+    """The kernel in memory does not depend on the way it came there."""
+    path = find(images, "vmlinuz-*-cloud-amd64")[0]
+    seen = set()
+    for cache, map_files in ((None, True), (tmp_path, True), (tmp_path, False)):
+        with GuestMemory.from_ranges([(GuestAddress(0), SIZE)]) as guest:
+            loaded = load(
+                guest, path, memory_map=memory_map(SIZE), cache=cache, map_files=map_files
+            )
+            kernel = [item for item in loaded.plan.placements if item.name.startswith("kernel")]
+            seen.add(
+                tuple(crc32(guest.read(GuestAddress(item.address), item.size)) for item in kernel)
+            )
+            assert (loaded.mapped > 0) == (cache is not None and map_files)
+    assert len(seen) == 1
 
 
 def test_debian_kernels_run_their_own_decompressor(images: Path) -> None:

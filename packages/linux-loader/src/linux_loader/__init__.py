@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from linux_loader.e820 import E820Entry, E820Type
     from linux_loader.entry import EntryState, SegmentState, TableState
     from linux_loader.errors import CmdlineError, ImageError, LoaderError, PlacementError
+    from linux_loader.flat import Flat
     from linux_loader.kinds import Format, Protocol
     from linux_loader.layout import Layout
     from linux_loader.loading import Loaded, load, plan
@@ -27,6 +28,7 @@ __all__ = [
     "E820Entry",
     "E820Type",
     "EntryState",
+    "Flat",
     "Format",
     "ImageError",
     "Layout",
@@ -48,6 +50,7 @@ _MODULES = {
     "e820": ("E820Entry", "E820Type"),
     "entry": ("EntryState", "SegmentState", "TableState"),
     "errors": ("CmdlineError", "ImageError", "LoaderError", "PlacementError"),
+    "flat": ("Flat",),
     "kinds": ("Format", "Protocol"),
     "layout": ("Layout",),
     "loading": ("Loaded", "load", "plan"),

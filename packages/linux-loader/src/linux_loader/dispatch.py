@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from linux_loader.bzimage import BzImage
     from linux_loader.elf import ElfImage
     from linux_loader.entry import EntryState
+    from linux_loader.flat import Flat
     from linux_loader.request import BootRequest
 
     Folder: TypeAlias = str | os.PathLike[str] | None
@@ -32,6 +33,7 @@ def plan_image(
     protocol: Protocol | None,
     kaslr: bool,
     cache: Folder,
+    flat: Flat | None,
 ) -> Plan:
     """Plan the start of an x86 image.
 
@@ -41,14 +43,23 @@ def plan_image(
         protocol: how to start it, None for what suits it.
         kaslr: leave a boot image to its own decompressor.
         cache: folder of unpacked kernels.
+        flat: take it for a flat binary, whatever it holds.
 
     Raises:
         LoaderError: the image is of no known kind, or cannot be started so.
     """
     source = sources[0]
     kind = format_of(source.read_up_to(0, 1024))
+    if flat is not None:
+        kind = Format.FLAT
     version = ""
-    if kind is Format.BZIMAGE:
+    if kaslr and kind is not Format.BZIMAGE:
+        raise LoaderError("kaslr", None, source.name, "needs a boot image, with a decompressor")
+    if flat is not None:
+        from linux_loader.flat import plan_flat
+
+        kind, protocol, planned = Format.FLAT, Protocol.FLAT, plan_flat(request, source, flat)
+    elif kind is Format.BZIMAGE:
         from linux_loader.bzimage import parse_bzimage
 
         image = parse_bzimage(source)
@@ -58,11 +69,8 @@ def plan_image(
             protocol, planned = _start_bzimage(request, source, image, protocol)
         else:
             protocol, planned = _start_elf(request, *unpacked, protocol, image)
-    elif kaslr:
-        raise LoaderError("kaslr", None, source.name, "needs a boot image, with a decompressor")
     elif kind is None:
-        kind = Format.MULTIBOOT
-        protocol, planned = _start_multiboot(request, source, protocol)
+        kind, protocol, planned = _start_other(request, source, protocol)
     else:
         from linux_loader.elf import parse_elf
 
@@ -169,6 +177,8 @@ def _start_elf(
         if planner is None:
             raise ImageError("magic", None, protocol.value, "this image has no such header")
         return protocol, planner[1](request)
+    if protocol not in (Protocol.LINUX64, Protocol.LINUX32):
+        raise LoaderError("protocol", None, protocol.value, "does not fit an ELF image")
     from linux_loader.linux import plan_linux
 
     wide = protocol is Protocol.LINUX64
@@ -177,19 +187,24 @@ def _start_elf(
     return protocol, plan_linux(request, kernel=kernel, entry=elf.entry, image=image, wide=wide)
 
 
-def _start_multiboot(
+def _start_other(
     request: BootRequest, source: Source, protocol: Protocol | None
-) -> tuple[Protocol, Planned]:
-    """Start a file that only a Multiboot header explains."""
+) -> tuple[Format, Protocol, Planned]:
+    """Start a file that begins with nothing known: by its Multiboot header, or as firmware."""
     planner = _multiboot(source, protocol, None, None)
-    if planner is None:
-        raise ImageError(
-            "kernel",
-            0,
-            source.name,
-            "must be an ELF image, a Linux boot image (bzImage) or a Multiboot kernel",
-        )
-    return planner[0], planner[1](request)
+    if planner is not None:
+        return Format.MULTIBOOT, planner[0], planner[1](request)
+    from linux_loader.flat import is_firmware, plan_firmware
+
+    if protocol is Protocol.RESET or (protocol is None and is_firmware(source)):
+        return Format.FIRMWARE, Protocol.RESET, plan_firmware(request, source)
+    raise ImageError(
+        "kernel",
+        0,
+        source.name,
+        "must be an ELF image, a Linux boot image (bzImage), a Multiboot kernel or firmware; "
+        "a flat binary needs its address",
+    )
 
 
 def _multiboot(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import attrs
 
-__all__ = ["EntryState", "SegmentState", "TableState", "long_mode", "protected_mode"]
+__all__ = ["EntryState", "SegmentState", "TableState", "long_mode", "protected_mode", "real_mode"]
 
 CODE_SELECTOR = 0x10
 """`__BOOT_CS` of the Linux boot protocol; PVH leaves the selectors free."""
@@ -145,6 +145,35 @@ def protected_mode(
         gdt=gdt,
         idt=TableState(0, 0),
         cr0=0x11,  # ET, PE
+        cr3=0,
+        cr4=0,
+        efer=0,
+    )
+
+
+def real_mode(*, address: int, rsp: int) -> EntryState:
+    """Return real mode at a linear address: below 1 MiB, or 0xFFFFFFF0 for the reset vector.
+
+    At the reset vector the code segment's base is 0xFFFF0000, which no selector gives (Intel SDM
+    volume 3, section 10.1.4).
+    """
+    base = address & ~0xFFFF
+    selector = base >> 4 & 0xFFFF
+    data = SegmentState(0, 0xFFFF, 0, 3, 1, 0, 0, 1, 0, 0)
+    return EntryState(
+        rip=address & 0xFFFF,
+        rsp=rsp,
+        cs=SegmentState(base, 0xFFFF, selector, 11, 1, 0, 0, 1, 0, 0),
+        ds=data,
+        es=data,
+        fs=data,
+        gs=data,
+        ss=data,
+        tr=SegmentState(0, 0xFFFF, 0, 11, 1, 0, 0, 0, 0, 0),
+        ldt=SegmentState(0, 0xFFFF, 0, 2, 1, 0, 0, 0, 0, 0),
+        gdt=TableState(0, 0xFFFF),
+        idt=TableState(0, 0xFFFF),
+        cr0=0x60000010,  # CD, NW, ET
         cr3=0,
         cr4=0,
         efer=0,

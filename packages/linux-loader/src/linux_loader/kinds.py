@@ -14,6 +14,8 @@ class Format(enum.Enum):
     ELF32 = "elf32"
     BZIMAGE = "bzimage"
     MULTIBOOT = "multiboot"
+    FLAT = "flat"
+    FIRMWARE = "firmware"
 
 
 class Protocol(enum.Enum):
@@ -24,6 +26,8 @@ class Protocol(enum.Enum):
     PVH = "pvh"
     MULTIBOOT = "multiboot"
     MULTIBOOT2 = "multiboot2"
+    FLAT = "flat"
+    RESET = "reset"
 
 
 def format_of(head: bytes) -> Format | None:

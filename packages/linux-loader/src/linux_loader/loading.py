@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from linux_loader.e820 import E820Entry
     from linux_loader.entry import EntryState
+    from linux_loader.flat import Flat
     from linux_loader.kinds import Format, Protocol
     from linux_loader.layout import Layout
     from linux_loader.placement import Plan
@@ -63,6 +64,7 @@ def load(
     layout: Layout | None = None,
     rng_seed: bytes = b"",
     screen: Screen | None = None,
+    flat: Flat | None = None,
     zeroed: bool = False,
     map_files: bool = True,
 ) -> Loaded:
@@ -89,6 +91,7 @@ def load(
         rng_seed: entropy for the guest's random number generator; 32 bytes are enough. Linux
             protocols only.
         screen: a framebuffer that the guest may draw on from the start. Linux protocols only.
+        flat: take the file for a binary without a header, to be put and started as this says.
         zeroed: the caller states that the memory is fresh, so that it need not be cleared.
         map_files: map large page-aligned pieces of files copy-on-write where the memory allows
             it. The files must then not be changed while the guest lives.
@@ -116,6 +119,7 @@ def load(
             layout=layout,
             rng_seed=rng_seed,
             screen=screen,
+            flat=flat,
         )
         mapped = made.write(memory, zeroed=zeroed, map_files=map_files)
     finally:
@@ -137,6 +141,7 @@ def plan(
     layout: Layout | None = None,
     rng_seed: bytes = b"",
     screen: Screen | None = None,
+    flat: Flat | None = None,
 ) -> Plan:
     """Plan what `load` would write, without any guest memory. Arguments are those of `load`.
 
@@ -159,6 +164,7 @@ def plan(
         layout=layout,
         rng_seed=rng_seed,
         screen=screen,
+        flat=flat,
     )
 
 
@@ -182,6 +188,7 @@ def _plan(
     layout: Layout | None,
     rng_seed: bytes,
     screen: Screen | None,
+    flat: Flat | None,
 ) -> Plan:
     """Plan; every file opened is appended to `sources`."""
     source = Source.open(kernel)
@@ -197,4 +204,4 @@ def _plan(
         rng_seed=rng_seed,
         screen=screen,
     )
-    return plan_image(sources, request, protocol=protocol, kaslr=kaslr, cache=cache)
+    return plan_image(sources, request, protocol=protocol, kaslr=kaslr, cache=cache, flat=flat)

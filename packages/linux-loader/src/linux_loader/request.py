@@ -61,6 +61,17 @@ class BootRequest:
                     field, None, value, f"{protocol} cannot hand it over: leave it out"
                 )
 
+    def refuse_extras(self, what: str) -> None:
+        """Refuse all that an image without a boot protocol cannot be told.
+
+        Raises:
+            LoaderError: a command line, initrd, seed or screen was given.
+        """
+        self.refuse_linux_extras(what)
+        for field, given in (("cmdline", self.cmdline), ("initrd", len(self.initrds))):
+            if given:
+                raise LoaderError(field, None, given, f"{what} takes none: leave it out")
+
     def cmdline_placement(self, capacity: int, *, address: int) -> Placement:
         """Place the command line; `capacity` is the image's own limit, its NUL not counted."""
         data = encode_cmdline(self.cmdline, capacity)
