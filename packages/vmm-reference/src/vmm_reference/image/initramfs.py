@@ -84,7 +84,7 @@ def build_initramfs(
             str(kernel.modules),
             "\n".join(wanted),
             "\n".join(spare),
-            str(init.absolute()),
+            init,
             str(shell),
             *(part for name, source in added for part in (name, file_identity(source))),
         )
@@ -106,8 +106,7 @@ def build_initramfs(
                 )
             )
             file.write_bytes(archive)
-            used = [init.absolute(), shell, *(module.file for module in loaded)]
-            return [*used, *input_files(added)]
+            return [shell, *(module.file for module in loaded), *input_files(added)]
 
         cached = cached_image(f"initramfs-{key}.cpio", build)
         if output is None:
