@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from virtio_queue.batch import ChainBatch
     from virtio_queue.chain import DescriptorChain
     from virtio_queue.device import VirtioDevice
     from virtio_queue.errors import (
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ActivationError",
+    "ChainBatch",
     "ChainError",
     "ChainState",
     "DescriptorChain",
@@ -53,6 +55,7 @@ __all__ = [
 ]
 
 _MODULES = {
+    "ChainBatch": "batch",
     "ChainState": "state",
     "DescriptorChain": "chain",
     "DeviceModel": "model",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from virtio_queue._configuration import QueueConfiguration
+from virtio_queue._native import lib
 from virtio_queue.chain import DescriptorChain
 from virtio_queue.constants import F_IN_ORDER, MAX_CHAIN_BYTES
 from virtio_queue.errors import QueueConfigError, StateError
@@ -19,26 +21,21 @@ _WRAP = 1 << 15
 def save_queue(queue: Queue) -> QueueState:
     """Return the queue's state; see `Queue.save`."""
     ring = queue._ring
+    ready = queue.ready
     return QueueState(
         max_size=queue.max_size,
         size=queue.size,
-        ready=ring is not None,
+        ready=ready,
         features=queue.features,
         descriptor_area=queue.descriptor_area,
         driver_area=queue.driver_area,
         device_area=queue.device_area,
-        next_avail=0 if ring is None else ring.next_avail,
-        next_used=0 if ring is None else ring.next_used,
-        pending=0 if ring is None else ring.pending,
+        next_avail=ring.next_avail if ready else 0,
+        next_used=ring.next_used if ready else 0,
+        pending=ring.pending if ready else 0,
         in_flight=tuple(
-            ChainState(
-                head=head,
-                readable=chain.readable,
-                writable=chain.writable,
-                slots=chain.slots,
-                completed=queue._completed.get(head),
-            )
-            for head, chain in queue._in_flight.items()
+            ChainState(chain.head, chain.readable, chain.writable, chain.slots, completed)
+            for chain, completed in queue._flying()
         ),
     )
 
@@ -59,33 +56,34 @@ def restore_queue(queue: Queue, state: QueueState, memory: GuestMemory) -> None:
             fresh.enable(memory)
     except QueueConfigError as error:
         raise StateError(error.field, str(error)) from error
-    if fresh._ring is None:
+    if not fresh.ready:
         idle = (state.next_avail, state.next_used, state.pending, state.in_flight)
         _expect(idle == (0, 0, 0, ()), "ready", "a queue that is not ready has no ring state")
     else:
         _restore_ring(fresh, state, memory)
-    for name in Queue.__slots__:
+    for name in (*QueueConfiguration.__slots__, *Queue.__slots__):
         setattr(queue, name, getattr(fresh, name))
 
 
 def _restore_ring(fresh: Queue, state: QueueState, memory: GuestMemory) -> None:
     ring = fresh._ring
-    if ring is None:
-        raise StateError("ready", "must be true for a ring to be restored")
     for name, position in (("next_avail", state.next_avail), ("next_used", state.next_used)):
         _expect(0 <= position <= 0xFFFF, name, "must be 0 to 65535")
         if fresh.packed:
             _expect(position & ~_WRAP < state.size, name, "offset must be below the queue size")
-    _expect(state.pending >= 0, "pending", "must not be negative")
+    _expect(0 <= state.pending < 1 << 64, "pending", "must fit 64 bits")
     slots = 0
     for saved in state.in_flight:
         _check_chain(fresh, saved, memory)
         slots += saved.slots
-        fresh._in_flight[saved.head] = DescriptorChain(
-            saved.head, saved.readable, saved.writable, saved.slots
+        chain = DescriptorChain(saved.head, saved.readable, saved.writable, saved.slots)
+        done = -1 if saved.completed is None else saved.completed
+        _expect(
+            lib.vq_adopt(ring, saved.head, saved.slots, chain.writable_length, done) == 0,
+            "in_flight",
+            "more chains than the queue holds",
         )
-        if saved.completed is not None:
-            fresh._completed[saved.head] = saved.completed
+        fresh._in_flight[saved.head] = chain
     if fresh.packed:
         ahead = (state.next_avail & ~_WRAP) - (state.next_used & ~_WRAP)
         if (state.next_avail ^ state.next_used) & _WRAP:
@@ -97,6 +95,8 @@ def _restore_ring(fresh: Queue, state: QueueState, memory: GuestMemory) -> None:
     ring.next_avail = state.next_avail
     ring.next_used = state.next_used
     ring.pending = state.pending
+    # Whichever chain was taken last may have been used since: none can be given back.
+    ring.sequence += 1
 
 
 def _check_chain(fresh: Queue, saved: ChainState, memory: GuestMemory) -> None:

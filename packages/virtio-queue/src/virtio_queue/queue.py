@@ -20,142 +20,81 @@ Example:
 
 from __future__ import annotations
 
+from array import array
 from typing import TYPE_CHECKING
 
-from virtio_queue._packed import PackedRing
-from virtio_queue._split import SplitRing
+from virtio_queue import _rules
+from virtio_queue._configuration import QueueConfiguration
+from virtio_queue._native import ffi, lib
+from virtio_queue.batch import ChainBatch, make_chain
 from virtio_queue.constants import (
     F_EVENT_IDX,
     F_IN_ORDER,
     F_INDIRECT_DESC,
-    F_NOTIFICATION_DATA,
-    F_RING_PACKED,
-    MAX_QUEUE_SIZE,
+    MAX_INDIRECT_DESCRIPTORS,
 )
-from virtio_queue.errors import QueueConfigError, QueueStateError, UsageError
+from virtio_queue.errors import QueueStateError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
+    from virtio_queue._native import CData
     from virtio_queue.chain import DescriptorChain
+    from virtio_queue.errors import ChainError
     from virtio_queue.state import QueueState
     from vm_memory import GuestMemory
 
 __all__ = ["Queue"]
 
-_RING_FEATURES = F_INDIRECT_DESC | F_EVENT_IDX | F_RING_PACKED | F_IN_ORDER | F_NOTIFICATION_DATA
+_pop = lib.vq_pop
+_complete_one = lib.vq_complete_one
 
 
-class Queue:
+class Queue(QueueConfiguration):
     """One virtqueue: its configuration, its place in the ring, and the chains in flight.
 
-    Memory is passed to every call and never stored. A queue is not thread-safe: whoever uses it
-    from several threads holds one lock, `VirtioDevice.lock` where there is a device.
+    Memory is passed to every call; the queue keeps a reference to the map it used last. A queue
+    is not thread-safe: whoever uses it from several threads holds one lock, `VirtioDevice.lock`
+    where there is a device.
 
     Configuration is possible only while the queue is not `ready`; `enable` checks everything
     once more, against memory, so that a ready queue is a usable one.
+
+    Ordering against the driver (2.7.13, 2.7.14, 2.8.21, 2.8.22): what makes buffers visible is
+    loaded with acquire before they are read; what makes used buffers visible is stored with
+    release after them; a full fence stands between publishing and reading the driver's wish for
+    notifications, and between announcing a wish for kicks and looking for buffers once more.
 
     Args:
         max_size: largest size offered to the driver, a power of two from 1 to 32768.
 
     Raises:
         UsageError: `max_size` is something else.
+
+    Attributes:
+        max_size: largest size offered to the driver.
+        size: size in use, in descriptors.
+        features: negotiated feature bits that concern queues.
+        descriptor_area: guest address of the descriptor table or ring.
+        driver_area: guest address of the available ring or the driver event suppression.
+        device_area: guest address of the used ring or the device event suppression.
     """
 
-    __slots__ = (
-        "_completed",
-        "_in_flight",
-        "_ring",
-        "descriptor_area",
-        "device_area",
-        "driver_area",
-        "features",
-        "max_size",
-        "size",
-    )
+    __slots__ = ("_batches", "_in_flight", "_memory", "_one", "_ring")
 
     def __init__(self, max_size: int) -> None:
-        if not 1 <= max_size <= MAX_QUEUE_SIZE or max_size & (max_size - 1):
-            raise UsageError("max_size", f"{max_size} is not a power of two from 1 to 32768")
-        self.max_size = max_size
-        self.reset()
+        super().__init__(max_size)
+        self._ring: CData = ffi.NULL
+        self._one: ChainBatch | None = None
+        self._memory: GuestMemory | None = None
+        # Chains taken one by one; those of batches stay in the batch's arrays.
+        self._in_flight: dict[int, DescriptorChain] = {}
+        self._batches: list[ChainBatch] = []
 
     def reset(self) -> None:
         """Return to the state after construction (2.6.1): chains in flight are forgotten."""
-        self.size = self.max_size
-        self.features = 0
-        self.descriptor_area = 0
-        self.driver_area = 0
-        self.device_area = 0
-        self._ring: SplitRing | PackedRing | None = None
-        self._in_flight: dict[int, DescriptorChain] = {}
-        # IN_ORDER: completions that wait until every earlier chain is complete.
-        self._completed: dict[int, int] = {}
-
-    # Configuration ------------------------------------------------------------------------
-
-    @property
-    def ready(self) -> bool:
-        """Whether the driver enabled the queue: chains may be taken."""
-        return self._ring is not None
-
-    @property
-    def packed(self) -> bool:
-        """Whether VIRTIO_F_RING_PACKED was negotiated."""
-        return bool(self.features & F_RING_PACKED)
-
-    def set_features(self, features: int) -> None:
-        """Store the negotiated feature bits; those that do not concern queues are dropped.
-
-        Raises:
-            QueueStateError: the queue is ready.
-        """
-        self._require_stopped("set_features")
-        self.features = features & _RING_FEATURES
-
-    def set_size(self, size: int) -> None:
-        """Set the size in descriptors: 1 to `max_size`, in split rings a power of two (2.7).
-
-        Raises:
-            QueueConfigError: the value is not allowed; the size keeps its value.
-            QueueStateError: the queue is ready.
-        """
-        self._require_stopped("set_size")
-        self._check_size(size)
-        self.size = size
-
-    def set_descriptor_area(self, address: int) -> None:
-        """Set the guest address of the descriptor table or ring, a multiple of 16.
-
-        Raises:
-            QueueConfigError: misaligned or wider than 64 bits; the area keeps its value.
-            QueueStateError: the queue is ready.
-        """
-        self._require_stopped("set_descriptor_area")
-        _check_area("descriptor_area", address, 16)
-        self.descriptor_area = address
-
-    def set_driver_area(self, address: int) -> None:
-        """Set the guest address of the available ring (even) or event suppression (times 4).
-
-        Raises:
-            QueueConfigError: misaligned or wider than 64 bits; the area keeps its value.
-            QueueStateError: the queue is ready.
-        """
-        self._require_stopped("set_driver_area")
-        _check_area("driver_area", address, 4 if self.packed else 2)
-        self.driver_area = address
-
-    def set_device_area(self, address: int) -> None:
-        """Set the guest address of the used ring or device event suppression, a multiple of 4.
-
-        Raises:
-            QueueConfigError: misaligned or wider than 64 bits; the area keeps its value.
-            QueueStateError: the queue is ready.
-        """
-        self._require_stopped("set_device_area")
-        _check_area("device_area", address, 4)
-        self.device_area = address
+        self._clear()
+        self._drop_ring()
 
     def enable(self, memory: GuestMemory) -> None:
         """Check the whole configuration against `memory` and make the queue ready.
@@ -167,71 +106,80 @@ class Queue:
         """
         self._require_stopped("enable")
         self._check(memory)
-        self._ring = self._make_ring()
+        self._ring = ffi.gc(
+            lib.vq_new(
+                self.size,
+                self.descriptor_area,
+                self.driver_area,
+                self.device_area,
+                self.packed,
+                bool(self.features & F_EVENT_IDX),
+                bool(self.features & F_INDIRECT_DESC),
+                bool(self.features & F_IN_ORDER),
+            ),
+            lib.vq_free,
+        )
+        self._one = ChainBatch(1, self._longest_chain(), 0)
+        self._bind(memory)
+        self._ready = True
 
     def disable(self) -> None:
         """Stop using the rings; the configuration stays, chains in flight are forgotten."""
-        self._ring = None
-        self._in_flight.clear()
-        self._completed.clear()
+        self._ready = False
+        self._drop_ring()
 
-    def _check_size(self, size: int) -> None:
-        if not 1 <= size <= self.max_size:
-            raise QueueConfigError("size", size, f"must be 1 to {self.max_size}")
-        if size & (size - 1) and not self.packed:
-            raise QueueConfigError("size", size, "must be a power of two (2.7)")
+    def _drop_ring(self) -> None:
+        self._ring = ffi.NULL
+        self._one = None
+        self._memory = None
+        self._in_flight = {}
+        self._batches = []
 
-    def _check(self, memory: GuestMemory) -> None:
-        self._check_size(self.size)
-        size = self.size
-        event = 2 if self.features & F_EVENT_IDX else 0
-        if self.packed:
-            extents = (
-                ("driver_area", self.driver_area, 4, 4),
-                ("device_area", self.device_area, 4, 4),
-            )
-        else:
-            extents = (
-                ("driver_area", self.driver_area, 2, 4 + 2 * size + event),
-                ("device_area", self.device_area, 4, 4 + 8 * size + event),
-            )
-        for name, address, alignment, length in (
-            ("descriptor_area", self.descriptor_area, 16, 16 * size),
-            *extents,
-        ):
-            _check_area(name, address, alignment)
-            if address + length > 1 << 64 or not memory.check_range(address, length):  # type: ignore[arg-type]
-                raise QueueConfigError(
-                    name, address, f"its {length} bytes are not all guest memory"
-                )
+    def _longest_chain(self) -> int:
+        return self.size + max(self.size, MAX_INDIRECT_DESCRIPTORS)
 
-    def _make_ring(self) -> SplitRing | PackedRing:
-        areas = (self.descriptor_area, self.driver_area, self.device_area)
-        kind = PackedRing if self.packed else SplitRing
-        return kind(
-            self.size,
-            areas,
-            event_idx=bool(self.features & F_EVENT_IDX),
-            indirect=bool(self.features & F_INDIRECT_DESC),
-        )
+    def _bind(self, memory: GuestMemory) -> None:
+        if lib.vq_bind(self._ring, memory.native_table):
+            raise UsageError("memory", "does not hold the rings; pass the memory of `enable`")
+        self._memory = memory
 
-    def _require_stopped(self, what: str) -> None:
-        if self._ring is not None:
-            raise QueueStateError(what, "the queue is ready; reset or disable it first")
-
-    def _require_ready(self, what: str) -> SplitRing | PackedRing:
-        if self._ring is None:
-            raise QueueStateError(what, "the queue is not ready; wait until the driver enables it")
+    def _running(self, what: str, memory: GuestMemory) -> CData:
+        if memory is not self._memory:
+            self._require_ready(what)
+            self._bind(memory)
         return self._ring
+
+    def _fault(self) -> ChainError:
+        fault = self._ring.fault
+        descriptor = None if fault.descriptor < 0 else fault.descriptor
+        return _rules.broken(fault.rule, descriptor, fault.value, packed=self.packed)
 
     # Chains -------------------------------------------------------------------------------
 
     @property
     def in_flight(self) -> tuple[DescriptorChain, ...]:
-        """Chains taken and not yet used, oldest first; a restored device works on them again."""
-        return tuple(
-            chain for head, chain in self._in_flight.items() if head not in self._completed
-        )
+        """Chains taken and not yet used, oldest first; a restored device works on them again.
+
+        Chains whose completion waits for its turn (IN_ORDER) are not among them.
+        """
+        return tuple(chain for chain, completed in self._flying() if completed is None)
+
+    def _flying(self) -> list[tuple[DescriptorChain, int | None]]:
+        """All chains in flight with the length of a completion that waits, oldest first."""
+        chains = list(self._in_flight.values())
+        for batch in self._batches:
+            if batch.outstanding:
+                chains += [
+                    batch.chain(at)
+                    for at, head in enumerate(batch.heads)
+                    if self._flight(head).slots and self._flight(head).batch == batch.handle
+                ]
+        flights = [(self._flight(chain.head), chain) for chain in chains]
+        flights.sort(key=lambda item: item[0].sequence)
+        return [(chain, flight.length if flight.done else None) for flight, chain in flights]
+
+    def _flight(self, head: int) -> CData:
+        return self._ring.flights[head]
 
     def pop(self, memory: GuestMemory) -> DescriptorChain | None:
         """Take the next chain, checked as a whole, or None when there is none.
@@ -240,10 +188,18 @@ class Queue:
             ChainError: the ring or the chain is malformed; nothing has been taken.
             QueueStateError: the queue is not ready.
         """
-        ring = self._require_ready("pop")
-        chain = ring.pop(memory, self._in_flight)
-        if chain is not None:
-            self._in_flight[chain.head] = chain
+        if memory is not self._memory:
+            self._running("pop", memory)
+        one = self._one
+        if one is None:
+            raise QueueStateError("pop", "the queue is not ready")
+        count = _pop(self._ring, one.handle, 1, 0)
+        if count == 0:
+            return None
+        if count < 0:
+            raise self._fault()
+        chain = make_chain(one._chains[:5].tolist(), one._totals, 0, one._segments)
+        self._in_flight[chain.head] = chain
         return chain
 
     def chains(self, memory: GuestMemory) -> Iterator[DescriptorChain]:
@@ -262,25 +218,46 @@ class Queue:
                 return
             yield chain
 
+    def pop_batch(self, memory: GuestMemory, limit: int | None = None) -> ChainBatch:
+        """Take up to `limit` chains (default: the queue's size) into flat arrays at once.
+
+        When a later chain is malformed, the batch ends before it and the next call raises. Use
+        the chains with `add_used_batch` or `complete_batch`, in one or several calls.
+
+        Raises:
+            ChainError: the ring or the first chain is malformed; nothing has been taken.
+            QueueStateError: the queue is not ready.
+        """
+        ring = self._running("pop_batch", memory)
+        for batch in self._batches:
+            if not batch.outstanding:
+                break
+        else:
+            segments = self._longest_chain() + 4 * self.size
+            batch = ChainBatch(self.size, segments, 2 * segments)
+            self._batches.append(batch)
+        wanted = self.size if limit is None else min(max(limit, 0), self.size)
+        if _pop(ring, batch.handle, wanted, 1) < 0:
+            raise self._fault()
+        return batch
+
     def undo_pop(self, chain: DescriptorChain) -> None:
         """Give back the chain that was taken last, to take it again later.
 
         Raises:
-            QueueStateError: it is not the youngest chain in flight, or has been completed.
+            QueueStateError: the queue is not ready, it is not the chain that was taken last, or
+                it has been used.
         """
-        ring = self._require_ready("undo_pop")
-        youngest = next(reversed(self._in_flight), None)
-        if (
-            youngest is None
-            or self._in_flight[youngest] is not chain
-            or youngest in self._completed
-        ):
-            raise QueueStateError("undo_pop", "only the youngest chain in flight can be given back")
-        del self._in_flight[youngest]
-        ring.undo(chain)
+        self._require_ready("undo_pop")
+        if self._in_flight.get(chain.head) is not chain or lib.vq_undo(self._ring, chain.head):
+            raise QueueStateError("undo_pop", "only the chain taken last can be given back")
+        del self._in_flight[chain.head]
 
     def add_used(self, memory: GuestMemory, head: int, length: int) -> None:
         """Give one chain back to the driver.
+
+        With VIRTIO_F_IN_ORDER a completion that overtakes an earlier chain is held until its
+        turn (2.7.9).
 
         Args:
             memory: the guest's memory.
@@ -292,43 +269,84 @@ class Queue:
             QueueStateError: the queue is not ready, or no such chain is in flight.
             UsageError: `length` is more than the chain can hold.
         """
-        self.add_used_batch(memory, ((head, length),))
+        ring = self._running("add_used", memory)
+        if not 0 <= length <= 0xFFFFFFFF or not 0 <= head <= 0xFFFF:
+            raise UsageError("add_used", f"head {head} or length {length} is out of range")
+        count = _complete_one(ring, head, length)
+        if count == 1:
+            self._in_flight.pop(head, None)
+            return
+        if count < 0:
+            raise self._usage(head, length)
+        self._forget_used()
 
     def add_used_batch(self, memory: GuestMemory, entries: Iterable[tuple[int, int]]) -> None:
         """Give several chains back with one publication, in the order given.
 
-        With VIRTIO_F_IN_ORDER a completion that overtakes an earlier chain is held until its
-        turn (2.7.9).
+        Args:
+            memory: the guest's memory.
+            entries: (head, length) of each, as for `add_used`.
 
         Raises:
-            QueueStateError: as `add_used`; nothing of the batch has been published.
-            UsageError: as `add_used`; nothing of the batch has been published.
+            QueueStateError: as `add_used`; nothing of the batch has been used.
+            UsageError: as `add_used`; nothing of the batch has been used.
         """
-        ring = self._require_ready("add_used")
-        checked: dict[int, tuple[DescriptorChain, int]] = {}
-        for head, length in entries:
-            chain = self._in_flight.get(head)
-            if chain is None or head in self._completed or head in checked:
-                raise QueueStateError("add_used", f"no chain with head {head} is in flight")
-            if not 0 <= length <= min(chain.writable_length, 0xFFFFFFFF):
-                raise UsageError(
-                    "length", f"{length} is not from 0 to {chain.writable_length}, the chain's room"
-                )
-            checked[head] = (chain, length)
-        if self.features & F_IN_ORDER:
-            for head, (_, length) in checked.items():
-                self._completed[head] = length
-            checked = {}
-            for head, chain in self._in_flight.items():
-                if head not in self._completed:
-                    break
-                checked[head] = (chain, self._completed[head])
-        if not checked:
+        pairs = list(entries)
+        try:
+            heads = array("I", [head for head, _ in pairs])
+            lengths = array("I", [length for _, length in pairs])
+        except OverflowError:
+            raise UsageError("add_used", "a head or a length is not from 0 to 2**32 - 1") from None
+        self._complete(memory, heads, lengths)
+
+    def complete_batch(
+        self, memory: GuestMemory, batch: ChainBatch, lengths: Iterable[int] | None = None
+    ) -> None:
+        """Give a whole batch back with one publication.
+
+        Args:
+            memory: the guest's memory.
+            batch: of which no chain has been used yet.
+            lengths: bytes written into each chain; by default each was written in full.
+
+        Raises:
+            QueueStateError: as `add_used`; nothing of the batch has been used.
+            UsageError: as `add_used`, or another number of lengths than of chains.
+        """
+        heads = array("I", batch.heads)
+        try:
+            written = array("I", batch.writable_lengths if lengths is None else lengths)
+        except OverflowError:
+            raise UsageError("lengths", "each must be from 0 to 2**32 - 1") from None
+        if len(written) != len(heads):
+            raise UsageError("lengths", f"{len(written)} of them for {len(heads)} chains")
+        self._complete(memory, heads, written)
+
+    def _complete(self, memory: GuestMemory, heads: array[int], lengths: array[int]) -> None:
+        ring = self._running("add_used", memory)
+        if not heads:
             return
-        ring.put_used(memory, tuple(checked.values()))
-        for head in checked:
+        count = lib.vq_complete(
+            ring,
+            len(heads),
+            ffi.from_buffer("uint32_t[]", heads),
+            ffi.from_buffer("uint32_t[]", lengths),
+        )
+        if count < 0:
+            at = ring.fault.value
+            raise self._usage(heads[at], lengths[at])
+        if self._in_flight:
+            self._forget_used()
+
+    def _forget_used(self) -> None:
+        flights = self._ring.flights
+        for head in [head for head in self._in_flight if not flights[head].slots]:
             del self._in_flight[head]
-            self._completed.pop(head, None)
+
+    def _usage(self, head: int, length: int) -> UsageError:
+        if self._ring.fault.rule == _rules.LENGTH:
+            return UsageError("length", f"{length} is more than the chain's writable part holds")
+        return QueueStateError("add_used", f"no chain with head {head} is in flight")
 
     # Notifications ------------------------------------------------------------------------
 
@@ -340,7 +358,7 @@ class Queue:
         Raises:
             QueueStateError: the queue is not ready.
         """
-        return self._require_ready("needs_notification").needs_notification(memory)
+        return bool(lib.vq_needs_notification(self._running("needs_notification", memory)))
 
     def enable_notifications(self, memory: GuestMemory) -> bool:
         """Ask the driver for kicks again.
@@ -353,7 +371,10 @@ class Queue:
             ChainError: the ring is malformed.
             QueueStateError: the queue is not ready.
         """
-        return self._require_ready("enable_notifications").enable_notifications(memory)
+        available = lib.vq_enable_notifications(self._running("enable_notifications", memory))
+        if available < 0:
+            raise self._fault()
+        return bool(available)
 
     def disable_notifications(self, memory: GuestMemory) -> None:
         """Tell the driver that kicks are not needed for now (a hint it may ignore).
@@ -361,7 +382,7 @@ class Queue:
         Raises:
             QueueStateError: the queue is not ready.
         """
-        self._require_ready("disable_notifications").disable_notifications(memory)
+        lib.vq_disable_notifications(self._running("disable_notifications", memory))
 
     # State --------------------------------------------------------------------------------
 
@@ -381,10 +402,3 @@ class Queue:
         from virtio_queue import _saving
 
         _saving.restore_queue(self, state, memory)
-
-
-def _check_area(name: str, address: int, alignment: int) -> None:
-    if not 0 <= address < 1 << 64:
-        raise QueueConfigError(name, address, "must be a 64-bit guest address")
-    if address % alignment:
-        raise QueueConfigError(name, address, f"must be a multiple of {alignment}")

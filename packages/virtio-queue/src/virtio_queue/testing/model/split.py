@@ -1,19 +1,21 @@
-"""The device's side of a split virtqueue (section 2.7 of virtio 1.3), in Python."""
+"""The device's side of a split virtqueue (section 2.7 of virtio 1.3), in plain Python."""
 
 from __future__ import annotations
 
 import struct
 from typing import TYPE_CHECKING
 
-from virtio_queue._walk import walk_split
+from virtio_queue import _rules
 from virtio_queue.chain import DescriptorChain
-from virtio_queue.errors import ChainError
+from virtio_queue.testing.model.walk import Walk
 from vm_memory import Order, fence
 
 if TYPE_CHECKING:
     from collections.abc import Container, Sequence
 
     from vm_memory import GuestAddress, GuestMemory
+
+__all__ = ["SplitRing"]
 
 _USED_ELEM = struct.Struct("<II")
 _MASK = 0xFFFF
@@ -63,12 +65,7 @@ class SplitRing:
         idx_address: GuestAddress = self._avail + 2  # type: ignore[assignment]
         count = (memory.atomic_load(idx_address, 2, _ACQUIRE) - self.next_avail) & _MASK
         if count > self._size:
-            raise ChainError(
-                "2.7.6.1",
-                None,
-                count,
-                f"available idx is more than {self._size} ahead or went back",
-            )
+            raise _rules.broken(_rules.AVAIL_IDX, None, count, packed=False)
         return count
 
     def pop(self, memory: GuestMemory, in_flight: Container[int]) -> DescriptorChain | None:
@@ -78,11 +75,12 @@ class SplitRing:
         slot = self.next_avail % self._size
         entry: GuestAddress = self._avail + 4 + 2 * slot  # type: ignore[assignment]
         head = memory.atomic_load(entry, 2, _RELAXED)
+        walk = Walk(memory, self._size, packed=False, indirect=self._indirect)
         if head in in_flight:
-            raise ChainError("2.7.13.1", head, head, "head made available while still in flight")
-        elements, slots = walk_split(memory, self._desc, self._size, head, indirect=self._indirect)
+            raise walk.broken(_rules.IN_FLIGHT, head, head)
+        slots = walk.split_chain(self._desc, head)
         self.next_avail = (self.next_avail + 1) & _MASK
-        return DescriptorChain(head, tuple(elements.readable), tuple(elements.writable), slots)
+        return DescriptorChain(head, tuple(walk.readable), tuple(walk.writable), slots)
 
     def undo(self, chain: DescriptorChain) -> None:
         """Step back over the chain that was taken last."""

@@ -1,10 +1,10 @@
-"""The device's side of a packed virtqueue (section 2.8 of virtio 1.3), in Python."""
+"""The device's side of a packed virtqueue (section 2.8 of virtio 1.3), in plain Python."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from virtio_queue._walk import DESCRIPTOR, PACKED_SECTIONS, Elements, read_descriptor, table_entries
+from virtio_queue import _rules
 from virtio_queue.chain import DescriptorChain
 from virtio_queue.constants import (
     DESC_F_AVAIL,
@@ -13,13 +13,15 @@ from virtio_queue.constants import (
     DESC_F_USED,
     DESC_F_WRITE,
 )
-from virtio_queue.errors import ChainError
+from virtio_queue.testing.model.walk import DESCRIPTOR, Walk
 from vm_memory import Order, fence
 
 if TYPE_CHECKING:
     from collections.abc import Container, Sequence
 
     from vm_memory import GuestAddress, GuestMemory
+
+__all__ = ["PackedRing"]
 
 _ACQUIRE, _RELEASE, _RELAXED = Order.ACQUIRE, Order.RELEASE, Order.RELAXED
 _ENABLE, _DISABLE, _DESC = 0, 1, 2
@@ -92,56 +94,39 @@ class PackedRing:
         position = self.next_avail
         if not self.available(memory):
             return None
-        elements = Elements(memory, PACKED_SECTIONS)
+        walk = Walk(memory, self._size, packed=True, indirect=self._indirect)
         slots = 0
         while True:
             index = position & ~_WRAP
             slots += 1
             if slots > self._size:
-                raise ChainError("2.8.17", index, slots, "descriptor list longer than the queue")
-            address, length, buffer_id, flags = read_descriptor(memory, self._desc, index, "2.8.13")
+                raise walk.broken(_rules.LIST_LENGTH, index, slots)
+            address, length, buffer_id, flags = walk.read(self._desc, index)
             if not self._is_available(flags, position):
-                raise ChainError(
-                    "2.8.17", index, flags, "first descriptor made available before the whole list"
-                )
+                raise walk.broken(_rules.LIST_PARTIAL, index, flags)
             position = self._advance(position, 1)
             if flags & DESC_F_INDIRECT:
-                self._check_indirect(index, flags, slots)
-                self._walk_table(memory, elements, index, address, length)
+                if not self._indirect:
+                    raise walk.broken(_rules.NOT_NEGOTIATED, index, flags)
+                if flags & DESC_F_NEXT or slots > 1:
+                    raise walk.broken(_rules.INDIRECT_NEXT, index, flags)
+                walk.packed_table(address, walk.entries(index, address, length))
                 break
-            elements.add(index, address, length, flags & DESC_F_WRITE)
+            walk.add(index, address, length, flags)
             if not flags & DESC_F_NEXT:
                 break
         if buffer_id in in_flight:
-            raise ChainError("2.8.21.1", index, buffer_id, "buffer ID is still in flight")
-        self._check_space(slots, index)
+            raise walk.broken(_rules.IN_FLIGHT, index, buffer_id)
+        ahead = self._ahead() + slots
+        if ahead > self._size:
+            raise walk.broken(_rules.RING_FULL, index, ahead)
         self.next_avail = position
-        return DescriptorChain(buffer_id, tuple(elements.readable), tuple(elements.writable), slots)
+        return DescriptorChain(buffer_id, tuple(walk.readable), tuple(walk.writable), slots)
 
-    def _check_space(self, slots: int, index: int) -> None:
-        """Refuse more unused descriptors than the ring has places."""
-        used = self.next_used
-        ahead = (self.next_avail & ~_WRAP) - (used & ~_WRAP)
-        if (self.next_avail ^ used) & _WRAP:
-            ahead += self._size
-        if ahead + slots > self._size:
-            raise ChainError(
-                "2.8.17", index, ahead + slots, "more descriptors in flight than the ring holds"
-            )
-
-    def _check_indirect(self, index: int, flags: int, slots: int) -> None:
-        if not self._indirect:
-            raise ChainError("2.8.19", index, flags, "INDIRECT without VIRTIO_F_INDIRECT_DESC")
-        if flags & DESC_F_NEXT or slots > 1:
-            raise ChainError("2.8.19", index, flags, "INDIRECT in a list linked by NEXT")
-
-    def _walk_table(
-        self, memory: GuestMemory, elements: Elements, index: int, address: int, length: int
-    ) -> None:
-        entries = table_entries(memory, index, address, length, self._size, "2.8.7")
-        for entry in range(entries):
-            where, size, _, flags = read_descriptor(memory, address, entry, "2.8.7")
-            elements.add(entry, where, size, flags & DESC_F_WRITE)
+    def _ahead(self) -> int:
+        """Descriptors between the positions of the device's reading and its writing."""
+        ahead = (self.next_avail & ~_WRAP) - (self.next_used & ~_WRAP)
+        return ahead + self._size if (self.next_avail ^ self.next_used) & _WRAP else ahead
 
     def undo(self, chain: DescriptorChain) -> None:
         """Step back over the buffer that was taken last."""

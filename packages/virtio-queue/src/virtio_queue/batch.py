@@ -1,0 +1,119 @@
+"""Several chains at once, as flat arrays (`Queue.pop_batch`)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from virtio_queue._native import ffi, lib
+from virtio_queue.chain import DescriptorChain
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from virtio_queue._native import CData
+
+__all__ = ["ChainBatch"]
+
+_CHAIN_WORDS = 12
+_CHAIN_QUADS = 6
+
+
+class ChainBatch:
+    """Chains taken by one call, in arrays that C code can walk without Python.
+
+    The queue owns it and fills it again once all of its chains have been used; copy what is to
+    live longer. Made by `Queue.pop_batch` only.
+
+    Attributes:
+        native: address of a `struct vq_batch` (layout in `native/virtio_queue.h`), for C code of
+            any extension.
+    """
+
+    __slots__ = ("_chains", "_iovecs", "_segments", "_totals", "handle", "native")
+
+    def __init__(self, chains: int, segments: int, iovecs: int) -> None:
+        self.handle: CData = ffi.gc(lib.vq_batch_new(chains, segments, iovecs), lib.vq_batch_free)
+        handle = self.handle
+        self.native = int(ffi.cast("uintptr_t", handle))  # type: ignore[call-overload]
+        table = memoryview(ffi.buffer(handle.chains, 48 * chains))
+        self._chains = table.cast("I")
+        self._totals = table.cast("Q")
+        self._segments = memoryview(ffi.buffer(handle.segments, 16 * segments)).cast("Q")
+        self._iovecs = (
+            memoryview(ffi.buffer(handle.iovecs, 16 * iovecs)).cast("Q") if iovecs else None
+        )
+
+    def __len__(self) -> int:
+        return self.handle.count
+
+    @property
+    def outstanding(self) -> int:
+        """How many of the chains have not been used yet."""
+        return self.handle.outstanding
+
+    @property
+    def heads(self) -> list[int]:
+        """The head of each chain, in the order they were made available."""
+        return self._chains[: _CHAIN_WORDS * len(self) : _CHAIN_WORDS].tolist()
+
+    @property
+    def writable_lengths(self) -> list[int]:
+        """Bytes of each chain's device-writable part."""
+        return self._totals[5 : _CHAIN_QUADS * len(self) : _CHAIN_QUADS].tolist()
+
+    def chain(self, index: int) -> DescriptorChain:
+        """Copy one chain out of the arrays.
+
+        Raises:
+            IndexError: `index` is not from 0 to `len` - 1.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"chain {index} of a batch of {len(self)}")
+        words = self._chains[_CHAIN_WORDS * index : _CHAIN_WORDS * index + 5].tolist()
+        return make_chain(words, self._totals, _CHAIN_QUADS * index, self._segments)
+
+    def __iter__(self) -> Iterator[DescriptorChain]:
+        for index in range(len(self)):
+            yield self.chain(index)
+
+    def iovecs(self, index: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+        """Return (host address, length) of each readable and each writable piece of a chain.
+
+        Pieces end where regions of guest memory end; empty elements have none. The addresses
+        are valid while the guest's memory is.
+
+        Raises:
+            IndexError: `index` is not from 0 to `len` - 1, or the batch was made without iovecs.
+        """
+        if not 0 <= index < len(self) or self._iovecs is None:
+            raise IndexError(f"iovecs of chain {index} of a batch of {len(self)}")
+        base = _CHAIN_WORDS * index
+        first, readable, writable = self._chains[base + 5 : base + 8].tolist()
+        middle = first + readable
+        return (
+            _pairs(self._iovecs, first, middle),
+            _pairs(self._iovecs, middle, middle + writable),
+        )
+
+
+def make_chain(
+    words: list[int], totals: memoryview[int], at: int, segments: memoryview[int]
+) -> DescriptorChain:
+    """Build a chain from a `struct vq_chain` without summing its lengths again."""
+    head, slots, first, readable, writable = words
+    chain = DescriptorChain.__new__(DescriptorChain)
+    chain.head = head
+    chain.slots = slots
+    middle = first + readable
+    chain.readable = tuple(_pairs(segments, first, middle)) if readable else ()
+    chain.writable = tuple(_pairs(segments, middle, middle + writable)) if writable else ()
+    chain.readable_length = totals[at + 4]
+    chain.writable_length = totals[at + 5]
+    return chain
+
+
+def _pairs(words: memoryview[int], first: int, end: int) -> list[tuple[int, int]]:
+    if end - first == 1:
+        return [(words[2 * first], words[2 * first + 1])]
+    flat = iter(words[2 * first : 2 * end].tolist())
+    return list(zip(flat, flat, strict=True))
