@@ -6,7 +6,8 @@ under a fresh overlay: so it sees them as they are now, and what it leaves behin
 The interpreter is 25 times slower in here, so this imports next to nothing.
 """
 
-# ruff: noqa: PTH (the import of pathlib would cost a third of a second)
+# The import of pathlib would cost a third of a second.
+# ruff: noqa: PTH101, PTH102, PTH103, PTH104, PTH108, PTH110, PTH116, PTH120, PTH123, PTH208
 from __future__ import annotations
 
 import ctypes
@@ -43,7 +44,7 @@ def check(result: int, what: str) -> None:
 def mount(
     source: bytes, target: bytes, kind: bytes = b"", flags: int = 0, data: bytes = b""
 ) -> None:
-    """Call mount(2)."""
+    """Mount a file system; the arguments are those of the system call."""
     result = libc.mount(source, target, kind or None, ctypes.c_ulong(flags), data or None)
     check(result, f"mount {os.fsdecode(source)} at {os.fsdecode(target)}")
 
@@ -61,19 +62,33 @@ def warm_up(files: list[bytes]) -> None:
             known = os.stat(copy)
             if (known.st_size, known.st_mtime_ns) == (int(size), int(changed)):
                 continue
+            os.unlink(copy)
+            os.removedirs(os.path.dirname(copy))
         except OSError:
-            os.makedirs(os.path.dirname(copy), exist_ok=True)
-        try:
-            with open(b"/job/host" + path, "rb") as source, open(copy + b".new", "wb") as target:
+            pass
+        if int(size) >= 0:
+            keep_warm(path, copy)
+
+
+def keep_warm(path: bytes, copy: bytes) -> None:
+    """Copy a file of the host, and the folders that lead to it; leave out what cannot be read."""
+    try:
+        with open(b"/job/host" + path, "rb") as source:
+            at = 1
+            while (at := path.find(b"/", at) + 1) > 0:
+                folder = b"/warm" + path[: at - 1]
+                if not os.path.exists(folder):
+                    os.mkdir(folder)
+                    os.chmod(folder, os.stat(b"/job/host" + path[: at - 1]).st_mode & 0o7777)
+            status = os.fstat(source.fileno())
+            with open(copy + b".new", "wb") as target:
                 while os.sendfile(target.fileno(), source.fileno(), None, 1 << 22):
                     pass
-                status = os.fstat(source.fileno())
                 os.fchmod(target.fileno(), status.st_mode & 0o7777)
-            os.utime(copy + b".new", ns=(status.st_atime_ns, status.st_mtime_ns))
-            os.rename(copy + b".new", copy)
-        except OSError:
-            if os.path.exists(copy):
-                os.unlink(copy)
+        os.utime(copy + b".new", ns=(status.st_atime_ns, status.st_mtime_ns))
+        os.rename(copy + b".new", copy)
+    except OSError:
+        pass
 
 
 def enter_fresh_root(start: wire.Start) -> None:
@@ -122,15 +137,19 @@ class Job:
         self.terminal = -1
         if start.pty:
             self.terminal, inner = os.openpty()
-            ends = (inner, inner, inner)
+            ends = [inner, inner, inner]
             self.stdin: int = self.terminal
             self.outputs = {self.terminal: wire.STDOUT}
         else:
             (stdin, self.stdin), (stdout, out), (stderr, err) = os.pipe(), os.pipe(), os.pipe()
-            ends = (stdin, out, err)
+            ends = [stdin, out, err]
             self.outputs = {stdout: wire.STDOUT, stderr: wire.STDERR}
         for end in {self.stdin, *self.outputs}:
             os.set_blocking(end, False)
+        # The command's exec closes its end: from then on there is someone to send signals to.
+        self.starting, started = os.pipe()
+        ends.append(started)
+        self.signals: list[int] = []
         self.pid = os.fork()
         if self.pid == 0:
             self._outer(ends, start)
@@ -138,7 +157,7 @@ class Job:
             os.close(end)
         self.exit = os.pidfd_open(self.pid)
 
-    def _outer(self, ends: tuple[int, int, int], start: wire.Start) -> None:
+    def _outer(self, ends: list[int], start: wire.Start) -> None:
         """In the first child: make the namespaces, and wait for the process that is 1 in them."""
         status = 125
         try:
@@ -151,7 +170,7 @@ class Job:
             if first == 0:
                 status = self._first(ends, start)
                 os._exit(status)
-            for end in {*ends, self.stdin, *self.outputs}:
+            for end in {*ends, self.stdin, self.starting, *self.outputs}:
                 os.close(end)
             status = exit_status(os.waitpid(first, 0)[1])
         except BaseException as error:
@@ -159,7 +178,7 @@ class Job:
         finally:
             os._exit(status)
 
-    def _first(self, ends: tuple[int, int, int], start: wire.Start) -> int:
+    def _first(self, ends: list[int], start: wire.Start) -> int:
         """In process 1 of the namespaces: run the command and reap until it has ended."""
         try:
             enter_fresh_root(start)
@@ -169,7 +188,7 @@ class Job:
         command = os.fork()
         if command == 0:
             os._exit(execute(ends, start))
-        for end in {*ends, self.stdin, *self.outputs}:
+        for end in {*ends, self.stdin, self.starting, *self.outputs}:
             os.close(end)
         while True:
             pid, status = os.wait()
@@ -211,11 +230,22 @@ class Job:
         return b""
 
     def signal(self, number: int) -> None:
-        """Send a signal to the command; SIGKILL ends the whole job."""
-        first = child(self.pid)
-        target = first if number == SIGKILL or first is None else child(first)
-        if target is not None:
-            os.kill(target, number)
+        """Send a signal to the command, once there is one; SIGKILL ends the whole job."""
+        self.signals.append(number)
+        if self.starting < 0:
+            self.deliver()
+
+    def deliver(self) -> None:
+        """Send the signals that have waited for the command's start."""
+        if self.starting >= 0:
+            os.close(self.starting)
+            self.starting = -1
+        for number in self.signals:
+            first = child(self.pid)
+            target = first if number == SIGKILL or first is None else child(first)
+            if target is not None:
+                os.kill(target, number)
+        self.signals.clear()
 
     def resize(self, body: bytes) -> None:
         """Give the terminal its size."""
@@ -226,7 +256,7 @@ class Job:
 
     def close(self) -> None:
         """Release what is left open after the end."""
-        for end in {self.exit, self.stdin, self.terminal, *self.outputs} - {-1}:
+        for end in {self.exit, self.starting, self.stdin, self.terminal, *self.outputs} - {-1}:
             os.close(end)
 
 
@@ -245,12 +275,11 @@ def exit_status(status: int) -> int:
     return code if code >= 0 else 128 - code
 
 
-def execute(ends: tuple[int, int, int], start: wire.Start) -> int:
+def execute(ends: list[int], start: wire.Start) -> int:
     """Become the command; returns the exit status if that cannot be done."""
     os.setsid()
-    for number, end in enumerate(ends):
+    for number, end in enumerate(ends[:3]):
         os.dup2(end, number)
-    os.closerange(3, 64)
     if start.pty:
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)
     for ignored_by_python in (SIGPIPE, SIGXFSZ):
@@ -308,6 +337,8 @@ def main() -> None:
                 poll.register(job.stdin, events)
             if job.status is None:
                 poll.register(job.exit, select.POLLIN)
+            if job.starting >= 0:
+                poll.register(job.starting, 0)
         ready = dict(poll.poll())
 
         if ready.get(port, 0) & select.POLLHUP:
@@ -334,6 +365,8 @@ def main() -> None:
                 outgoing += job.feed()
             for end in [end for end in job.outputs if ready.get(end)]:
                 outgoing += job.drain(end)
+            if ready.get(job.starting):
+                job.deliver()
             if job.status is None and ready.get(job.exit):
                 job.status = exit_status(os.waitpid(job.pid, 0)[1])
             if job.status is not None and not job.outputs:

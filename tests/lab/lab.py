@@ -24,9 +24,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Job", "Lab"]
 
-RESTARTS = 2
-"""How often a lab may be started again before its run has failed."""
-
 STEP = 0.25
 """The longest single wait, in seconds: so often the heart is listened to."""
 
@@ -116,7 +113,7 @@ class Lab:
     A lab takes one host CPU, for reasons that `lab.cpus` gives; two labs need two. It belongs to
     the thread that starts it, and ends with it. Its files are the host's as they are when a job
     starts; what a job writes is gone at its end, except in the folders that are shared. A lab that
-    falls silent is ended, and started again for the next job, up to two times.
+    falls silent is ended, and started again for the next job.
 
     Args:
         memory: of the outer machine, as QEMU's `-m` takes it.
@@ -125,12 +122,13 @@ class Lab:
         cpu: the host CPU to run on; None takes one that no other lab has.
         shares: folders of the host in which a job's writes reach the host.
         silence: after how many seconds without a heartbeat the lab is taken for dead.
+        restarts: how often it may be started again before its run has failed.
         patience: how long to wait for a CPU while other labs have them all, in seconds.
         report: told, in one text each, what a person should know, such as a restart.
 
     Attributes:
         job: the one that runs.
-        restarts: the reason of each restart, with the last lines of the log.
+        restarted: the reason of each restart, with the last lines of the log.
     """
 
     def __init__(
@@ -142,6 +140,7 @@ class Lab:
         cpu: int | None = None,
         shares: Sequence[str | Path] = (),
         silence: float = 30,
+        restarts: int = 2,
         patience: float = 900,
         report: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True),
     ) -> None:
@@ -153,7 +152,8 @@ class Lab:
         self.patience = patience
         self.report = report
         self.job: Job | None = None
-        self.restarts: list[str] = []
+        self.restarted: list[str] = []
+        self.restarts = restarts
         self._wanted = cpu
         self._cpu: Cpu | None = None
         self._emulator: Emulator | None = None
@@ -162,6 +162,7 @@ class Lab:
         self._incoming = bytearray()
         self._outgoing = bytearray()
         self._ready = False
+        self._warm: set[str] = set()
         self._jobs = 0
         self._beat = b""
         self._silent = 0.0
@@ -192,9 +193,9 @@ class Lab:
         """
         while self._emulator is None:
             if self._died is not None:
-                if len(self.restarts) == RESTARTS:
-                    raise LabError(f"the lab died {RESTARTS + 1} times; at last: {self._died}")
-                self.restarts.append(str(self._died))
+                if len(self.restarted) == self.restarts:
+                    raise LabError(f"the lab died {self.restarts + 1} times; at last: {self._died}")
+                self.restarted.append(str(self._died))
                 self.report(f"lab: starting it again: {self._died}")
             with contextlib.suppress(LabDied):
                 self._boot()
@@ -233,6 +234,7 @@ class Lab:
             raise LabError(f"the lab runs {self.job.argv[0]}: one job at a time")
         self.start()
         self._jobs += 1
+        self._warm |= _mapped_files()
         environment = os.environ if env is None else env
         start = wire.Start(
             pty,
@@ -240,7 +242,7 @@ class Lab:
             [os.fsencode(argument) for argument in argv],
             [os.fsencode(f"{name}={value}") for name, value in environment.items()],
             [os.fsencode(share) for share in self.shares],
-            _mapped_files(),
+            [_as_it_is_now(path) for path in sorted(self._warm)],
         )
         job = Job(self, self._jobs, [os.fsdecode(argument) for argument in argv], sink)
         self.job = job
@@ -417,23 +419,23 @@ class Lab:
             emulator.end()
 
 
-def _mapped_files() -> list[bytes]:
-    """The programs and libraries of this process, which jobs will most likely use as well.
-
-    Their files are as they are now: one that has been replaced since is not among them.
-    """
-    files = {}
+def _mapped_files() -> set[str]:
+    """The programs and libraries of this process, which jobs will most likely use as well."""
+    mapped = set()
     for line in os.fsdecode(Path("/proc/self/maps").read_bytes()).splitlines():
-        _, rights, _, _, inode, *path = line.split(maxsplit=5)
-        if path and "x" in rights and path[0].startswith("/") and path[0] not in files:
-            try:
-                status = Path(path[0]).stat()
-            except OSError:
-                continue
-            if status.st_ino == int(inode):
-                entry = f"{status.st_size}:{status.st_mtime_ns}:{path[0]}"
-                files[path[0]] = os.fsencode(entry)
-    return list(files.values())
+        _, rights, _, _, _, *path = line.split(maxsplit=5)
+        if path and "x" in rights and path[0].startswith("/"):
+            mapped.add(path[0])
+    return mapped
+
+
+def _as_it_is_now(path: str) -> bytes:
+    """A file by its size and time, as the agent expects it; of size -1 where there is none."""
+    try:
+        status = Path(path).stat()
+    except OSError:
+        return os.fsencode(f"-1:0:{path}")
+    return os.fsencode(f"{status.st_size}:{status.st_mtime_ns}:{path}")
 
 
 def _agent_command() -> str:

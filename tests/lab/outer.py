@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from linux_loader.bzimage import parse_bzimage
-from linux_loader.loading import unpack_payload
+from linux_loader.decompress import decompress
 from linux_loader.source import Source
 from vmm_reference.image import build_initramfs, debian_kernel
 from vmm_reference.image.cache import cached_image, content_key
@@ -54,7 +54,8 @@ def make(modules: Sequence[str] = ()) -> Outer:
             payload = source.read("payload", image.payload_offset, image.payload_size)
         finally:
             source.close()
-        target.write_bytes(unpack_payload(payload))
+        # Linux appends the size of what comes out.
+        target.write_bytes(decompress(payload, size=int.from_bytes(payload[-4:], "little")))
         return [kernel.vmlinuz]
 
     name = f"vmlinux-{kernel.version}-{content_key(str(kernel.vmlinuz))}"

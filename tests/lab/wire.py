@@ -63,7 +63,8 @@ class Start:
         argv: the command.
         env: its environment, as NAME=VALUE.
         shares: folders that are shared with the host.
-        warm: files to keep in memory from job to job, as SIZE:MTIME_NS:PATH.
+        warm: files to keep in memory from job to job, as SIZE:MTIME_NS:PATH; those of size -1
+            are no more.
     """
 
     def __init__(
