@@ -15,14 +15,15 @@ from typing import TYPE_CHECKING
 from linux_loader import E820Entry, E820Type, Protocol, load
 from linux_loader.cache import default_folder
 from virtio_queue.device import VirtioDevice
-from virtio_queue.mmio import QUEUE_NOTIFY, MmioTransport
+from virtio_queue.mmio import MmioTransport
 from vm_memory import GuestAddress, GuestMemory
 
 from . import layout
-from .acpi.tables import VirtioMmio, build
+from .acpi import tables
 from .backends.file import FileBackend
 from .bus import Bus
 from .cpu.state import CpuPolicy, set_entry_state
+from .devices import pm
 from .devices.blk import Block
 from .devices.i8042 import I8042
 from .devices.pm import PowerManagement
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from kvm_ioctls import Kvm, Vm
-    from virtio_queue.device import DeviceModel
+    from linux_loader import EntryState
 
     from .config import MachineConfig
     from .loop import Loop
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
 __all__ = ["Board"]
 
 _PIT_SPEAKER_DUMMY = 1
+_QUEUE_NOTIFY = 0x50  # virtio 1.3, 4.2.2: the register whose writes are kicks
 _PARK_SECONDS = 10.0
 
 
@@ -82,6 +84,7 @@ class Board:
         self._virtio: list[VirtioDevice] = []
         self._ports = Bus(0x10000)
         self._mmio = Bus()
+        self._rtc_deadline: float | None = None
         with ExitStack() as stack:
             self._memory = GuestMemory.from_ranges(
                 [(GuestAddress(a), size) for a, size in layout.ram_ranges(config.memory)]
@@ -175,17 +178,37 @@ class Board:
     def _add_legacy_devices(self) -> None:
         ports = self._ports
         ports.add(layout.SERIAL_PORT, 8, self.serial)
-        ports.add(0x70, 2, Rtc(time.time, self._line(8)))
-        i8042 = I8042(lambda: self._ended(Outcome.RESET, "keyboard controller"))
+        self._rtc = Rtc(time.time, self._line(tables.RTC_GSI), timer=self._rtc_timer)
+        ports.add(tables.RTC_PORT, 2, self._rtc)
+        i8042 = I8042(lambda: self._ended(Outcome.RESET, ""))
         ports.add(0x60, 1, i8042)
         ports.add(0x64, 1, i8042, offset=4)
-        ports.add(0x505, 1, Pvpanic(self._panicked))
+        self.power = PowerManagement(
+            power_off=lambda: self._ended(Outcome.POWER_OFF, ""),
+            reset=lambda: self._ended(Outcome.RESET, ""),
+            interrupt=self._line(tables.POWER_GSI),
+        )
+        ports.add(pm.PORT, pm.SIZE, self.power)
+        ports.add(tables.PVPANIC_PORT, 1, Pvpanic(self._panicked))
+
+    def _rtc_timer(self, when: float | None) -> None:
+        """Call the clock's `expire` at that time; a deadline that has moved meanwhile is stale."""
+        self._rtc_deadline = when
+        if when is not None:
+            self._loop.call_soon(
+                lambda: self._loop.call_later(when - time.time(), lambda: self._rtc_expired(when))
+            )
+
+    def _rtc_expired(self, when: float) -> None:
+        if self._rtc_deadline == when:
+            with self._ports.lock(self._rtc):
+                self._rtc.expire()
 
     def _panicked(self, event: int) -> None:
         if event & 1:
             self._ended(Outcome.GUEST_PANIC, "")
 
-    def _add_virtio(self, stack: ExitStack, model: DeviceModel) -> None:
+    def _add_virtio(self, stack: ExitStack, model: Block | Rng) -> None:
         """Give a device its window, its interrupt and one eventfd a queue for kicks."""
         index = len(self._virtio)
         window = layout.virtio_mmio_window(index)
@@ -194,14 +217,37 @@ class Board:
         self._vm.irqfd(interrupt, layout.virtio_gsi(index))
         for number in range(len(device.queues)):
             kick = _eventfd(stack)
-            self._vm.ioeventfd(kick, window + QUEUE_NOTIFY, 4, datamatch=number)
-            self._loop.add(kick, READ, _kicked(device, kick, number))
+            self._vm.ioeventfd(kick, window + _QUEUE_NOTIFY, 4, datamatch=number)
+            self._loop.add(kick, READ, _kicked(device, model, kick, number))
             stack.callback(self._loop.remove, kick)
         self._mmio.add(window, layout.VIRTIO_MMIO_SIZE, MmioTransport(device, device.process))
         self._virtio.append(device)
 
-    def _load(self, config: MachineConfig) -> object:
-        """Put ACPI tables, kernel and initrd into memory."""
+    def _load(self, config: MachineConfig) -> EntryState:
+        """Put ACPI tables, kernel, initrd and boot parameters into memory, which is fresh."""
+        windows = [
+            (layout.virtio_mmio_window(n), layout.VIRTIO_MMIO_SIZE, layout.virtio_gsi(n))
+            for n in range(len(self._virtio))
+        ]
+        acpi = tables.build(cpus=config.cpus, virtio_mmio=windows)
+        self._memory.write(GuestAddress(layout.ACPI_TABLES), acpi)
+        loaded = load(
+            self._memory,
+            config.kernel,
+            memory_map=[
+                E820Entry(address, size, E820Type.RAM if usable else E820Type.RESERVED)
+                for address, size, usable in layout.e820_ranges(config.memory)
+            ],
+            cmdline=config.cmdline,
+            initrd=config.initrd,
+            protocol=None if config.protocol == "auto" else Protocol(config.protocol),
+            rsdp=layout.ACPI_TABLES,
+            kaslr=config.kaslr,
+            cache=default_folder(),
+            zeroed=True,
+        )
+        self._timeline["loaded"] = time.monotonic()
+        return loaded.entry
 
     def _first_run(self) -> None:
         self._timeline["first_run"] = time.monotonic()
@@ -213,9 +259,14 @@ def _eventfd(stack: ExitStack) -> int:
     return fd
 
 
-def _kicked(device: VirtioDevice, fd: int, queue: int) -> Callable[[int], None]:
+def _kicked(
+    device: VirtioDevice, model: Block | Rng, fd: int, queue: int
+) -> Callable[[int], None]:
+    """What the loop does when a driver has kicked a queue."""
+
     def serve(_events: int) -> None:
         os.eventfd_read(fd)
-        device.process(queue)
+        if device.process(queue) and model.unfinished:
+            os.eventfd_write(fd, 1)  # the other descriptors have their turn first
 
     return serve

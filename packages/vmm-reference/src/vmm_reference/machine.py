@@ -18,6 +18,7 @@ from .loop import Loop
 from .outcome import Outcome
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import TracebackType
 
     from .backends.console import Console
@@ -90,6 +91,11 @@ class Machine:
         if self._console is None:
             raise AttributeError("this machine's console is on file descriptors")
         return self._console
+
+    def filter_input(self, keys: Callable[[bytes], bytes]) -> None:
+        """Pass what comes from the input's descriptor through `keys` first. Before `start`."""
+        if self._input is not None:
+            self._input.keys = keys
 
     def start(self) -> None:
         """Power on. What can't be had is an error, and nothing is left behind."""

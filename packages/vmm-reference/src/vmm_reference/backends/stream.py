@@ -114,6 +114,9 @@ class StreamInput:
         fd: the descriptor; it stays open and its flags stay as they are.
         receive: takes bytes, returns how many it accepted; the rest is offered again after `more`.
         ended: called once at the end of the input.
+
+    Attributes:
+        keys: what was read passes through this first, such as a search for an escape sequence.
     """
 
     def __init__(
@@ -129,6 +132,7 @@ class StreamInput:
         self._ended = ended
         self._left = b""
         self._listening = False
+        self.keys: Callable[[bytes], bytes] = bytes
 
     def start(self) -> None:
         """Begin to read. A regular file, which epoll does not take, is read as it is taken."""
@@ -159,7 +163,7 @@ class StreamInput:
             self._forget()
             self._ended()
             return
-        self._left += data
+        self._left += self.keys(data)
         self._offer()
 
     def _forget(self) -> None:

@@ -92,9 +92,8 @@ def boot(flavour: str, kernel: Path | None, cpus: int, memory: str, prepare: boo
             _unpack(config)
             return 0
         if interactive:
-            outcome = run_on_terminal(Machine(config, console=(0, 1)))
-        else:
-            outcome = check(config)
+            return run_on_terminal(Machine(config, console=(0, 1)))
+        outcome = check(config)
     if outcome is not Outcome.POWER_OFF:
         print(f"vmm: the guest did not power off: {outcome.value}", file=sys.stderr)
     return outcome.status

@@ -1,7 +1,8 @@
-"""The state a vCPU starts in: CPUID, model-specific registers, local APIC, FPU, entry registers.
+"""The state a vCPU starts in: CPUID, model-specific registers, entry registers.
 
 Only the boot vCPU gets the entry state of the boot protocol; the others wait for INIT and SIPI,
-which the in-kernel local APIC answers.
+which the in-kernel local APIC answers. That APIC comes out of KVM as firmware leaves it: LINT0
+of the boot vCPU takes the PIC's interrupts; that LINT1 is the NMI stands in the MADT.
 """
 
 from __future__ import annotations
@@ -27,9 +28,6 @@ __all__ = ["CpuPolicy", "set_entry_state"]
 _MSR_IA32_MISC_ENABLE, _FAST_STRING = 0x1A0, 1
 _MSR_MTRR_DEF_TYPE, _MTRR_ENABLED_WRITE_BACK = 0x2FF, 0x806
 
-_LVT_LINT0, _LVT_LINT1 = 0x350, 0x360
-_DELIVERY_MODE, _NMI, _EXTINT = 0x700, 0x400, 0x700
-
 
 class CpuPolicy:
     """What all vCPUs of a machine have in common, read from KVM once."""
@@ -40,7 +38,7 @@ class CpuPolicy:
         self._tsc_deadline = kvm.check_extension(constants.KVM_CAP_TSC_DEADLINE_TIMER) > 0
 
     def apply(self, vcpu: Vcpu) -> None:
-        """Give a new vCPU its CPUID table, boot MSRs and the pins of its local APIC."""
+        """Give a new vCPU its CPUID table and boot MSRs."""
         vcpu.set_cpuid2(
             topology(
                 self._supported,
@@ -55,12 +53,6 @@ class CpuPolicy:
                 _MSR_MTRR_DEF_TYPE: _MTRR_ENABLED_WRITE_BACK,
             }
         )
-        lapic = bytearray(vcpu.get_lapic())
-        for register, mode in ((_LVT_LINT0, _EXTINT), (_LVT_LINT1, _NMI)):
-            value = int.from_bytes(lapic[register : register + 4], "little")
-            value = value & ~_DELIVERY_MODE | mode
-            lapic[register : register + 4] = value.to_bytes(4, "little")
-        vcpu.set_lapic(bytes(lapic))
 
 
 def set_entry_state(vcpu: Vcpu, entry: EntryState) -> None:

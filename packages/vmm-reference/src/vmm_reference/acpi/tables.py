@@ -1,0 +1,199 @@
+"""The tables a kernel finds: RSDP, XSDT, FADT, MADT and DSDT (ACPI 6.4, chapter 5).
+
+The machine is hardware-reduced (4.1): no SCI, no PM timer, no legacy interrupt controller that a
+kernel would have to probe for; power is the block of `vmm_reference.devices.pm`.
+"""
+
+from __future__ import annotations
+
+from struct import pack, pack_into
+from typing import TYPE_CHECKING
+
+from ..devices import pm
+from ..layout import ACPI_SIZE, ACPI_TABLES, IOAPIC, LOCAL_APIC, SERIAL_IRQ, SERIAL_PORT
+from . import aml
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["POWER_GSI", "PVPANIC_PORT", "RTC_GSI", "RTC_PORT", "build"]
+
+RTC_PORT, RTC_GSI = 0x70, 8
+PVPANIC_PORT = 0x505
+POWER_GSI = 9
+
+_OEM_ID, _OEM_TABLE_ID, _CREATOR = b"PYVMM ", b"VMMREF  ", b"PYVM"
+
+# FADT flags (table 5.10)
+_WBINVD, _PWR_BUTTON, _SLP_BUTTON, _RESET_REG_SUP, _HW_REDUCED = 1, 1 << 4, 1 << 5, 1 << 10, 1 << 20
+_VGA_NOT_PRESENT = 1 << 2  # IA-PC boot flags (table 5.11); no 8042 bit: no keyboard to look for
+_FADT_SIZE = 276
+
+
+def build(*, cpus: int, virtio_mmio: Sequence[tuple[int, int, int]]) -> bytes:
+    """All tables, to be placed at `layout.ACPI_TABLES`; the RSDP is first.
+
+    Args:
+        cpus: number of processors, with APIC identifiers from 0, at most 255.
+        virtio_mmio: address, size in bytes and global system interrupt of each device's window.
+
+    Raises:
+        ValueError: they do not fit into the space that the layout has for them.
+    """
+    blob = bytearray(64)  # the RSDP, to be filled in last
+    dsdt = _append(blob, _dsdt(cpus, virtio_mmio))
+    fadt = _append(blob, _fadt(dsdt))
+    madt = _append(blob, _madt(cpus))
+    xsdt = _append(blob, _table(b"XSDT", 1, pack("<QQ", fadt, madt)))
+    blob[:36] = _rsdp(xsdt)
+    if len(blob) > ACPI_SIZE:
+        raise ValueError(f"ACPI tables of {len(blob)} bytes: must fit into {ACPI_SIZE}")
+    return bytes(blob)
+
+
+def _append(blob: bytearray, table: bytes) -> int:
+    """Add a table on a 16-byte boundary; returns its address in the guest."""
+    blob += bytes(-len(blob) % 16)
+    address = ACPI_TABLES + len(blob)
+    blob += table
+    return address
+
+
+def _checksum(data: bytes | bytearray) -> int:
+    return -sum(data) & 0xFF
+
+
+def _table(signature: bytes, revision: int, body: bytes) -> bytes:
+    """A table with the common header (5.2.6)."""
+    header = pack(
+        "<4sIBB6s8sI4sI", signature, 36 + len(body), revision, 0,
+        _OEM_ID, _OEM_TABLE_ID, 1, _CREATOR, 1,
+    )  # fmt: skip
+    table = bytearray(header + body)
+    table[9] = _checksum(table)
+    return bytes(table)
+
+
+def _rsdp(xsdt: int) -> bytes:
+    """The root pointer (5.2.5.3), with both checksums."""
+    rsdp = bytearray(pack("<8sB6sBIIQB3x", b"RSD PTR ", 0, _OEM_ID, 2, 0, 36, xsdt, 0))
+    rsdp[8] = _checksum(rsdp[:20])
+    rsdp[32] = _checksum(rsdp)
+    return bytes(rsdp)
+
+
+def _register(port: int) -> bytes:
+    """A generic address structure (5.2.3.2): one byte of I/O space."""
+    return pack("<BBBBQ", 1, 8, 0, 1, port)
+
+
+def _fadt(dsdt: int) -> bytes:
+    """The fixed description table (5.2.9), revision 6.3."""
+    body = bytearray(_FADT_SIZE - 36)
+
+    def put(layout: str, offset: int, *values: int | bytes) -> None:
+        pack_into("<" + layout, body, offset - 36, *values)
+
+    put("I", 40, dsdt)
+    put("B", 108, 0x32)  # CMOS register of the century
+    put("H", 109, _VGA_NOT_PRESENT)
+    flags = _WBINVD | _PWR_BUTTON | _SLP_BUTTON | _RESET_REG_SUP | _HW_REDUCED
+    put("I", 112, flags)
+    put("12s", 116, _register(pm.PORT + pm.RESET))
+    put("B", 128, pm.RESET_VALUE)
+    put("B", 131, 3)  # minor revision
+    put("Q", 140, dsdt)
+    put("12s", 244, _register(pm.PORT + pm.SLEEP_CONTROL))
+    put("12s", 256, _register(pm.PORT + pm.SLEEP_STATUS))
+    return _table(b"FACP", 6, bytes(body))
+
+
+def _madt(cpus: int) -> bytes:
+    """Interrupt controllers (5.2.12): a local APIC a processor, one IOAPIC, NMI on LINT1."""
+    entries = [pack("<II", LOCAL_APIC, 0)]
+    entries += [pack("<BBBBI", 0, 8, number, number, 1) for number in range(cpus)]
+    entries.append(pack("<BBBBII", 1, 12, 0, 0, IOAPIC, 0))
+    entries.append(pack("<BBBHB", 4, 6, 0xFF, 0, 1))
+    return _table(b"APIC", 5, b"".join(entries))
+
+
+def _dsdt(cpus: int, virtio_mmio: Sequence[tuple[int, int, int]]) -> bytes:
+    """What kernels can't find by themselves: devices with their ports, windows and interrupts."""
+    virtio = [
+        aml.device(
+            f"VR{number:02X}",
+            aml.name("_HID", aml.string("LNRO0005")),
+            aml.name("_UID", aml.integer(number)),
+            aml.name("_CCA", aml.integer(1)),
+            aml.name("_CRS", aml.resources(aml.memory32(address, size), aml.interrupt(gsi))),
+        )
+        for number, (address, size, gsi) in enumerate(virtio_mmio)
+    ]
+    processors = [
+        aml.device(
+            f"C{number:03X}",
+            aml.name("_HID", aml.string("ACPI0007")),
+            aml.name("_UID", aml.integer(number)),
+        )
+        for number in range(cpus)
+    ]
+    content = (
+        aml.name("\\_S5", aml.package(*map(aml.integer, (pm.SLEEP_TYPE_S5, 0, 0, 0)))),
+        aml.scope("\\_SB", *processors, *_legacy(), *_power(), *virtio),
+    )
+    return _table(b"DSDT", 2, b"".join(content))
+
+
+def _legacy() -> tuple[bytes, ...]:
+    """Serial port, clock, and the device that a panic is reported to."""
+    return (
+        aml.device(
+            "COM1",
+            aml.name("_HID", aml.eisa_id("PNP0501")),
+            aml.name("_UID", aml.integer(0)),
+            aml.name(
+                "_CRS", aml.resources(aml.io_ports(SERIAL_PORT, 8), aml.interrupt(SERIAL_IRQ))
+            ),
+        ),
+        aml.device(
+            "RTC",
+            aml.name("_HID", aml.eisa_id("PNP0B00")),
+            aml.name("_CRS", aml.resources(aml.io_ports(RTC_PORT, 2), aml.interrupt(RTC_GSI))),
+        ),
+        aml.device(
+            "PEVT",
+            aml.name("_HID", aml.string("QEMU0001")),
+            aml.name("_CRS", aml.resources(aml.io_ports(PVPANIC_PORT, 1))),
+            aml.system_io("PEOR", PVPANIC_PORT, 1),
+            aml.field("PEOR", ("PEPT", 8)),
+            aml.name("_STA", aml.integer(0xF)),
+            aml.method("RDPT", 0, aml.return_("PEPT")),
+            aml.method("WRPT", 1, aml.store(aml.ARG0, "PEPT")),
+        ),
+    )
+
+
+def _power() -> tuple[bytes, ...]:
+    """The power button, pressed through a generic event device (5.6.9)."""
+    pressed = aml.and_(aml.LOCAL0, aml.integer(pm.EVENT_POWER_BUTTON))
+    return (
+        aml.device(
+            "PWRB",
+            aml.name("_HID", aml.eisa_id("PNP0C0C")),
+            aml.name("_UID", aml.integer(0)),
+        ),
+        aml.device(
+            "GED",
+            aml.name("_HID", aml.string("ACPI0013")),
+            aml.name("_UID", aml.integer(0)),
+            aml.name("_CRS", aml.resources(aml.interrupt(POWER_GSI, level=True))),
+            aml.system_io("EREG", pm.PORT + pm.EVENTS, 1),
+            aml.field("EREG", ("EVTS", 8)),
+            aml.method(
+                "_EVT", 1,
+                aml.store("EVTS", aml.LOCAL0),
+                aml.if_(pressed, aml.notify("PWRB", 0x80)),
+                serialized=True,
+            ),
+        ),
+    )  # fmt: skip
