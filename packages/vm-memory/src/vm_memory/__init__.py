@@ -30,12 +30,16 @@ if TYPE_CHECKING:
         TranslationError,
         VmMemoryError,
     )
+    from vm_memory.guest_memfd import GuestMemfd
+    from vm_memory.holder import MemoryHolder, NotLockedError
+    from vm_memory.iommu import IommuMemory, Iotlb, Translation
     from vm_memory.iovec import Iovecs
     from vm_memory.memory import GuestMemory
     from vm_memory.options import Advice, Lock, NumaMode, NumaPolicy, Options
     from vm_memory.permissions import Permissions
     from vm_memory.region import GuestRegion
     from vm_memory.scalar import Scalar
+    from vm_memory.sharing import MemoryDescription, RegionDescription
 
 __all__ = [
     "AddressError",
@@ -48,30 +52,52 @@ __all__ = [
     "FilePrivate",
     "FileShared",
     "GuestAddress",
+    "GuestMemfd",
     "GuestMemory",
     "GuestRegion",
     "InvalidValueError",
+    "IommuMemory",
+    "Iotlb",
     "Iovecs",
     "Lock",
     "MappingError",
     "Memfd",
     "MemoryAccessError",
+    "MemoryDescription",
+    "MemoryHolder",
+    "NotLockedError",
     "NumaMode",
     "NumaPolicy",
     "Options",
     "Order",
     "Permissions",
+    "RegionDescription",
     "RegionError",
     "RegionOffset",
     "Scalar",
     "ShortTransferError",
     "TransferError",
+    "Translation",
     "TranslationError",
     "VmMemoryError",
     "fence",
 ]
 
 _MODULES = {
+    "holder": (
+        "MemoryHolder",
+        "NotLockedError",
+    ),
+    "guest_memfd": ("GuestMemfd",),
+    "iommu": (
+        "IommuMemory",
+        "Iotlb",
+        "Translation",
+    ),
+    "sharing": (
+        "MemoryDescription",
+        "RegionDescription",
+    ),
     "address": (
         "GuestAddress",
         "RegionOffset",

@@ -77,8 +77,15 @@ def layout_of(kind: type) -> struct.Struct:
 
 
 def values_of(record: object) -> tuple[Any, ...]:
-    """The values of a record's fields, in order."""
-    return tuple([getattr(record, attribute.name) for attribute in attrs.fields(type(record))])
+    """The values of a record's fields, in order.
+
+    Raises:
+        InvalidValueError: when it is no instance of an attrs class.
+    """
+    kind = type(record)
+    if not attrs.has(kind):
+        raise InvalidValueError("record", record, "must be an instance of an attrs class")
+    return tuple([getattr(record, attribute.name) for attribute in attrs.fields(kind)])
 
 
 def compiled(layout: str | struct.Struct) -> struct.Struct:

@@ -1,0 +1,254 @@
+"""Memory as a device behind an IOMMU sees it: I/O virtual addresses, with permissions.
+
+>>> from vm_memory import GuestAddress, GuestMemory, Permissions
+>>> memory = GuestMemory.from_ranges([(GuestAddress(0), 0x10000)])
+>>> tlb = Iotlb()
+>>> tlb.set_mapping(0x8000_0000, 0x1000, 0x1000, Permissions.READ)
+>>> view = IommuMemory(memory, tlb)
+>>> memory.write(GuestAddress(0x1004), b"data")
+>>> view.read(GuestAddress(0x8000_0004), 4)
+b'data'
+>>> view.write(GuestAddress(0x8000_0004), b"x")
+Traceback (most recent call last):
+vm_memory.errors.TranslationError: 1 bytes at guest address 0x80000004: 0x80000004+0x1 does not \
+permit it
+"""
+
+from __future__ import annotations
+
+import threading
+from bisect import bisect_right
+
+import attrs
+
+from vm_memory._atomics import AtomicAccess
+from vm_memory._map import NOWHERE
+from vm_memory.errors import InvalidValueError, TranslationError
+from vm_memory.permissions import Permissions
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from vm_memory._map import Piece
+    from vm_memory.address import GuestAddress
+    from vm_memory.dirty import DirtyBitmap
+    from vm_memory.memory import GuestMemory
+
+__all__ = ["IommuMemory", "Iotlb", "Translation"]
+
+
+@attrs.frozen
+class Translation:
+    """A range of I/O virtual addresses and what it stands for.
+
+    Attributes:
+        iova: the first I/O virtual address.
+        length: bytes.
+        target: the guest-physical address that `iova` stands for.
+        permissions: what a device may do there.
+    """
+
+    iova: int
+    length: int
+    target: int
+    permissions: Permissions
+
+
+class Iotlb:
+    """The translations that are known; readers need no lock.
+
+    Whoever restricts a mapping must invalidate it here before it tells the driver so; one that was
+    widened may come as late as the next miss.
+    """
+
+    __slots__ = ("_lock", "_table")
+
+    def __init__(self) -> None:
+        """Begin without translations."""
+        self._lock = threading.Lock()
+        self._table: tuple[list[int], list[Translation]] = ([], [])
+
+    def set_mapping(self, iova: int, target: int, length: int, permissions: Permissions) -> None:
+        """Add a translation, in place of what was known of these addresses.
+
+        Raises:
+            InvalidValueError: when a range is empty or leaves 64 bits.
+        """
+        _check(iova, length)
+        _check(target, length)
+        with self._lock:
+            rest = self._without(iova, length)
+            rest.append(Translation(iova, length, target, permissions))
+            self._publish(rest)
+
+    def invalidate_mapping(self, iova: int, length: int) -> None:
+        """Forget the translation of a range; what lies around it stays.
+
+        Raises:
+            InvalidValueError: when the range is empty or leaves 64 bits.
+        """
+        _check(iova, length)
+        with self._lock:
+            self._publish(self._without(iova, length))
+
+    def invalidate_all(self) -> None:
+        """Forget everything."""
+        with self._lock:
+            self._publish([])
+
+    @property
+    def translations(self) -> tuple[Translation, ...]:
+        """What is known, sorted by address."""
+        return tuple(self._table[1])
+
+    def lookup(self, iova: int, length: int, access: Permissions) -> list[tuple[int, int]]:
+        """Translate a range for an access: guest-physical address and length of each piece.
+
+        Raises:
+            TranslationError: when any part is not mapped or does not permit the access; it
+                tells the one from the other.
+        """
+        found, misses, denied = self._resolve(iova, length, access)
+        if misses or denied:
+            raise TranslationError(iova, length, tuple(misses), tuple(denied))
+        return [(target, count) for _, target, count in found]
+
+    def _resolve(
+        self, iova: int, length: int, access: Permissions
+    ) -> tuple[list[tuple[int, int, int]], list[tuple[int, int]], list[tuple[int, int]]]:
+        starts, table = self._table
+        found: list[tuple[int, int, int]] = []
+        misses: list[tuple[int, int]] = []
+        denied: list[tuple[int, int]] = []
+        end = iova + length
+        index = max(bisect_right(starts, iova) - 1, 0)
+        while iova < end:
+            entry = table[index] if index < len(table) else None
+            index += 1
+            if entry is not None and entry.iova + entry.length <= iova:
+                continue
+            start = end if entry is None else min(entry.iova, end)
+            if iova < start:
+                misses.append((iova, start - iova))
+            if entry is None or start == end:
+                break
+            iova = max(iova, start)
+            count = min(end, entry.iova + entry.length) - iova
+            if entry.permissions & access == access:
+                found.append((iova, entry.target + iova - entry.iova, count))
+            else:
+                denied.append((iova, count))
+            iova += count
+        return found, misses, denied
+
+    def _without(self, iova: int, length: int) -> list[Translation]:
+        end = iova + length
+        rest = []
+        for entry in self._table[1]:
+            behind = entry.iova + entry.length
+            if behind <= iova or entry.iova >= end:
+                rest.append(entry)
+                continue
+            if entry.iova < iova:
+                rest.append(attrs.evolve(entry, length=iova - entry.iova))
+            if behind > end:
+                moved = entry.target + end - entry.iova
+                rest.append(attrs.evolve(entry, iova=end, length=behind - end, target=moved))
+        return rest
+
+    def _publish(self, entries: list[Translation]) -> None:
+        entries.sort(key=lambda entry: entry.iova)
+        self._table = ([entry.iova for entry in entries], entries)
+
+
+class IommuMemory(AtomicAccess):
+    """Guest memory through an IOMMU, with every form of access that guest memory has.
+
+    Attributes:
+        memory: the guest-physical memory behind.
+        iotlb: the translations.
+        enabled: whether addresses are translated; if not they are guest-physical.
+        dirty: marks by I/O virtual address while translating, in addition to the memory's own.
+    """
+
+    __slots__ = ("_recent", "dirty", "enabled", "iotlb", "memory")
+
+    def __init__(
+        self,
+        memory: GuestMemory,
+        iotlb: Iotlb,
+        *,
+        enabled: bool = True,
+        dirty: DirtyBitmap | None = None,
+    ) -> None:
+        """See the attributes."""
+        self.memory = memory
+        self.iotlb = iotlb
+        self.enabled = enabled
+        self.dirty = dirty
+        self._recent = NOWHERE  # nothing is fast here: translations change at any time
+
+    def check_range(
+        self, address: GuestAddress, length: int, access: Permissions = Permissions.READ_WRITE
+    ) -> bool:
+        """Whether a range is mapped for an access, and all memory."""
+        if length <= 0:
+            return length == 0
+        if not self.enabled:
+            return self.memory.check_range(address, length)
+        found, misses, denied = self.iotlb._resolve(address, length, access)
+        return (
+            not misses
+            and not denied
+            and all(
+                self.memory.check_range(target, count)  # type: ignore[arg-type]
+                for _, target, count in found
+            )
+        )
+
+    def with_memory(self, memory: GuestMemory) -> IommuMemory:
+        """The same view over another map, after memory was added for example."""
+        return IommuMemory(memory, self.iotlb, enabled=self.enabled, dirty=self.dirty)
+
+    def _walk(self, address: int, length: int, *, write: bool = False) -> Iterator[Piece]:
+        if not self.enabled:
+            yield from self.memory._walk(address, length, write=write)
+            return
+        access = Permissions.WRITE if write else Permissions.READ
+        found, _, _ = self.iotlb._resolve(address, length, access)
+        for iova, target, count in found:
+            if iova != address:
+                return
+            for piece in self.memory._walk(target, count, write=write):
+                yield piece
+                address += piece[2]
+
+    def _pieces(self, address: int, length: int, *, write: bool = False) -> list[Piece]:
+        if not self.enabled:
+            return self.memory._pieces(address, length, write=write)
+        if length < 0:
+            raise InvalidValueError("length", length, "must not be negative")
+        pieces: list[Piece] = []
+        access = Permissions.WRITE if write else Permissions.READ
+        for target, count in self.iotlb.lookup(address, length, access):
+            pieces += self.memory._pieces(target, count, write=write)
+        return pieces
+
+    def _wrote(self, address: int, pieces: list[Piece]) -> None:
+        self.memory._wrote(address, pieces)
+        if self.enabled and self.dirty is not None:
+            self.dirty.mark(address, sum(count for _, _, count in pieces))
+
+    def _check_lost(self, address: int, length: int, pieces: list[Piece]) -> None:
+        self.memory._check_lost(address, length, pieces)
+
+    def _check_open(self) -> None:
+        self.memory._check_open()
+
+
+def _check(address: int, length: int) -> None:
+    if length <= 0 or not 0 <= address <= (1 << 64) - length:
+        raise InvalidValueError(
+            "range", (address, length), "must be at least 1 byte within 0 to 2**64 - 1"
+        )
