@@ -63,7 +63,9 @@ def system(session: nox.Session, *commands: str) -> None:
     if shutil.which("apt-get") is None or (root and shutil.which("sudo") is None):
         session.error(f"install them, as root: {shlex.join(install)}")
     session.run(*root, "apt-get", "update", "-q", external=True, silent=True)
-    session.run(*root, "env", "DEBIAN_FRONTEND=noninteractive", *install, external=True, silent=True)
+    session.run(
+        *root, "env", "DEBIAN_FRONTEND=noninteractive", *install, external=True, silent=True
+    )
 
 
 def digest(paths: list[Path]) -> str:

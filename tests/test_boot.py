@@ -1,4 +1,4 @@
-"""Unmodified Debian kernels under `vmm run`: every value at least once, every pair that interacts."""
+"""Unmodified Debian kernels under `vmm run`: every value, and every pair that interacts."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from subprocess import CompletedProcess
 
 import attrs
 import pytest
-
 from lab.direct import Direct
 from lab.lab import Lab
+
 from linux_loader.bzimage import parse_bzimage
 from linux_loader.loading import unpack_payload
 from linux_loader.source import Source
@@ -179,7 +179,7 @@ def test_a_reset_restarts_the_machine_with_its_disk(
     linux: Lab | Direct, vmm: str, kernels: dict[str, Kernel], initrds: dict[str, Path],
     root_disk: Path,
 ) -> None:  # fmt: skip
-    """By default a guest that reboots comes up again; what it wrote is there; then it powers off."""
+    """A guest that reboots comes up again and finds what it wrote; then it powers off."""
     command = [vmm, "run", "--kernel", kernels["cloud"].vmlinuz, "--initrd", initrds["cloud"],
                "--drive", root_disk, "--cpus", "2",
                "--cmdline", "console=ttyS0 quiet root=/dev/vda"]  # fmt: skip

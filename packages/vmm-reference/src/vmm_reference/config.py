@@ -17,7 +17,7 @@ from .errors import ConfigError
 from .layout import MIB
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
 __all__ = ["MAX_CPUS", "MAX_DRIVES", "Drive", "MachineConfig", "parse_size"]
 
@@ -50,6 +50,14 @@ def parse_size(text: str | int, field: str = "size") -> int:
         if digits.isascii() and digits.isdigit() and unit in _UNITS:
             return int(digits) * _UNITS[unit]
     raise ConfigError(field, text, "must be a size such as 256M or 2G")
+
+
+def _drives(value: Iterable[Drive]) -> tuple[Drive, ...]:
+    return tuple(value)
+
+
+def _memory(value: str | int) -> int:
+    return parse_size(value, "memory")
 
 
 def _file(field: str, path: object, *, block: bool = False) -> str:
@@ -102,7 +110,9 @@ class Drive:
         info = os.stat(name)  # noqa: PTH116
         if stat.S_ISREG(info.st_mode) and (info.st_size == 0 or info.st_size % 512):
             raise ConfigError(
-                field, f"{name} ({info.st_size} bytes)", "must have a size that is a multiple of 512"
+                field,
+                f"{name} ({info.st_size} bytes)",
+                "must have a size that is a multiple of 512",
             )
 
 
@@ -129,8 +139,8 @@ class MachineConfig:
     initrd: str | None = None
     cmdline: str = ""
     cpus: int = 1
-    memory: int = attrs.field(default=256 * MIB, converter=lambda v: parse_size(v, "memory"))
-    drives: tuple[Drive, ...] = attrs.field(default=(), converter=tuple)
+    memory: int = attrs.field(default=256 * MIB, converter=_memory)
+    drives: tuple[Drive, ...] = attrs.field(default=(), converter=_drives)
     on_reset: str = "restart"
     protocol: str = "auto"
     kaslr: bool = False
@@ -139,7 +149,8 @@ class MachineConfig:
         _kernel(self.kernel)
         if self.initrd is not None:
             _file("initrd", self.initrd)
-        if not isinstance(self.cmdline, str) or any(not " " <= c <= "~" for c in self.cmdline):
+        _text("cmdline", self.cmdline)
+        if any(not " " <= character <= "~" for character in self.cmdline):
             raise ConfigError("cmdline", repr(self.cmdline), "must be printable ASCII on one line")
         _whole("cpus", self.cpus, 1, MAX_CPUS)
         _whole("memory", self.memory, MIN_MEMORY, MAX_MEMORY, "bytes")
@@ -168,7 +179,9 @@ class MachineConfig:
             if key not in known:
                 raise ConfigError(source, key, f"unknown key; known are {', '.join(known)}")
         if "kernel" not in table:
-            raise ConfigError("kernel", "(none)", "must be given; a machine has nothing else to run")
+            raise ConfigError(
+                "kernel", "(none)", "must be given; a machine has nothing else to run"
+            )
         values = dict(table)
         if "drives" in values:
             if not isinstance(values["drives"], list | tuple):
@@ -202,6 +215,11 @@ def _drive(number: int, item: object) -> Drive:
     if not isinstance(item.get("path"), str):
         raise ConfigError(f"{field}.path", item.get("path"), "must be the path of a file")
     return Drive(item["path"], read_only)
+
+
+def _text(field: str, value: object) -> None:
+    if not isinstance(value, str):
+        raise ConfigError(field, repr(value), "must be text")
 
 
 def _whole(field: str, value: object, low: int, high: int, unit: str = "") -> None:

@@ -35,7 +35,7 @@ class Loop:
         self._callbacks: dict[int, Callable[[int], None]] = {}
         self._soon: list[Callable[[], None]] = []
         self._timers: list[tuple[float, Callable[[], None]]] = []
-        # Re-entrant: a signal handler may call `call_soon` in the middle of its own thread doing so.
+        # Re-entrant: a signal handler may call `call_soon` while its own thread does so.
         self._lock = threading.RLock()
         self._failed = failed
         self._stopping = False

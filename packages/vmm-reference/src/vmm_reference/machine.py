@@ -70,12 +70,12 @@ class Machine:
         self._output: StreamOutput | None = None
         self._console: Console | None = None
         if console is None:
-            from .backends.console import Console  # noqa: PLC0415 - not on the way of `vmm run`
+            from .backends.console import Console
 
             self._console = Console(self._loop, self._receive)
             self._transmit = self._console.transmit
         else:
-            from .backends.stream import StreamInput, StreamOutput  # noqa: PLC0415
+            from .backends.stream import StreamInput, StreamOutput
 
             self._input = StreamInput(self._loop, console[0], self._receive)
             self._output = StreamOutput(self._loop, console[1], self._written)

@@ -12,6 +12,7 @@ import threading
 from typing import TYPE_CHECKING
 
 from attrs import evolve, frozen
+
 from kvm_ioctls import exits
 from vm_memory import GuestAddress, GuestMemory
 
@@ -30,7 +31,9 @@ _STEPS = (
     ("lock cmpxchg16b", b"\xbf" + struct.pack("<I", _SCRATCH) + b"\xf0\x48\x0f\xc7\x0f"),
     (
         "xrstor",
-        b"\xbf" + struct.pack("<I", _SCRATCH + 0x40) + b"\xb8\x01\x00\x00\x00\x31\xd2\x48\x0f\xae\x2f",
+        b"\xbf"
+        + struct.pack("<I", _SCRATCH + 0x40)
+        + b"\xb8\x01\x00\x00\x00\x31\xd2\x48\x0f\xae\x2f",
     ),
 )
 _IRETQ = b"\x48\xcf"
@@ -93,7 +96,7 @@ def probe(kvm: Kvm, seconds: float = 5.0) -> Probe:
             try:
                 for name, _ in _STEPS:
                     match vcpu.run():
-                        case exits.IoOut(port=port, data=data) if (port, data[0]) == (_PORT, _ALIVE):
+                        case exits.IoOut(port=0xF4, data=answer) if answer[0] == _ALIVE:
                             passed.append(name)
                         case exits.Interrupted():
                             return Probe(tuple(passed), name, f"no answer within {seconds:g} s")

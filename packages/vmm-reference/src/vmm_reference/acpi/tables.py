@@ -1,7 +1,8 @@
 """The tables a kernel finds: RSDP, XSDT, FADT, MADT and DSDT (ACPI 6.4, chapter 5).
 
-The machine is hardware-reduced (4.1): no SCI, no PM timer, no legacy interrupt controller that a
-kernel would have to probe for; power is the block of `vmm_reference.devices.pm`.
+The machine is hardware-reduced (4.1): no SCI, no PM1 and GPE blocks, no FACS, and nothing that makes
+a kernel use 8259 and 8254, which are there all the same. Power is the block of
+`vmm_reference.devices.pm`, its button a generic event device.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ from __future__ import annotations
 from struct import pack, pack_into
 from typing import TYPE_CHECKING
 
-from ..devices import pm
-from ..layout import ACPI_SIZE, ACPI_TABLES, IOAPIC, LOCAL_APIC, SERIAL_IRQ, SERIAL_PORT
+from vmm_reference.devices import pm, pvpanic
+from vmm_reference.layout import ACPI_SIZE, ACPI_TABLES, IOAPIC, LOCAL_APIC, SERIAL_IRQ, SERIAL_PORT
+
 from . import aml
 
 if TYPE_CHECKING:
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["POWER_GSI", "PVPANIC_PORT", "RTC_GSI", "RTC_PORT", "build"]
 
 RTC_PORT, RTC_GSI = 0x70, 8
-PVPANIC_PORT = 0x505
+PVPANIC_PORT = pvpanic.PORT
 POWER_GSI = 9
 
 _OEM_ID, _OEM_TABLE_ID, _CREATOR = b"PYVMM ", b"VMMREF  ", b"PYVM"
@@ -27,36 +29,45 @@ _OEM_ID, _OEM_TABLE_ID, _CREATOR = b"PYVMM ", b"VMMREF  ", b"PYVM"
 # FADT flags (table 5.10)
 _WBINVD, _PWR_BUTTON, _SLP_BUTTON, _RESET_REG_SUP, _HW_REDUCED = 1, 1 << 4, 1 << 5, 1 << 10, 1 << 20
 _VGA_NOT_PRESENT = 1 << 2  # IA-PC boot flags (table 5.11); no 8042 bit: no keyboard to look for
-_FADT_SIZE = 276
+_RSDP_SIZE, _FADT_SIZE = 36, 276
+
+_PCAT_COMPAT = 1  # MADT flag (table 5.44): the two 8259 are there
+_PIT_GSI = 2  # KVM wires the timer, IRQ 0 of the 8259, to this pin of the IOAPIC
+_FIRST_X2APIC = 255  # the broadcast identifier of xAPIC: from here on identifiers have 32 bits
 
 
-def build(*, cpus: int, virtio_mmio: Sequence[tuple[int, int, int]]) -> bytes:
-    """All tables, to be placed at `layout.ACPI_TABLES`; the RSDP is first.
+def build(
+    *, cpus: int, virtio_mmio: Sequence[tuple[int, int, int]], address: int = ACPI_TABLES
+) -> bytes:
+    """All tables as one piece of memory, in which the RSDP is first.
 
     Args:
-        cpus: number of processors, with APIC identifiers from 0, at most 255.
+        cpus: number of processors, whose APIC identifiers count from 0.
         virtio_mmio: address, size in bytes and global system interrupt of each device's window.
+        address: where the piece will lie, a multiple of 16 below 4 GiB.
 
     Raises:
-        ValueError: they do not fit into the space that the layout has for them.
+        ValueError: the tables do not fit into the space that the layout has for them.
+
+    Example:
+        >>> build(cpus=2, virtio_mmio=[(0xC0000000, 0x1000, 5)])[:8]
+        b'RSD PTR '
     """
-    blob = bytearray(64)  # the RSDP, to be filled in last
-    dsdt = _append(blob, _dsdt(cpus, virtio_mmio))
-    fadt = _append(blob, _fadt(dsdt))
-    madt = _append(blob, _madt(cpus))
-    xsdt = _append(blob, _table(b"XSDT", 1, pack("<QQ", fadt, madt)))
-    blob[:36] = _rsdp(xsdt)
+    blob = bytearray(_RSDP_SIZE)  # to be filled in last
+
+    def append(table: bytes) -> int:
+        """Add a table on a 16-byte boundary; returns its address in the guest."""
+        blob.extend(bytes(-len(blob) % 16))
+        start = address + len(blob)
+        blob.extend(table)
+        return start
+
+    fadt = append(_fadt(append(_dsdt(cpus, virtio_mmio))))
+    madt = append(_madt(cpus))
+    blob[:_RSDP_SIZE] = _rsdp(append(_table(b"XSDT", 1, pack("<QQ", fadt, madt))))
     if len(blob) > ACPI_SIZE:
         raise ValueError(f"ACPI tables of {len(blob)} bytes: must fit into {ACPI_SIZE}")
     return bytes(blob)
-
-
-def _append(blob: bytearray, table: bytes) -> int:
-    """Add a table on a 16-byte boundary; returns its address in the guest."""
-    blob += bytes(-len(blob) % 16)
-    address = ACPI_TABLES + len(blob)
-    blob += table
-    return address
 
 
 def _checksum(data: bytes | bytearray) -> int:
@@ -95,6 +106,8 @@ def _fadt(dsdt: int) -> bytes:
         pack_into("<" + layout, body, offset - 36, *values)
 
     put("I", 40, dsdt)
+    # Not used by hardware-reduced ACPI; left at 0, Linux takes the timer's override for the SCI's.
+    put("H", 46, POWER_GSI)
     put("B", 108, 0x32)  # CMOS register of the century
     put("H", 109, _VGA_NOT_PRESENT)
     flags = _WBINVD | _PWR_BUTTON | _SLP_BUTTON | _RESET_REG_SUP | _HW_REDUCED
@@ -110,10 +123,15 @@ def _fadt(dsdt: int) -> bytes:
 
 def _madt(cpus: int) -> bytes:
     """Interrupt controllers (5.2.12): a local APIC a processor, one IOAPIC, NMI on LINT1."""
-    entries = [pack("<II", LOCAL_APIC, 0)]
-    entries += [pack("<BBBBI", 0, 8, number, number, 1) for number in range(cpus)]
+    small, large = range(min(cpus, _FIRST_X2APIC)), range(_FIRST_X2APIC, cpus)
+    entries = [pack("<II", LOCAL_APIC, _PCAT_COMPAT)]
+    entries += [pack("<BBBBI", 0, 8, number, number, 1) for number in small]
+    entries += [pack("<BBHIII", 9, 16, 0, number, 1, number) for number in large]
     entries.append(pack("<BBBBII", 1, 12, 0, 0, IOAPIC, 0))
+    entries.append(pack("<BBBBIH", 2, 10, 0, 0, _PIT_GSI, 0))
     entries.append(pack("<BBBHB", 4, 6, 0xFF, 0, 1))
+    if large:
+        entries.append(pack("<BBHIB3x", 10, 12, 0, 0xFFFFFFFF, 1))
     return _table(b"APIC", 5, b"".join(entries))
 
 
@@ -138,8 +156,8 @@ def _dsdt(cpus: int, virtio_mmio: Sequence[tuple[int, int, int]]) -> bytes:
         for number in range(cpus)
     ]
     content = (
-        aml.name("\\_S5", aml.package(*map(aml.integer, (pm.SLEEP_TYPE_S5, 0, 0, 0)))),
-        aml.scope("\\_SB", *processors, *_legacy(), *_power(), *virtio),
+        aml.name("_S5", aml.package(*map(aml.integer, (pm.SLEEP_TYPE_S5, 0, 0, 0)))),
+        aml.scope("_SB", *processors, *_legacy(), *_power(), *virtio),
     )
     return _table(b"DSDT", 2, b"".join(content))
 

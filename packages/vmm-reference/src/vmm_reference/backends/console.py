@@ -7,12 +7,12 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
-from ..errors import VmmError
+from vmm_reference.errors import VmmError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ..loop import Loop
+    from vmm_reference.loop import Loop
 
 __all__ = ["Console", "ConsoleTimeout"]
 

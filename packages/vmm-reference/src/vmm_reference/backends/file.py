@@ -14,7 +14,7 @@ import stat
 import struct
 from typing import TYPE_CHECKING
 
-from ..errors import HostError
+from vmm_reference.errors import HostError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -54,7 +54,9 @@ class FileBackend:
         try:
             self._fd = os.open(path, (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC)
         except OSError as error:
-            raise HostError(f"drive {path}", error.strerror, "check the path and its permissions") from error
+            raise HostError(
+                f"drive {path}", error.strerror, "check the path and its permissions"
+            ) from error
         try:
             self._block = stat.S_ISBLK(os.fstat(self._fd).st_mode)
             self._lock()
@@ -200,7 +202,7 @@ def _rest(buffers: Sequence[memoryview], done: int) -> Sequence[memoryview]:
 
 def _fallocate(fd: int, mode: int, offset: int, length: int) -> None:
     """The system call; the standard library's posix_fallocate knows no modes."""
-    import ctypes  # noqa: PLC0415 - needed by a guest that discards, never to boot one
+    import ctypes
 
     libc = ctypes.CDLL(None, use_errno=True)
     result = libc.fallocate(fd, mode, ctypes.c_longlong(offset), ctypes.c_longlong(length))

@@ -12,12 +12,12 @@ import select
 import threading
 from typing import TYPE_CHECKING
 
-from ..loop import READ, WRITE
+from vmm_reference.loop import READ, WRITE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ..loop import Loop
+    from vmm_reference.loop import Loop
 
 __all__ = ["StreamInput", "StreamOutput"]
 

@@ -23,13 +23,13 @@ _CTRL_A = 0x01
 
 
 class Escape:
-    """Finds Ctrl-A sequences in what the user types: `x` leaves, `a` sends a Ctrl-A itself.
+    r"""Finds Ctrl-A sequences in what the user types: `x` leaves, `a` sends a Ctrl-A itself.
 
     Example:
         >>> left = []
         >>> keys = Escape(lambda: left.append("left"))
         >>> keys.filter(b"ls" + bytes([1])), keys.filter(b"axyz"), left
-        (b'ls', b'\\x01xyz', [])
+        (b'ls', b'\x01xyz', [])
         >>> keys.filter(bytes([1]) + b"x"), left
         (b'', ['left'])
     """
@@ -39,7 +39,7 @@ class Escape:
         self._escaped = False
 
     def filter(self, data: bytes) -> bytes:
-        """What of `data` is the guest's; calls `leave` for Ctrl-A x. Other sequences are swallowed."""
+        """What of `data` is the guest's; calls `leave` for Ctrl-A x; others are swallowed."""
         if not self._escaped and _CTRL_A not in data:
             return data
         result = bytearray()
@@ -86,7 +86,7 @@ class RawTerminal:
         os.waitpid(self._watcher, 0)
 
     def set_raw(self) -> None:
-        """Put the terminal into raw mode; also after a stop (SIGCONT), when a shell has changed it."""
+        """Put the terminal into raw mode; again after SIGCONT, when a shell has changed it."""
         mode = termios.tcgetattr(self._fd)
         iflag, oflag, cflag, lflag = mode[:4]
         iflag &= ~(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from ..errors import ConfigError, VmmError
+from vmm_reference.errors import ConfigError, VmmError
 
 __all__ = ["main"]
 
@@ -18,10 +18,10 @@ def main(arguments: list[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
     try:
         if words[:1] == ["run"]:
-            from .run import run  # noqa: PLC0415 - the way to a guest's first instruction is short
+            from .run import run
 
             return run(words[1:])
-        from .verbs import verbs  # noqa: PLC0415
+        from .verbs import verbs
 
         return verbs(words)
     except ConfigError as mistake:

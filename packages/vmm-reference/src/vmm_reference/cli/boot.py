@@ -14,21 +14,21 @@ import click
 
 from linux_loader import E820Entry, plan
 from linux_loader.cache import default_folder
+from vmm_reference.backends.console import ConsoleTimeout
+from vmm_reference.config import Drive, MachineConfig
+from vmm_reference.errors import VmmError
+from vmm_reference.image.initramfs import guest_initramfs
+from vmm_reference.image.kernels import FLAVOURS, debian_kernel, local_kernel
+from vmm_reference.layout import e820_ranges
+from vmm_reference.machine import Machine
+from vmm_reference.outcome import Outcome
 
-from ..backends.console import ConsoleTimeout
-from ..config import Drive, MachineConfig
-from ..errors import VmmError
-from ..image.initramfs import guest_initramfs
-from ..image.kernels import FLAVOURS, debian_kernel, local_kernel
-from ..layout import e820_ranges
-from ..machine import Machine
-from ..outcome import Outcome
 from .run import run_on_terminal
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from ..backends.console import Console
+    from vmm_reference.backends.console import Console
 
 __all__ = ["CheckFailed", "boot", "check"]
 
@@ -40,7 +40,7 @@ _PATIENCE = 300.0
 _FACT = re.compile(r"^vmm-check: (\w+)=(\S*)")
 
 
-class CheckFailed(VmmError):  # noqa: N818 - it is a finding about the guest, not a mistake of ours
+class CheckFailed(VmmError):
     """The guest's self-check found something that is not as configured.
 
     Attributes:
@@ -160,13 +160,17 @@ def _lines(console: Console) -> Iterator[str]:
 
 def _unpack(config: MachineConfig) -> None:
     """Put the unpacked kernel into the cache, where a boot without a writable disk finds it."""
-    usable = [E820Entry(start, size, 1 if ram else 2) for start, size, ram in e820_ranges(config.memory)]
+    usable = [
+        E820Entry(start, size, 1 if ram else 2) for start, size, ram in e820_ranges(config.memory)
+    ]
     plan(config.kernel, memory_map=usable, cache=default_folder())
 
 
 def _process_start() -> float:
     """When this process was started, on the monotonic clock; it ticks a hundred times a second."""
     fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
-    return int(fields[19]) / os.sysconf("SC_CLK_TCK") + time.monotonic() - time.clock_gettime(
-        time.CLOCK_BOOTTIME
+    return (
+        int(fields[19]) / os.sysconf("SC_CLK_TCK")
+        + time.monotonic()
+        - time.clock_gettime(time.CLOCK_BOOTTIME)
     )

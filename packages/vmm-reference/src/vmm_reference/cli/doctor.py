@@ -11,8 +11,7 @@ import click
 from attrs import frozen
 
 from kvm_ioctls import Kvm, KvmError, constants
-
-from ..probe import probe
+from vmm_reference.probe import probe
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

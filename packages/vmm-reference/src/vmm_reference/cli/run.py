@@ -9,10 +9,10 @@ import sys
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-from ..config import Drive, MachineConfig
-from ..errors import ConfigError
-from ..machine import Machine
-from ..outcome import Outcome
+from vmm_reference.config import Drive, MachineConfig
+from vmm_reference.errors import ConfigError
+from vmm_reference.machine import Machine
+from vmm_reference.outcome import Outcome
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -34,7 +34,7 @@ def configuration(path: str | None, options: dict[str, Any]) -> MachineConfig:
     """
     table: dict[str, Any] = {}
     if path is not None:
-        import tomllib  # noqa: PLC0415 - only a run with a file pays for it
+        import tomllib
 
         try:
             with open(path, "rb") as file:  # noqa: PTH123
@@ -66,7 +66,7 @@ def run_on_terminal(machine: Machine) -> int:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             stack.callback(signal.signal, number, signal.signal(number, stop))
         if os.isatty(0):
-            from ..backends.terminal import Escape, RawTerminal  # noqa: PLC0415 - and so here
+            from vmm_reference.backends.terminal import Escape, RawTerminal
 
             terminal = stack.enter_context(RawTerminal(0))
             machine.filter_input(Escape(lambda: machine.stop(Outcome.QUIT)).filter)
@@ -96,7 +96,9 @@ def run(arguments: list[str]) -> int:
         detail = f": {machine.detail}" if machine.detail else ""
         print(f"vmm: {machine.outcome.value}{detail}", file=sys.stderr)
     if machine.dropped_output:
-        print(f"vmm: {machine.dropped_output} bytes of the guest's output were lost", file=sys.stderr)
+        print(
+            f"vmm: {machine.dropped_output} bytes of the guest's output were lost", file=sys.stderr
+        )
     return status
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from attrs import evolve
+
 from kvm_ioctls import DescriptorTable, Regs, Segment, constants
 
 from .cpuid import topology

@@ -78,7 +78,7 @@ class Backend(Protocol):
         """Make a range read as zeros."""
 
 
-class Refused(Exception):  # noqa: N818 - a request's end, caught by the one method that answers
+class Refused(Exception):
     """A request that is answered with `status` and does nothing."""
 
     def __init__(self, status: bytes) -> None:
@@ -135,10 +135,8 @@ class Block:
         if offset == WRITEBACK_OFFSET and data and self._features & F_CONFIG_WCE:
             self._writeback = bool(data[0])
 
-    def activate(
-        self, memory: GuestMemory, driver_features: int, queues: Sequence[Queue]
-    ) -> None:
-        """The driver is ready. Without FLUSH it can't make writes durable: each one is (5.2.5.2)."""
+    def activate(self, memory: GuestMemory, driver_features: int, queues: Sequence[Queue]) -> None:
+        """The driver is ready. One without FLUSH has each write made durable (5.2.5.2)."""
         self._memory = memory
         self._features = driver_features
         self._queue = queues[0]

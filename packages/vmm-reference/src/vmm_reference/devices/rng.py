@@ -47,9 +47,7 @@ class Rng:
     def write_config(self, offset: int, data: bytes) -> None:
         """There is no configuration."""
 
-    def activate(
-        self, memory: GuestMemory, driver_features: int, queues: Sequence[Queue]
-    ) -> None:
+    def activate(self, memory: GuestMemory, driver_features: int, queues: Sequence[Queue]) -> None:
         """The driver is ready."""
         self._memory, self._queue = memory, queues[0]
 
