@@ -153,7 +153,7 @@ def test_files_replace_ours(tmp_path: Path) -> None:
         "/usr/bin/": tmp_path,
     }
     (tmp_path / "tool").write_text("tool")
-    disk = build_disk(tmp_path / "disk" / "r.img", size=SMALLEST_DISK, files=files)
+    disk = build_disk(tmp_path / "r.img", size=SMALLEST_DISK, files=files)
     assert debugfs(disk, "cat /etc/hostname") == "other\n"
     assert "Type: regular    Mode:  0755" in debugfs(disk, "stat /sbin/init")
     assert debugfs(disk, "cat /usr/bin/tool") == "tool"

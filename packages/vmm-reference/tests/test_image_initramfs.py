@@ -75,13 +75,13 @@ def test_own_init_modules_and_files(kernel: Kernel, tmp_path: Path) -> None:
     script = tmp_path / "alias"
     script.symlink_to(init)
     output = build_initramfs(
-        tmp_path / "out/own.cpio",
+        tmp_path / "own.cpio",
         kernel,
         ["extra"],
         init=init,
         files={"/opt": folder, "etc/rc": b"#!/bin/sh\n", "etc/motd": b"hi", "linked": script},
     )
-    assert output == tmp_path / "out/own.cpio"
+    assert output == tmp_path / "own.cpio"
     found = contents(output)
     assert found["init"].data == found["linked"].data == init.read_bytes()
     assert found["opt/sub/file"] == Entry("opt/sub/file", stat.S_IFREG | 0o640, b"data")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from vmm_reference.image.cache import cache_folder, cached_image, content_key, copy_file, new_folder
+from vmm_reference.image.cache import cache_folder, cached_image, content_key, deliver, new_folder
 from vmm_reference.image.errors import ImageError, PackageError
 from vmm_reference.image.kernels import debian_kernel, local_kernel
 from vmm_reference.image.packages import cached_package, fetch_package, find_tool
@@ -230,13 +230,13 @@ def test_image_is_rebuilt_when_an_input_changes(cache: Path, tmp_path: Path) -> 
 def test_abandoned_work_is_removed(tmp_path: Path) -> None:
     """What a killed process left a day ago goes; what another works on stays."""
     for name, age in (("old", 2 * 86400), ("fresh", 60)):
-        folder = tmp_path / f".new-{name}"
+        folder = tmp_path / f".vmm-new-{name}"
         folder.mkdir()
         when = folder.stat().st_mtime - age
         os.utime(folder, (when, when))
     with new_folder(tmp_path / "made"):
         pass
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".new-fresh", "made"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".vmm-new-fresh", "made"]
 
 
 def test_copies_keep_their_holes(tmp_path: Path) -> None:
@@ -247,13 +247,25 @@ def test_copies_keep_their_holes(tmp_path: Path) -> None:
         for place in (0, 5 << 20, (64 << 20) - 4):
             file.seek(place)
             file.write(b"data")
-    copy_file(old, new)
+    deliver(old, new)
     assert new.stat().st_size == old.stat().st_size
     assert new.stat().st_blocks <= old.stat().st_blocks + 64
     assert content_key(new) == content_key(old)
     old.write_bytes(b"")
-    copy_file(old, new)
+    deliver(old, new)
     assert new.read_bytes() == b""
+
+
+def test_places_that_take_no_image(tmp_path: Path) -> None:
+    """A folder, a device or a path without a folder is refused, and nothing is made there."""
+    source = tmp_path / "source"
+    source.write_text("x")
+    for place in (tmp_path, Path("/dev/null"), tmp_path / "absent/file", source / "below"):
+        with pytest.raises(ImageError, match=str(place)) as caught:
+            deliver(source, place)
+        assert "\n" not in str(caught.value)
+    assert Path("/dev/null").is_char_device()
+    assert list(tmp_path.iterdir()) == [source]
 
 
 class Terminal(io.StringIO):

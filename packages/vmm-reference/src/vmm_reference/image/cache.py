@@ -12,6 +12,7 @@ processes may use the folder at once; where two make the same thing, the first o
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import shutil
@@ -20,10 +21,12 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-__all__ = ["cache_folder", "cached_image", "content_key", "copy_file", "new_file", "new_folder"]
+from .errors import ImageError
+
+__all__ = ["cache_folder", "cached_image", "content_key", "deliver", "new_file", "new_folder"]
 
 _ABANDONED_AFTER = 24 * 3600.0  # seconds; a process that still works on it would be very slow
-_TEMPORARY = ".new-"
+_TEMPORARY = ".vmm-new-"
 
 
 def cache_folder() -> Path:
@@ -57,7 +60,6 @@ def new_folder(target: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def new_file(target: Path) -> Iterator[Path]:
     """An empty file to fill, which replaces `target` at the end; gone where an exception leaves."""
-    target.parent.mkdir(parents=True, exist_ok=True)
     _forget_abandoned(target.parent)
     number, name = tempfile.mkstemp(prefix=_TEMPORARY, dir=target.parent)
     os.close(number)
@@ -81,6 +83,7 @@ def cached_image(name: str, build: Callable[[Path], Iterable[Path]]) -> Path:
     record = image.with_name(f"{name}.inputs")
     if image.exists() and _unchanged(record):
         return image
+    image.parent.mkdir(parents=True, exist_ok=True)
     with new_file(image) as file:
         stamps = [_stamp(path) for path in build(file)]
     with new_file(record) as file:
@@ -88,21 +91,39 @@ def cached_image(name: str, build: Callable[[Path], Iterable[Path]]) -> Path:
     return image
 
 
-def copy_file(source: Path, target: Path) -> None:
-    """Copy a file into its place at once, leaving its holes holes."""
-    with new_file(target) as path, source.open("rb") as old, path.open("r+b") as new:
-        size = old.seek(0, os.SEEK_END)
-        new.truncate(size)
-        end = 0
-        while end < size:
-            try:
-                start = os.lseek(old.fileno(), end, os.SEEK_DATA)
-            except OSError:  # ENXIO: only a hole is left
-                break
-            end = os.lseek(old.fileno(), start, os.SEEK_HOLE)
-            while start < end:
-                piece = os.pread(old.fileno(), min(end - start, 1 << 20), start)
-                start += os.pwrite(new.fileno(), piece, start)
+def deliver(image: Path, output: Path) -> Path:
+    """Copy an image to where it is wanted, at once, leaving its holes holes; returns that path.
+
+    Raises:
+        ImageError: the place can't be written, or is something other than a file.
+    """
+    if output.exists() and not output.is_file():
+        raise ImageError(f"{output}: neither free nor a file", "give the path of a file")
+    try:
+        with new_file(output) as path, image.open("rb") as old, path.open("r+b") as new:
+            _copy(old.fileno(), new.fileno())
+    except OSError as error:
+        raise ImageError(
+            f"{output} can't be written: {error.strerror}", "see that its folder is there"
+        ) from error
+    return output
+
+
+def _copy(old: int, new: int) -> None:
+    size = os.lseek(old, 0, os.SEEK_END)
+    os.ftruncate(new, size)
+    end = 0
+    while end < size:
+        try:
+            start = os.lseek(old, end, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+            return  # only a hole is left
+        end = os.lseek(old, start, os.SEEK_HOLE)
+        while start < end:
+            piece = os.pread(old, min(end - start, 1 << 20), start)
+            start += os.pwrite(new, piece, start)
 
 
 def content_key(*parts: str | bytes | Path) -> str:

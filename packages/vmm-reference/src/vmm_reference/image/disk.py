@@ -15,7 +15,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from .cache import cached_image, content_key, copy_file
+from .cache import cached_image, content_key, deliver
 from .errors import DiskError, ImageError
 from .files import file_identity, input_files, walk_files
 from .initramfs import busybox
@@ -89,12 +89,9 @@ def build_disk(
             return [shell, *input_files(added)]
 
         cached = cached_image(f"disk-{key}.ext4", build)
-        if output is None:
-            return cached
-        copy_file(cached, output)
     except OSError as error:
         raise ImageError(f"root disk: {error}") from error
-    return output
+    return cached if output is None else deliver(cached, output)
 
 
 def _tool(name: str) -> str:

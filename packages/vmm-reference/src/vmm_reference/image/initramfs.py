@@ -14,7 +14,7 @@ import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from .cache import cached_image, content_key, copy_file
+from .cache import cached_image, content_key, deliver
 from .cpio import Entry, character_device, directory, pack, regular, symlink, with_parents
 from .errors import ImageError, PackageError
 from .files import file_identity, input_files, walk_files
@@ -109,12 +109,9 @@ def build_initramfs(
             return [shell, *(module.file for module in loaded), *input_files(added)]
 
         cached = cached_image(f"initramfs-{key}.cpio", build)
-        if output is None:
-            return cached
-        copy_file(cached, output)
     except OSError as error:
         raise ImageError(f"initramfs for {kernel.version}: {error}") from error
-    return output
+    return cached if output is None else deliver(cached, output)
 
 
 def guest_initramfs(
