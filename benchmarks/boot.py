@@ -197,7 +197,7 @@ def place(bench: Bench) -> tuple[str, object]:
 def kernel_files() -> dict[str, Path]:
     """The vmlinux of Debian's cloud kernel, and an initramfs of busybox and `guest/boot-init`."""
     from linux_loader.bzimage import parse_bzimage
-    from linux_loader.loading import unpack_payload
+    from linux_loader.dispatch import unpack_payload
     from linux_loader.source import Source
     from vmm_reference.image import build_initramfs, debian_kernel
 

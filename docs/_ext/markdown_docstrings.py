@@ -1,12 +1,13 @@
 """Docstrings as they are written here: Google's sections, and Markdown's code and lists.
 
 Autodoc reads reStructuredText. What differs is rewritten before: fenced and indented code becomes
-a literal block, and a list gets the blank lines that reStructuredText wants around it.
+a literal block, a table a list-table, and a list gets the blank lines that it needs there.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
 from sphinx.application import Sphinx
@@ -17,6 +18,8 @@ ITEM = re.compile(r"\s*(?:[-*]|\d+\.) ")
 SECTION = re.compile(
     r"\s*(?:Args|Attributes|Example|Examples|Note|Raises|Returns|See Also|Warning|Yields):$"
 )
+ROW = re.compile(r"(\s*)\|(.*)\|\s*")
+RULE = re.compile(r"[\s|:-]+")
 RESULT = re.compile(r"\s*(?:Returns|Yields):$")
 
 
@@ -25,13 +28,34 @@ def indentation(line: str) -> int:
     return len(line) - len(line.lstrip())
 
 
+def tables(lines: list[str]) -> Iterator[str]:
+    """The lines with tables as list-tables."""
+    inside = False
+    for line in lines:
+        row = ROW.fullmatch(line)
+        if row is None:
+            if inside and line.strip():
+                yield ""
+            inside = False
+            yield line
+            continue
+        if not inside:
+            yield from ("", f"{row[1]}.. list-table::", "")
+            inside = True
+        if not RULE.fullmatch(line):
+            for column, cell in enumerate(row[2].split("|")):
+                yield f"{row[1]}   {'-' if column else '* -'} {cell.strip()}".replace(
+                    "   - ", "     - ", 1
+                )
+
+
 def rewrite(lines: list[str]) -> list[str]:
     """The lines of a docstring as reStructuredText, Google's sections left as they are."""
     result: list[str] = []
     fenced = False
     text = 0  # indentation of the paragraph above
     literal = False
-    for line in lines:
+    for line in tables(lines):
         fence = FENCE.match(line)
         if fenced:
             if fence:

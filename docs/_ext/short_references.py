@@ -43,6 +43,12 @@ def names_of(module: str) -> dict[str, str]:
     return found
 
 
+def is_ours(target: str) -> bool:
+    """Whether a full name is one of ours, though nothing documents it."""
+    module, _, name = target.rpartition(".")
+    return module.partition(".")[0] in OWN and hasattr(sys.modules.get(module), name)
+
+
 def is_foreign(target: str, module: str) -> bool:
     """Whether a name belongs to Python or to another project."""
     first, _, rest = target.partition(".")
@@ -79,8 +85,10 @@ def leave_as_text(
     if node.get("refdomain") != "py":
         return None
     target, module = str(node["reftarget"]), str(node.get("py:module") or "")
-    known = is_foreign(target, module) or target.partition(".")[0] in names_of(module)
-    return text if known or target.rpartition(".")[2].startswith("_") else None
+    first, last = target.partition(".")[0], target.rpartition(".")[2]
+    if is_foreign(target, module) or first in names_of(module):
+        return text
+    return text if is_ours(target) or last.startswith("_") else None
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
