@@ -1,7 +1,7 @@
 """The tables a kernel finds: RSDP, XSDT, FADT, MADT and DSDT (ACPI 6.4, chapter 5).
 
-The machine is hardware-reduced (4.1): no SCI, no PM1 and GPE blocks, no FACS, and nothing that makes
-a kernel use 8259 and 8254, which are there all the same. Power is the block of
+The machine is hardware-reduced (4.1): no SCI, no PM1 and GPE blocks, no FACS, and nothing to make
+a kernel use the 8259 and 8254, which are there all the same. Power is the block of
 `vmm_reference.devices.pm`, its button a generic event device.
 """
 
