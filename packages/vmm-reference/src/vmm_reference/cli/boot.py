@@ -85,8 +85,8 @@ def boot(flavour: str, kernel: Path | None, cpus: int, memory: str, prepare: boo
             cpus=cpus,
             memory=memory,
             drives=[Drive(str(scratch))],
-            cmdline="console=ttyS0 panic=-1 "
-            + ("" if interactive else "quiet vmm.check vmm.scratch=/dev/vda"),
+            cmdline="console=ttyS0 pci=off panic=-1 quiet "
+            + ("" if interactive else "vmm.check vmm.scratch=/dev/vda"),
         )
         if prepare:
             _unpack(config)

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 __all__ = ["configuration", "run", "run_on_terminal"]
 
+_CONSOLE = "console=ttyS0"
+
 STATUSES = """
 Exit status: 0 the guest powered off (or Ctrl-A x), 1 the host failed, 2 a mistake in the
 arguments, 3 the guest panicked, 4 it reset itself with --on-reset exit, 5 triple fault,
@@ -44,7 +46,30 @@ def configuration(path: str | None, options: dict[str, Any]) -> MachineConfig:
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError("config", path, f"is not TOML: {error}") from None
     table |= {key: value for key, value in options.items() if value not in (None, (), False)}
+    if table.get("drives"):
+        table.setdefault("cmdline", f"{_CONSOLE} root=/dev/vda")
+        table.setdefault("initrd", _initrd_for(table.get("kernel")))
+    table.setdefault("cmdline", _CONSOLE)
+    if table.get("initrd") == "none":
+        del table["initrd"]
     return MachineConfig.from_mapping(table, source=path or "vmm run")
+
+
+def _initrd_for(kernel: object) -> str | None:
+    """An initial file system that finds the root disk, for a kernel whose modules are at hand.
+
+    A distribution's kernel has the drivers of its disks as modules. One without modules has them
+    built in, or is none of ours to know, and gets nothing.
+    """
+    if not isinstance(kernel, str) or not os.path.isfile(kernel):  # noqa: PTH113
+        return None  # the configuration will say so
+    from pathlib import Path
+
+    from vmm_reference.image.initramfs import guest_initramfs
+    from vmm_reference.image.kernels import local_kernel
+
+    found = local_kernel(Path(kernel))
+    return str(guest_initramfs(found)) if found.modules is not None else None
 
 
 def run_on_terminal(machine: Machine) -> int:
@@ -114,12 +139,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--kernel", metavar="PATH", help="Linux image: ELF vmlinux or bzImage")
-    add("--initrd", metavar="PATH", help="initial RAM file system")
+    add("--initrd", metavar="PATH", help="initial RAM file system, or `none`; with a drive and "
+        "modules beside the kernel the default is one that mounts the root disk")  # fmt: skip
     add("--drive", dest="drives", metavar="PATH[,ro]", action="append", default=[],
         help="raw disk image or block device; the first is /dev/vda; may be repeated")  # fmt: skip
     add("--cpus", metavar="N", help="number of vCPUs (default 1)")
     add("--memory", metavar="SIZE", help="RAM, such as 256M or 2G (default 256M)")
-    add("--cmdline", metavar="TEXT", help="the kernel's command line")
+    add("--cmdline", metavar="TEXT", help="the kernel's command line (default console=ttyS0, and "
+        "root=/dev/vda with a drive)")  # fmt: skip
     add("--config", metavar="FILE", help="TOML file with the same names; options here win")
     add("--on-reset", metavar="restart|exit", help="when the guest resets (default restart)")
     add("--protocol", metavar="auto|linux64|pvh", help="how the kernel is entered (default auto)")
