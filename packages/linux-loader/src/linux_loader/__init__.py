@@ -12,6 +12,7 @@ from __future__ import annotations
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from linux_loader.cmdline import Cmdline
+    from linux_loader.device_tree_boot import LoadedImage, load_image
     from linux_loader.e820 import E820Entry, E820Type
     from linux_loader.entry import EntryState, SegmentState, TableState
     from linux_loader.errors import CmdlineError, ImageError, LoaderError, PlacementError
@@ -33,6 +34,7 @@ __all__ = [
     "ImageError",
     "Layout",
     "Loaded",
+    "LoadedImage",
     "LoaderError",
     "Placement",
     "PlacementError",
@@ -42,11 +44,13 @@ __all__ = [
     "SegmentState",
     "TableState",
     "load",
+    "load_image",
     "plan",
 ]
 
 _MODULES = {
     "cmdline": ("Cmdline",),
+    "device_tree_boot": ("LoadedImage", "load_image"),
     "e820": ("E820Entry", "E820Type"),
     "entry": ("EntryState", "SegmentState", "TableState"),
     "errors": ("CmdlineError", "ImageError", "LoaderError", "PlacementError"),

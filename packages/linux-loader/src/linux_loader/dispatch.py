@@ -198,6 +198,11 @@ def _start_other(
 
     if protocol is Protocol.RESET or (protocol is None and is_firmware(source)):
         return Format.FIRMWARE, Protocol.RESET, plan_firmware(request, source)
+    from linux_loader.image import parse_image
+
+    foreign = parse_image(source)
+    if foreign is not None:
+        raise ImageError("kernel", 0x38, foreign.architecture, "not x86: use load_image for it")
     raise ImageError(
         "kernel",
         0,

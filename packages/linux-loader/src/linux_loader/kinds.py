@@ -16,6 +16,8 @@ class Format(enum.Enum):
     MULTIBOOT = "multiboot"
     FLAT = "flat"
     FIRMWARE = "firmware"
+    ARM64 = "arm64"
+    RISCV64 = "riscv64"
 
 
 class Protocol(enum.Enum):

@@ -8,12 +8,11 @@ import attrs
 
 from linux_loader.dispatch import plan_image
 from linux_loader.request import BootRequest
-from linux_loader.source import Source
+from linux_loader.source import Source, file_list
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Iterable, Sequence
-    from typing import TypeAlias
 
     from linux_loader.e820 import E820Entry
     from linux_loader.entry import EntryState
@@ -22,9 +21,8 @@ if TYPE_CHECKING:
     from linux_loader.layout import Layout
     from linux_loader.placement import Plan
     from linux_loader.screen import Screen
+    from linux_loader.source import File
     from vm_memory import GuestMemory
-
-    File: TypeAlias = str | os.PathLike[str] | int
 
 __all__ = ["Loaded", "load", "plan"]
 
@@ -103,7 +101,7 @@ def load(
         LoaderError: the image, the command line or the memory map cannot be used.
         OSError: a file cannot be read.
     """
-    initrds = _files(initrd)
+    initrds = file_list(initrd)
     sources: list[Source] = []
     try:
         made = _plan(
@@ -154,7 +152,7 @@ def plan(
     return _plan(
         [],
         kernel,
-        _files(initrd),
+        file_list(initrd),
         memory_map=memory_map,
         cmdline=cmdline,
         protocol=protocol,
@@ -166,12 +164,6 @@ def plan(
         screen=screen,
         flat=flat,
     )
-
-
-def _files(initrd: File | Sequence[File] | None) -> Sequence[File]:
-    if initrd is None:
-        return ()
-    return initrd if isinstance(initrd, (list, tuple)) else (initrd,)
 
 
 def _plan(

@@ -11,7 +11,7 @@ from linux_loader.e820 import ram_ranges
 from linux_loader.errors import PlacementError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from linux_loader.e820 import E820Entry
     from linux_loader.entry import EntryState
@@ -106,36 +106,48 @@ class Plan:
             PlacementError: the memory has a hole where the memory map promised some.
             ImageError: a file changed since it was planned.
         """
-        from vm_memory import GuestAddress
-
-        for placement in self.placements:
-            if not memory.check_range(GuestAddress(placement.address), placement.size):
-                raise PlacementError(
-                    placement.name,
-                    None,
-                    placement.address,
-                    f"its {placement.size:#x} bytes must lie in the guest's memory",
-                )
-        mapped = 0
-        for placement in self.placements:
-            content = placement.content
-            if isinstance(content, FileRange):
-                mapped += _write_file(memory, placement, content, map_files)
-            elif content:
-                memory.write(GuestAddress(placement.address), content)
-            rest = placement.size - placement.content_size
-            if rest and placement.zero and not zeroed:
-                memory.fill(GuestAddress(placement.address + placement.content_size), rest)
-        return mapped
+        return write_placements(self.placements, memory, zeroed=zeroed, map_files=map_files)
 
     def __str__(self) -> str:
         """A table: range, size, name, one placement a line."""
-        lines = [
-            f"{item.address:#014x}-{end:#014x} {item.size:>12,} {item.name}"
-            for item in self.placements
-            for end in (item.address + item.size - 1,)
-        ]
-        return "\n".join(lines)
+        return table(self.placements)
+
+
+def table(placements: Iterable[Placement]) -> str:
+    """Return a table: range, size, name, one placement a line."""
+    lines = [
+        f"{item.address:#014x}-{end:#014x} {item.size:>12,} {item.name}"
+        for item in placements
+        for end in (item.address + item.size - 1,)
+    ]
+    return "\n".join(lines)
+
+
+def write_placements(
+    placements: Sequence[Placement], memory: GuestMemory, *, zeroed: bool, map_files: bool
+) -> int:
+    """Put contents into guest memory; see `Plan.write`."""
+    from vm_memory import GuestAddress
+
+    for placement in placements:
+        if not memory.check_range(GuestAddress(placement.address), placement.size):
+            raise PlacementError(
+                placement.name,
+                None,
+                placement.address,
+                f"its {placement.size:#x} bytes must lie in the guest's memory",
+            )
+    mapped = 0
+    for placement in placements:
+        content = placement.content
+        if isinstance(content, FileRange):
+            mapped += _write_file(memory, placement, content, map_files)
+        elif content:
+            memory.write(GuestAddress(placement.address), content)
+        rest = placement.size - placement.content_size
+        if rest and placement.zero and not zeroed:
+            memory.fill(GuestAddress(placement.address + placement.content_size), rest)
+    return mapped
 
 
 def checked(

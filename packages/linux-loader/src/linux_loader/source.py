@@ -10,11 +10,20 @@ from linux_loader.errors import ImageError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from typing import Self
+    from typing import Self, TypeAlias
 
-__all__ = ["Source"]
+    File: TypeAlias = str | os.PathLike[str] | int
+
+__all__ = ["Source", "file_list"]
 
 _VECTORS = 1024  # IOV_MAX of Linux
+
+
+def file_list(files: File | Sequence[File] | None) -> Sequence[File]:
+    """Return no file, one or several as a sequence."""
+    if files is None:
+        return ()
+    return (files,) if isinstance(files, (str, int, os.PathLike)) else files
 
 
 class Source:
@@ -37,7 +46,7 @@ class Source:
         self.size = size
 
     @classmethod
-    def open(cls, file: str | os.PathLike[str] | int) -> Self:
+    def open(cls, file: File) -> Self:
         """Open a path, or adopt an open file descriptor, which stays the caller's.
 
         Raises:

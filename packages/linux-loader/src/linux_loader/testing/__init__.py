@@ -12,8 +12,10 @@ from __future__ import annotations
 from linux_loader.testing.images import (
     build_bzimage,
     build_elf,
+    build_image,
     build_multiboot,
     build_multiboot2,
+    build_zboot,
     compress,
     image_file,
     memory_map,
@@ -24,8 +26,10 @@ from linux_loader.testing.strategies import bzimages, cmdlines, elf_images, lies
 __all__ = [
     "build_bzimage",
     "build_elf",
+    "build_image",
     "build_multiboot",
     "build_multiboot2",
+    "build_zboot",
     "bzimages",
     "cmdlines",
     "compress",

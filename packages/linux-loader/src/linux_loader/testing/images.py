@@ -15,8 +15,10 @@ if TYPE_CHECKING:
 __all__ = [
     "build_bzimage",
     "build_elf",
+    "build_image",
     "build_multiboot",
     "build_multiboot2",
+    "build_zboot",
     "compress",
     "image_file",
     "memory_map",
@@ -227,6 +229,40 @@ def build_multiboot2(
     stated = size if length is None else length
     checksum = -(0xE85250D6 + stated) & 0xFFFFFFFF
     return struct.pack("<4I", 0xE85250D6, 0, stated, checksum) + middle + tag(0, 0, b"") + code
+
+
+def build_image(
+    architecture: str,
+    code: bytes,
+    *,
+    text_offset: int = 0,
+    image_size: int | None = None,
+    flags: int = 0xA,
+) -> bytes:
+    """Return an Image of `arm64` or `riscv64`. Parameters are header fields.
+
+    Args:
+        architecture: which of them.
+        code: what follows the header.
+        text_offset: behind a 2 MiB boundary.
+        image_size: None for the size of the file.
+        flags: little-endian, 4 KiB pages, anywhere in RAM.
+    """
+    size = 64 + len(code) if image_size is None else image_size
+    header = struct.pack("<8xQQQ", text_offset, size, flags)
+    if architecture == "arm64":
+        header = header.ljust(0x38, b"\0") + b"ARM\x64"
+    else:
+        header += struct.pack("<I12x8s", 2, b"RISCV\0\0\0") + b"RSC\x05"
+    return header.ljust(64, b"\0") + code
+
+
+def build_zboot(name: str, image: bytes) -> bytes:
+    """Return an EFI zboot image: a PE header around an Image compressed by `name`."""
+    payload = compress(name, image)
+    kind = b"zstd22" if name == "zstd" else name.encode()
+    header = struct.pack("<2s2x4sII8x32s", b"MZ", b"zimg", 64, len(payload), kind)
+    return header.ljust(64, b"\0") + payload
 
 
 def compress(name: str, data: bytes) -> bytes:
