@@ -22,3 +22,8 @@ void kvmi_vcpu_init(kvmi_vcpu *vcpu, int fd, uint8_t *page, int kick_signal);
 int kvmi_run(kvmi_vcpu *vcpu);
 int kvmi_kick(kvmi_vcpu *vcpu);
 void kvmi_retire(kvmi_vcpu *vcpu);
+
+/* Take up to `room` entries out of a ring, into `out`; the result is how many there were. */
+uint32_t kvmi_coalesced_take(uint8_t *page, uint32_t page_size, uint8_t *out, uint32_t room);
+uint32_t kvmi_dirty_take(uint8_t *pages, uint32_t entries, uint32_t *fetch, uint8_t *out,
+                         uint32_t room);

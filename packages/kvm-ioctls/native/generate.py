@@ -16,7 +16,8 @@ from cffi import FFI
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "src"))
 
-from kvm_ioctls.table import IOCTLS, STRUCTS, layout  # noqa: E402
+from kvm_ioctls import constants  # noqa: E402
+from kvm_ioctls.table import EXITS, IOCTLS, STRUCTS, exit_layout, layout  # noqa: E402
 from kvm_ioctls.table.structs import GUARDS  # noqa: E402
 
 MACHINES = {"x86_64": "x86", "aarch64": "arm64", "riscv64": "riscv"}
@@ -43,9 +44,34 @@ def check(architecture: str) -> str:
                 f'_Static_assert({row.name} == {row.request:#x}UL, "{row.name}");',
                 "#endif",
             ]
+    for row in EXITS:
+        # The header names the architecture's own part of the union only where it is built.
+        if row.architecture not in ("s390", architecture, "all", "powerpc", "riscv", "loongarch"):
+            continue
+        lines += [
+            f"#ifdef KVM_EXIT_{row.name}",
+            f'_Static_assert(KVM_EXIT_{row.name} == {row.reason}, "KVM_EXIT_{row.name}");',
+        ]
+        prefix = f"{row.member}." if row.member else ""
+        lines += [
+            f"_Static_assert(offsetof(struct kvm_run, {prefix}{field}) == {offset}, "
+            f'"{row.name}.{field}");'
+            for field, (offset, _, _) in exit_layout(row).items()
+        ]
+        lines.append("#endif")
+    for name in constants.__all__:
+        value = getattr(constants, name)
+        if isinstance(value, int):
+            lines += [
+                f"#ifdef {name}",
+                f'_Static_assert({name} == {value}, "{name}");',
+                "#endif",
+            ]
     used = {row.struct for row in IOCTLS if row.struct}
     for name in STRUCTS:
-        if name in PLAIN or (architecture != "x86" and name not in used):
+        if name in PLAIN or name.startswith("exit "):
+            continue
+        if architecture != "x86" and name not in used:
             continue
         if architecture != "x86" and not any(
             row.architecture == "all" for row in IOCTLS if row.struct == name
@@ -56,7 +82,7 @@ def check(architecture: str) -> str:
         lines += [f"#ifdef {guard}"] if guard else []
         lines.append(f'_Static_assert(sizeof(struct {name}) == {ours.size}, "{name}");')
         lines += [
-            f'_Static_assert(offsetof(struct {name}, {field.name}) == {field.offset}, '
+            f"_Static_assert(offsetof(struct {name}, {field.name}) == {field.offset}, "
             f'"{name}.{field.name}");'
             for field in ours.fields
         ]

@@ -110,10 +110,12 @@ def test_kicks_from_many_threads() -> None:
     with Guest(SPIN, Mode.LONG, cpl=3) as guest:
         runner = Runner(guest)
         runner.start()
-        kickers = [
-            threading.Thread(target=lambda: [guest.vcpu.kick() for _ in range(500)])
-            for _ in range(4)
-        ]
+
+        def kick_often() -> None:
+            for _ in range(500):
+                guest.vcpu.kick()
+
+        kickers = [threading.Thread(target=kick_often) for _ in range(4)]
         for kicker in kickers:
             kicker.start()
         for kicker in kickers:

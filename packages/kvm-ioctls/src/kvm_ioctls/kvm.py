@@ -6,6 +6,7 @@ import os
 from struct import pack, unpack_from
 from typing import TYPE_CHECKING
 
+from kvm_ioctls._attributes import Attributes
 from kvm_ioctls._fd import Descriptor
 from kvm_ioctls._native import lib
 
@@ -25,7 +26,7 @@ API_VERSION = 12
 _E2BIG, _EINTR = 7, 4
 
 
-class Kvm(Descriptor):
+class Kvm(Attributes):
     """The KVM subsystem of the host.
 
     >>> with Kvm() as kvm:

@@ -59,7 +59,7 @@ class InternalError(Exit):
 
 
 @attrs.frozen
-class EmulationFailure(InternalError):  # noqa: N818 - a value, never raised
+class EmulationFailure(InternalError):
     """KVM_INTERNAL_ERROR_EMULATION: an instruction that KVM cannot emulate.
 
     Attributes:

@@ -108,7 +108,8 @@ class Rdmsr(Exit):
 
     def respond(self, value: int) -> None:
         """The value that the guest reads."""
-        pack_into("<B15xQ", self.view, 0, 0, value)
+        self.view[0] = 0
+        pack_into("<Q", self.view, 16, value)
 
     def refuse(self) -> None:
         """Inject a general-protection fault."""
@@ -169,7 +170,8 @@ def decode_rdmsr(page: memoryview) -> Exit:
     """From a run page whose exit reason is KVM_EXIT_X86_RDMSR."""
     cause, index = unpack_from("<II", page, 40)
     view = page[32:56]
-    pack_into("<B15xQ", view, 0, 0, 0)
+    view[0] = 0
+    view[16:24] = bytes(8)
     return Rdmsr(index, cause, view)
 
 

@@ -42,6 +42,4 @@ class ClockData:
 
     def to_bytes(self) -> bytes:
         """The kernel's 48 bytes; ArgumentError if a field does not fit its width."""
-        return pack_fields(
-            self, _CODEC, (self.clock, self.flags, self.realtime, self.host_tsc)
-        )
+        return pack_fields(self, _CODEC, (self.clock, self.flags, self.realtime, self.host_tsc))

@@ -111,9 +111,7 @@ class XenEvtchnRoute:
 
     def to_bytes(self) -> bytes:
         """The kernel's 48 bytes."""
-        return pack_fields(
-            self, _XEN, (self.gsi, 5, 0, 0, self.port, self.vcpu, self.priority)
-        )
+        return pack_fields(self, _XEN, (self.gsi, 5, 0, 0, self.port, self.vcpu, self.priority))
 
 
 RoutingEntry: TypeAlias = Union[IrqchipRoute, MsiRoute, HvSintRoute, XenEvtchnRoute]  # noqa: UP007

@@ -8,7 +8,11 @@ Nothing here is imported while a guest runs: only an error message looks a name 
 
 from __future__ import annotations
 
+from kvm_ioctls.table.exits import EXITS, ExitRow, exit_layout
 from kvm_ioctls.table.ioctls import IOCTLS, Ioctl, find
 from kvm_ioctls.table.structs import STRUCTS, Field, Layout, layout
 
-__all__ = ["IOCTLS", "STRUCTS", "Field", "Ioctl", "Layout", "find", "layout"]
+__all__ = [
+    "EXITS", "IOCTLS", "STRUCTS", "ExitRow", "Field", "Ioctl", "Layout", "exit_layout", "find",
+    "layout",
+]  # fmt: skip

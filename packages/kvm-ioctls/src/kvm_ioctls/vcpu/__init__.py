@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from kvm_ioctls._attributes import Attributes
 from kvm_ioctls._fd import Descriptor
 from kvm_ioctls.vcpu.cpu import VcpuCpu
+from kvm_ioctls.vcpu.debug import VcpuDebug
+from kvm_ioctls.vcpu.extras import VcpuExtras
 from kvm_ioctls.vcpu.interrupts import VcpuInterrupts
 from kvm_ioctls.vcpu.registers import VcpuRegisters
-from kvm_ioctls.vcpu.run import VcpuRun
+from kvm_ioctls.vcpu.shared import VcpuShared
 
 if TYPE_CHECKING:
     from kvm_ioctls.vm import Vm
@@ -16,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["Vcpu"]
 
 
-class Vcpu(VcpuRun, VcpuRegisters, VcpuInterrupts, VcpuCpu):
+class Vcpu(VcpuShared, VcpuRegisters, VcpuInterrupts, VcpuCpu, VcpuDebug, VcpuExtras, Attributes):
     """A virtual processor, made by Vm.create_vcpu().
 
     run() and everything that reads or writes its state belongs to one thread at a time; kick() may

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import os
+from struct import pack
 from typing import TYPE_CHECKING
 
+from kvm_ioctls._attributes import Attributes
 from kvm_ioctls._fd import Descriptor
 from kvm_ioctls._native import lib
 from kvm_ioctls.vm.events import VmEvents
+from kvm_ioctls.vm.guests import VmGuests
 from kvm_ioctls.vm.irq import VmIrq
-from kvm_ioctls.vm.memory import VmMemory
+from kvm_ioctls.vm.pages import VmPages
 from kvm_ioctls.vm.platform import VmPlatform
 
 if TYPE_CHECKING:
     from typing import Self
 
+    from kvm_ioctls.device import Device
+    from kvm_ioctls.stats import Stats
     from kvm_ioctls.vcpu import Vcpu
 
 __all__ = ["Vm"]
 
 
-class Vm(VmMemory, VmIrq, VmEvents, VmPlatform):
+class Vm(VmPages, VmIrq, VmEvents, VmPlatform, VmGuests, Attributes):
     """A virtual machine, made by Kvm.create_vm().
 
     It owns its vCPUs: close() closes these first, waiting for the ones that run. Buffers given as
@@ -65,6 +70,31 @@ class Vm(VmMemory, VmIrq, VmEvents, VmPlatform):
     def vcpus(self) -> tuple[Vcpu, ...]:
         """The vCPUs made by this object that are not closed, oldest first."""
         return tuple(vcpu for vcpu in self._vcpus if not vcpu.closed)
+
+    def create_device(self, type: int) -> Device:  # noqa: A002 - the kernel's name
+        """KVM_CREATE_DEVICE (KVM_CAP_DEVICE_CTRL): a device in the kernel.
+
+        Args:
+            type: KVM_DEV_TYPE_*.
+        """
+        from kvm_ioctls.device import Device
+
+        data = bytearray(pack("<III", type, 0, 0))
+        self._write(lib.KVM_CREATE_DEVICE, data, type=type)
+        return Device(int.from_bytes(data[4:8], "little"), type)
+
+    def test_device(self, type: int) -> bool:  # noqa: A002 - the kernel's name
+        """KVM_CREATE_DEVICE with KVM_CREATE_DEVICE_TEST: whether such a device could be made.
+
+        Nothing is made, and the descriptor number that the kernel leaves behind is not touched.
+        """
+        return self._try(lib.KVM_CREATE_DEVICE, bytearray(pack("<III", type, 0, 1))) == 0
+
+    def get_stats_fd(self) -> Stats:
+        """KVM_GET_STATS_FD (KVM_CAP_BINARY_STATS_FD): KVM's statistics of this VM."""
+        from kvm_ioctls.stats import Stats
+
+        return Stats(self._value(lib.KVM_GET_STATS_FD))
 
     def close(self) -> None:
         """Close the vCPUs, then the VM, then let go of the memory."""

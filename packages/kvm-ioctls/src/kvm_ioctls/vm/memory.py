@@ -132,8 +132,12 @@ class VmMemory(Descriptor):
         try:
             held = ffi.from_buffer("char[]", memory, require_writable=not flags & _READONLY)
         except (TypeError, BufferError, ValueError) as error:
-            self._refuse(_EFAULT, {"slot": slot, "memory": memory}, f"{error}: give a"
-                         " writable, contiguous buffer, or KVM_MEM_READONLY with a read-only one")
+            self._refuse(
+                _EFAULT,
+                {"slot": slot, "memory": memory},
+                f"{error}: give a"
+                " writable, contiguous buffer, or KVM_MEM_READONLY with a read-only one",
+            )
         return held, int(ffi.cast("uintptr_t", held)), len(held)
 
     def _check_slot(self, new: Slot) -> None:

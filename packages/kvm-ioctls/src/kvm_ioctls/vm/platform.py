@@ -71,6 +71,20 @@ class VmPlatform(Descriptor):
         """KVM_SET_PIT2 (KVM_CAP_PIT_STATE2): put back what get_pit2() gave."""
         self._write(lib.KVM_SET_PIT2, state.to_bytes())
 
+    def create_pit(self) -> None:
+        """KVM_CREATE_PIT (KVM_CAP_PIT): the older create_pit2()."""
+        self._value(lib.KVM_CREATE_PIT)
+
+    def get_pit(self) -> PitState2:
+        """KVM_GET_PIT (KVM_CAP_PIT): the older get_pit2(), without flags."""
+        from kvm_ioctls.state.pit import PitState2
+
+        return PitState2.from_bytes(bytes(self._read(lib.KVM_GET_PIT, 72)) + bytes(40))
+
+    def set_pit(self, state: PitState2) -> None:
+        """KVM_SET_PIT (KVM_CAP_PIT): the older set_pit2(); flags are not taken."""
+        self._write(lib.KVM_SET_PIT, bytearray(state.to_bytes()[:72]))
+
     def reinject_control(self, reinject: bool) -> None:
         """KVM_REINJECT_CONTROL (KVM_CAP_REINJECT_CONTROL): whether late timer ticks are made up."""
         self._write(lib.KVM_REINJECT_CONTROL, pack("<B31x", reinject), reinject=reinject)
