@@ -31,6 +31,13 @@ _KEEP_SIZE, _PUNCH_HOLE, _ZERO_RANGE = 1, 2, 16
 _UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTTY, errno.EINVAL)
 _ZEROES = bytes(1 << 16)
 
+_HINTS = {
+    errno.ENOENT: "check the path",
+    errno.EACCES: "change its permissions, or open it read-only",
+    errno.EROFS: "open it read-only",
+    errno.EISDIR: "name a disk image",
+}
+
 
 class FileBackend:
     """An open disk image.
@@ -42,7 +49,6 @@ class FileBackend:
     Attributes:
         size: bytes.
         read_only: as given.
-        supports_discard: whether `discard` frees space of the host; it is harmless where not.
 
     Raises:
         HostError: it can't be opened, another machine uses it, or its size is not whole sectors.
@@ -51,22 +57,22 @@ class FileBackend:
     def __init__(self, path: str, *, read_only: bool = False) -> None:
         self.read_only = read_only
         self._path = path
+        # Without O_NONBLOCK a named pipe would hold us here; on files and disks it means nothing.
+        flags = os.O_RDONLY if read_only else os.O_RDWR
         try:
-            self._fd = os.open(path, (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC)
+            self._fd = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:
-            raise HostError(
-                f"drive {path}", error.strerror, "check the path and its permissions"
-            ) from error
+            hint = _HINTS.get(error.errno or 0, "")
+            raise HostError(f"drive {path}", error.strerror, hint) from error
         try:
-            self._block = stat.S_ISBLK(os.fstat(self._fd).st_mode)
+            self._check()
             self._lock()
             self.size = os.lseek(self._fd, 0, os.SEEK_END)
             if self.size == 0 or self.size % SECTOR:
-                raise HostError(
-                    f"drive {path}", f"{self.size} bytes", "its size must be a multiple of 512"
-                )
+                hint = f"make its size a multiple of {SECTOR}, for example with truncate"
+                raise HostError(f"drive {path}", f"it has {self.size} bytes", hint)
         except BaseException:
-            os.close(self._fd)
+            self.close()
             raise
 
     def close(self) -> None:
@@ -159,6 +165,16 @@ class FileBackend:
         end = offset + length
         while offset < end:
             offset += os.pwrite(self._fd, _ZEROES[: end - offset], offset)
+
+    def _check(self) -> None:
+        mode = os.fstat(self._fd).st_mode
+        self._block = stat.S_ISBLK(mode)
+        if not self._block and not stat.S_ISREG(mode):
+            raise HostError(
+                f"drive {self._path}",
+                "it is neither a file nor a block device",
+                "name a disk image",
+            )
 
     def _lock(self) -> None:
         """Share the image for reading, or have it alone for writing."""

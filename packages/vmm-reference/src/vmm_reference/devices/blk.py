@@ -6,7 +6,8 @@ counts is the byte stream: a header that can be read, data, one status byte that
 
 A request that breaks a rule gets VIRTIO_BLK_S_IOERR or VIRTIO_BLK_S_UNSUPP and touches nothing.
 A chain that has no room for a status can't be answered: the driver is broken, and the device asks
-for a reset.
+for a reset. What one request and one call of `process` may cost is bounded, so that a guest can't
+keep the I/O thread from its other devices.
 """
 
 from __future__ import annotations
@@ -30,12 +31,13 @@ __all__ = ["Backend", "Block"]
 SECTOR = 512
 
 # Feature masks, 5.2.3
-F_SEG_MAX, F_RO, F_BLK_SIZE = 1 << 2, 1 << 5, 1 << 6
+F_SIZE_MAX, F_SEG_MAX, F_RO, F_BLK_SIZE = 1 << 1, 1 << 2, 1 << 5, 1 << 6
 F_FLUSH, F_TOPOLOGY, F_CONFIG_WCE = 1 << 9, 1 << 10, 1 << 11
 F_DISCARD, F_WRITE_ZEROES = 1 << 13, 1 << 14
 
 # Request types and status values, 5.2.6
 T_IN, T_OUT, T_FLUSH, T_GET_ID, T_DISCARD, T_WRITE_ZEROES = 0, 1, 4, 8, 11, 13
+KNOWN = frozenset((T_IN, T_OUT, T_FLUSH, T_GET_ID, T_DISCARD, T_WRITE_ZEROES))
 S_OK, S_IOERR, S_UNSUPP = b"\0", b"\1", b"\2"
 
 HEADER = Struct("<IIQ")
@@ -51,9 +53,14 @@ QUEUE_SIZE = 256
 SEG_MAX = QUEUE_SIZE - 2
 ID_LENGTH = 20
 
-# What one request may ask for, so that none holds up the other devices for long.
-MAX_SEGMENTS = 64
-MAX_SEGMENT_SECTORS = 1 << 22  # 2 GiB
+# What one request may ask for. Writing zeros is the host's fallback where it can't do better.
+SIZE_MAX = 1 << 20  # bytes of a descriptor
+MAX_DATA = SEG_MAX * SIZE_MAX
+MAX_DISCARD_SECTORS, MAX_DISCARD_SEGMENTS = 1 << 22, 64
+MAX_ZEROES_SECTORS, MAX_ZEROES_SEGMENTS = 1 << 17, 1
+
+# How many bytes `process` moves before the other devices have their turn.
+BUDGET = 64 << 20
 
 
 class Backend(Protocol):
@@ -90,11 +97,11 @@ class Block:
     """A disk for the guest.
 
     Args:
-        backend: the image; what of it is no whole sector is out of reach.
+        backend: the image, of whole sectors.
         serial: up to 20 bytes of ASCII that the guest reads as the disk's identity.
 
     Attributes:
-        requests: how many requests were served, by type.
+        requests: how many requests were served, by type; those of unknown types under -1.
         failures: how many of them failed because the host did.
         refused: how many were refused because of what the driver asked for.
         unfinished: whether `process` left something for another call.
@@ -111,8 +118,8 @@ class Block:
         self.refused = 0
         self.unfinished = False
         self.device_features = (
-            DEFAULT_QUEUE_FEATURES | F_SEG_MAX | F_BLK_SIZE | F_FLUSH | F_TOPOLOGY | F_CONFIG_WCE
-        ) | (F_RO if backend.read_only else F_DISCARD | F_WRITE_ZEROES)
+            DEFAULT_QUEUE_FEATURES | F_SIZE_MAX | F_SEG_MAX | F_BLK_SIZE | F_FLUSH | F_TOPOLOGY
+        ) | (F_RO if backend.read_only else F_CONFIG_WCE | F_DISCARD | F_WRITE_ZEROES)
         self._backend = backend
         self._sectors = backend.size // SECTOR
         self._serial = serial.encode().ljust(ID_LENGTH, b"\0")
@@ -123,24 +130,25 @@ class Block:
 
     def read_config(self, offset: int, length: int) -> bytes:
         """The configuration space, 5.2.4."""
-        sectors = MAX_SEGMENT_SECTORS
         config = CONFIG.pack(
-            self._sectors, 0, SEG_MAX, 0, 0, 0, SECTOR, 3, 0, 1, 0, self._writeback, 1,
-            sectors, MAX_SEGMENTS, 8, sectors, MAX_SEGMENTS, 1,
+            self._sectors, SIZE_MAX, SEG_MAX, 0, 0, 0, SECTOR, 3, 0, 8, 0, self._writeback, 1,
+            MAX_DISCARD_SECTORS, MAX_DISCARD_SEGMENTS, 8,
+            MAX_ZEROES_SECTORS, MAX_ZEROES_SEGMENTS, 1,
         )  # fmt: skip
         return config[offset : offset + length]
 
     def write_config(self, offset: int, data: bytes) -> None:
         """Only the cache mode can be written: 0 makes every write durable before it is used."""
-        if offset == WRITEBACK_OFFSET and data and self._features & F_CONFIG_WCE:
+        if offset == WRITEBACK_OFFSET and data and self.device_features & F_CONFIG_WCE:
             self._writeback = bool(data[0])
+            self._settle_cache_mode()
 
     def activate(self, memory: GuestMemory, driver_features: int, queues: Sequence[Queue]) -> None:
         """The driver is ready. One without FLUSH has each write made durable (5.2.5.2)."""
         self._memory = memory
         self._features = driver_features
         self._queue = queues[0]
-        self._writeback = bool(driver_features & F_FLUSH)
+        self._settle_cache_mode()
 
     def reset(self) -> None:
         """Forget the driver; nothing is under way between two calls."""
@@ -157,9 +165,15 @@ class Block:
         memory, queue = self._memory, self._queue
         if memory is None or queue is None or queue_index != 0:
             return
+        for chain in queue.in_flight:  # only where a state with unfinished requests was restored
+            queue.add_used(memory, chain.head, self._serve(chain, memory))
         queue.disable_notifications(memory)
+        left = BUDGET
         for chain in queue.chains(memory):
             queue.add_used(memory, chain.head, self._serve(chain, memory))
+            left -= chain.readable_length + chain.writable_length
+            if left < 0:
+                break
         self.unfinished = queue.enable_notifications(memory)
 
     def save(self) -> BlockState:
@@ -179,6 +193,16 @@ class Block:
         if state.sectors != self._sectors:
             raise StateError("BlockState.sectors", state.sectors, f"must be {self._sectors}")
         self._writeback = state.writeback
+
+    def _settle_cache_mode(self) -> None:
+        """Without FLUSH a driver can't make writes durable, so each one is (5.2.6.2).
+
+        A driver that can't set the mode has the one that FLUSH implies.
+        """
+        if self._features and not self._features & F_FLUSH:
+            self._writeback = False
+        elif self._features and not self._features & F_CONFIG_WCE:
+            self._writeback = True
 
     def _serve(self, chain: DescriptorChain, memory: GuestMemory) -> int:
         """Carry out one request; returns how many bytes were written into the chain."""
@@ -202,14 +226,15 @@ class Block:
         if reader.available < HEADER.size:
             raise Refused(S_IOERR)
         kind, _, sector = reader.read_struct(HEADER)
-        self.requests[kind] = self.requests.get(kind, 0) + 1
+        known = kind if kind in KNOWN else -1
+        self.requests[known] = self.requests.get(known, 0) + 1
         if kind == T_IN:
-            offset = self._range(sector, writer.available)
+            offset = self._data(sector, writer.available)
             self._backend.read(offset, writer.slices())
             writer.advance(writer.available)
         elif kind == T_OUT:
             self._writable()
-            offset = self._range(sector, reader.available)
+            offset = self._data(sector, reader.available)
             self._backend.write(offset, reader.slices())
             self._written()
         elif kind == T_FLUSH and self._features & F_FLUSH:
@@ -217,30 +242,40 @@ class Block:
         elif kind == T_GET_ID:
             writer.write(self._serial)
         elif kind == T_DISCARD and self._features & F_DISCARD:
-            for offset, length, _ in self._segments(reader, flags=0):
+            limits = MAX_DISCARD_SECTORS, MAX_DISCARD_SEGMENTS
+            for offset, length, _ in self._segments(reader, *limits, flags=0):
                 self._backend.discard(offset, length)
         elif kind == T_WRITE_ZEROES and self._features & F_WRITE_ZEROES:
-            for offset, length, flags in self._segments(reader, flags=UNMAP):
+            limits = MAX_ZEROES_SECTORS, MAX_ZEROES_SEGMENTS
+            for offset, length, flags in self._segments(reader, *limits, flags=UNMAP):
                 self._backend.write_zeroes(offset, length, unmap=bool(flags & UNMAP))
             self._written()
         else:
             raise Refused(S_UNSUPP)
 
-    def _segments(self, reader: Reader, *, flags: int) -> list[tuple[int, int, int]]:
+    def _segments(
+        self, reader: Reader, most_sectors: int, most_segments: int, *, flags: int
+    ) -> list[tuple[int, int, int]]:
         """All segments of a request, checked before any is carried out (5.2.6.2)."""
         self._writable()
         count, rest = divmod(reader.available, SEGMENT.size)
-        if rest or not 1 <= count <= MAX_SEGMENTS:
+        if rest or not 1 <= count <= most_segments:
             raise Refused(S_IOERR)
         segments = []
         for _ in range(count):
             sector, sectors, given = reader.read_struct(SEGMENT)
             if given & ~flags:
                 raise Refused(S_UNSUPP)
-            if sectors > MAX_SEGMENT_SECTORS:
+            if sectors > most_sectors:
                 raise Refused(S_IOERR)
             segments.append((self._range(sector, sectors * SECTOR), sectors * SECTOR, given))
         return segments
+
+    def _data(self, sector: int, length: int) -> int:
+        """The byte offset of what is to be read or written, or a refusal."""
+        if length > MAX_DATA:
+            raise Refused(S_IOERR)
+        return self._range(sector, length)
 
     def _range(self, sector: int, length: int) -> int:
         """The byte offset of a range that lies on the disk and is whole sectors, or a refusal."""

@@ -9,7 +9,7 @@ from virtio_queue.constants import DEFAULT_QUEUE_FEATURES
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from virtio_queue import Queue
+    from virtio_queue import DescriptorChain, Queue
     from vm_memory import GuestMemory
 
 __all__ = ["MAX_REQUEST", "Rng"]
@@ -64,11 +64,15 @@ class Rng:
         memory, queue = self._memory, self._queue
         if memory is None or queue is None or queue_index != 0:
             return
+        for chain in queue.in_flight:  # only where a state with unfinished requests was restored
+            queue.add_used(memory, chain.head, self._serve(chain, memory))
         for chain in queue.chains(memory):
-            writer = chain.writer(memory)
-            length = min(writer.available, MAX_REQUEST)
-            if length:
-                writer.write(self._entropy(length)[:length])
-                self.served += writer.used_length
-            queue.add_used(memory, chain.head, writer.used_length)
+            queue.add_used(memory, chain.head, self._serve(chain, memory))
         self.unfinished = queue.enable_notifications(memory)
+
+    def _serve(self, chain: DescriptorChain, memory: GuestMemory) -> int:
+        writer = chain.writer(memory)
+        length = min(writer.available, MAX_REQUEST)
+        if length:
+            self.served += writer.write(self._entropy(length)[:length])
+        return writer.used_length
