@@ -45,15 +45,13 @@ static int span(const struct vmm_bitmap *bitmap, uint64_t offset, uint64_t lengt
                 uint64_t *end)
 {
     uint64_t last;
-    if (length == 0)
+    if (length == 0 || offset >= bitmap->size)
         return 0;
-    if (__builtin_add_overflow(offset, length - 1, &last))
-        last = UINT64_MAX;
+    if (__builtin_add_overflow(offset, length - 1, &last) || last >= bitmap->size)
+        last = bitmap->size - 1;
     *first = offset >> bitmap->page_shift;
     *end = (last >> bitmap->page_shift) + 1;
-    if (*end > bitmap->bits)
-        *end = bitmap->bits;
-    return *first < *end;
+    return 1;
 }
 
 static void set(uint64_t *words, uint64_t first, uint64_t end)

@@ -108,7 +108,7 @@ class AtomicAccess(WordAccess):
         region, offset = self._one(address, size, write=True)
         found = ffi.new("uint64_t *", expected)
         done = lib.vmm_compare_exchange(
-            region.host_address + offset, size, found, desired, Order(order)
+            region.host_address + offset, size, found, desired, _checked(order)
         )
         pieces = [(region, offset, size)]
         if done:
@@ -118,8 +118,14 @@ class AtomicAccess(WordAccess):
 
     def _update(self, address: int, size: int, operation: int, value: int, order: Order) -> int:
         region, offset = self._one(address, size, write=True)
-        before = _update(region.host_address + offset, size, operation, value, Order(order))
+        before = _update(region.host_address + offset, size, operation, value, _checked(order))
         pieces = [(region, offset, size)]
         self._wrote(address, pieces)
         self._check_lost(address, size, pieces)
         return before
+
+
+def _checked(order: int) -> int:
+    if not 0 <= order <= Order.SEQ_CST:
+        raise InvalidValueError("order", order, "must be one of Order")
+    return order

@@ -1,7 +1,7 @@
 """Looking into memory: search, hexdump, sparse export and comparison, for debuggers and snapshots.
 
-Search for bytes and export do not touch pages that nothing ever touched, so looking through a
-large, mostly empty memory is quick and allocates nothing.
+Search for bytes, export and comparison stay away from pages that nothing ever touched, save a few
+at borders, so looking through a large, mostly empty memory is quick and allocates next to nothing.
 
 >>> from vm_memory import GuestAddress, GuestMemory
 >>> memory = GuestMemory.from_ranges([(GuestAddress(0), 1 << 30)])
@@ -243,7 +243,6 @@ def compare(
     common piece.
     """
     _check_page(page_size)
-    equal = ffi.new("int *")
     edges = sorted(
         {edge for memory in (one, other) for r in memory.regions
          for edge in (r.guest_address, r.guest_address + r.size)}
@@ -251,30 +250,45 @@ def compare(
     start = end = -1
     for first, behind in pairwise(edges):
         mine, its = one.find_region(GuestAddress(first)), other.find_region(GuestAddress(first))
-        if mine is None and its is None:
+        if mine is not None and its is not None:
+            different = _differences(mine, its, first, behind - first, page_size)
+        elif mine is not None or its is not None:
+            different = iter([(first, behind - first)])
+        else:
             continue
-        done = 0
-        while first + done < behind:
-            if mine is None or its is None:
-                count, same = behind - first, 0
-            else:
-                count = lib.vmm_equal_run(
-                    mine.host_address + first + done - mine.guest_address,
-                    its.host_address + first + done - its.guest_address,
-                    min(behind - first - done, 64 << 20),
-                    page_size,
-                    equal,
-                )
-                same = equal[0]
-            if not same:
-                if first + done != end:
-                    if end > start:
-                        yield GuestAddress(start), end - start
-                    start = first + done
-                end = first + done + count
-            done += count
+        for at, count in different:
+            if at != end:
+                if end > start:
+                    yield GuestAddress(start), end - start
+                start = at
+            end = at + count
     if end > start:
         yield GuestAddress(start), end - start
+
+
+def _differences(
+    one: GuestRegion, other: GuestRegion, first: int, length: int, page_size: int
+) -> Iterator[tuple[int, int]]:
+    """Where two regions differ from address `first` on. Untouched in both is equal."""
+    equal = ffi.new("int *")
+    mine, its = first - one.guest_address, first - other.guest_address
+    touched = [(start - mine, count) for start, count in _touched(one, mine, length)]
+    touched += [(start - its, count) for start, count in _touched(other, its, length)]
+    done = 0
+    for start, count in sorted(touched):
+        done = max(done, start // page_size * page_size)
+        end = min(-(-(start + count) // page_size) * page_size, length)
+        while done < end:
+            count = lib.vmm_equal_run(
+                one.host_address + mine + done,
+                other.host_address + its + done,
+                min(end - done, max(_WINDOW // page_size, 1) * page_size),
+                page_size,
+                equal,
+            )
+            if not equal[0]:
+                yield first + done, count
+            done += count
 
 
 def _check_page(page_size: int) -> None:

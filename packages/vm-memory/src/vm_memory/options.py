@@ -52,7 +52,7 @@ class NumaPolicy:
     """
 
     mode: NumaMode
-    nodes: tuple[int, ...] = attrs.field(converter=tuple)
+    nodes: tuple[int, ...] = attrs.field()
 
     @nodes.validator
     def _check(self, _attribute: object, nodes: tuple[int, ...]) -> None:

@@ -1,0 +1,154 @@
+"""Files that are truncated while guest memory is made of them."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from vm_memory import (
+    BackingLostError,
+    FilePrivate,
+    FileShared,
+    GuestAddress,
+    GuestMemory,
+    Order,
+)
+
+A = GuestAddress
+SIZE = 16 * 4096
+ZEROS = os.open("/dev/zero", os.O_RDONLY | os.O_CLOEXEC)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """A file of 16 pages full of ones."""
+    file = tmp_path / "file"
+    file.write_bytes(b"\1" * SIZE)
+    return file
+
+
+ACCESSES: list[Callable[[GuestMemory], object]] = [
+    lambda m: m.read(A(0x8000), 8),
+    lambda m: m.write(A(0x8000), b"x"),
+    lambda m: m.read_into(A(0x8000), bytearray(100)),
+    lambda m: m.fill(A(0x8000), 100),
+    lambda m: m.copy(A(0), A(0x8000), 100),
+    lambda m: m.copy(A(0x8000), A(0), 100),
+    lambda m: m.read_u8(A(0x8000)),
+    lambda m: m.read_u64(A(0x8001)),
+    lambda m: m.write_u32(A(0x8000), 1),
+    lambda m: m.read_u16_be(A(0x8000)),
+    lambda m: m.atomic_load(A(0x8000), 4),
+    lambda m: m.atomic_store(A(0x8000), 4, 1),
+    lambda m: m.atomic_fetch_add(A(0x8000), 4, 1, Order.RELAXED),
+    lambda m: m.atomic_compare_exchange(A(0x8000), 4, 0, 1),
+    lambda m: m.scalar(A(0x8000), 4).load(),
+    lambda m: m.scalar(A(0x8000), 4).store(1),
+    lambda m: m.read_struct(A(0x8000), "<Q"),
+    lambda m: m.read_exact_from_file(A(0x8000), ZEROS, 10),
+]
+
+
+@pytest.mark.parametrize("backing", [FileShared, FilePrivate])
+@pytest.mark.parametrize("access", ACCESSES)
+def test_a_truncated_file_is_an_exception(
+    path: Path, backing: type[FileShared | FilePrivate], access: Callable[[GuestMemory], object]
+) -> None:
+    """Every access to pages behind the new end of the file raises, and the process lives."""
+    memory = GuestMemory.from_ranges([(A(0), SIZE)], backing=backing(path))
+    assert memory.read(A(0x8000), 1) == b"\1"
+    assert memory.lost_regions == ()
+    os.truncate(path, 0x4000)
+    with pytest.raises(BackingLostError, match=r"0x8000|lost"):
+        access(memory)
+
+
+def test_views_read_zeros_and_the_loss_is_told(path: Path) -> None:
+    """A slice of lost memory is harmless: it reads as zeros, and the map knows."""
+    memory = GuestMemory.from_ranges([(A(0), SIZE)], backing=FileShared(path))
+    (view,) = memory.slices(A(0), SIZE)
+    os.truncate(path, 0x4000)
+    assert view[0x3FFF] == 1
+    assert bytes(view[0x4000:]) == bytes(SIZE - 0x4000)
+    assert memory.lost_regions == memory.regions
+    view[0x5000] = 2
+    assert view[0x5000] == 2
+    other = GuestMemory.from_ranges([(A(0), 4096)], backing=FileShared(path))
+    assert other.read(A(0), 1) == b"\1"
+    assert other.lost_regions == ()
+
+
+def test_mapped_kernel_image_that_is_truncated(path: Path) -> None:
+    """Pages mapped into anonymous memory read as zeros when lost; their neighbours stay."""
+    memory = GuestMemory.from_ranges([(A(0), 2 * SIZE)])
+    memory.fill(A(0), 2 * SIZE, 3)
+    with path.open("rb") as file:
+        assert memory.map_private_file(A(0x1000), file.fileno(), 0, SIZE)
+        assert memory.map_private_file(A(0x1000), file.fileno(), 0, SIZE)
+    os.truncate(path, 0)
+    memory.write_u32(A(0x2000), 5)
+    assert memory.read(A(0x1000), SIZE) == bytes(0x1000) + b"\5" + bytes(SIZE - 0x1001)
+    assert memory.read(A(0xFFF), 1) == b"\3" == memory.read(A(0x1000 + SIZE), 1)
+    assert memory.lost_regions == memory.regions
+    fresh = GuestMemory.from_ranges([(A(0), SIZE)])
+    with path.open("r+b") as file:
+        file.truncate(SIZE)
+        assert fresh.map_private_file(A(0), file.fileno(), 0, SIZE)
+        file.truncate(0)
+        with pytest.raises(BackingLostError):
+            fresh.write_all_to_file(A(0), file.fileno(), 10)
+
+
+def test_a_handler_that_comes_later_changes_nothing(path: Path) -> None:
+    """Ours stays in front of faulthandler's, however often that is switched on."""
+    was = faulthandler.is_enabled()
+    try:
+        for _ in range(3):
+            faulthandler.enable()
+            memory = GuestMemory.from_ranges([(A(0), SIZE)], backing=FileShared(path))
+            os.truncate(path, 0)
+            with pytest.raises(BackingLostError):
+                memory.read(A(0), 1)
+            os.truncate(path, SIZE)
+    finally:
+        if not was:
+            faulthandler.disable()
+
+
+@pytest.mark.parametrize("prelude", ["", "import faulthandler; faulthandler.enable()"])
+def test_a_bus_error_elsewhere_still_kills(path: Path, prelude: str) -> None:
+    """The handler minds its own memory only: SIGBUS of another mapping ends the process."""
+    program = (
+        f"import sys; sys.path[:] = {sys.path!r}\n{prelude}\n"
+        "import mmap, os, resource\n"
+        "resource.setrlimit(resource.RLIMIT_CORE, (0, 0))\n"
+        "from vm_memory import *\n"
+        f"path = {str(path)!r}\n"
+        "memory = GuestMemory.from_ranges([(0, 4096)], backing=FileShared(path))\n"
+        "with open(path, 'r+b') as file: foreign = mmap.mmap(file.fileno(), 0)\n"
+        "os.truncate(path, 0)\n"
+        "try: memory.read(0, 1)\n"
+        "except BackingLostError: print('survived', flush=True)\n"
+        "foreign[0]\n"
+        "print('not reached')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
+                          check=False, timeout=60)  # fmt: skip
+    assert done.stdout == "survived\n"
+    assert done.returncode == -7
+
+
+def test_slots_are_reused(path: Path) -> None:
+    """Mappings come and go without using up the table of watched ranges."""
+    for _ in range(9000):
+        GuestMemory.from_ranges([(A(0), 4096)], backing=FilePrivate(path))
+    memory = GuestMemory.from_ranges([(A(0), SIZE)], backing=FilePrivate(path))
+    os.truncate(path, 0)
+    with pytest.raises(BackingLostError):
+        memory.read(A(0), 1)
