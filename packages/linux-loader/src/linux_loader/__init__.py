@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from linux_loader.entry import EntryState, SegmentState, TableState
     from linux_loader.errors import CmdlineError, ImageError, LoaderError, PlacementError
     from linux_loader.flat import Flat
+    from linux_loader.inspection import Inspection, inspect
     from linux_loader.kinds import Format, Protocol
     from linux_loader.layout import Layout
     from linux_loader.loading import Loaded, load, plan
@@ -32,6 +33,7 @@ __all__ = [
     "Flat",
     "Format",
     "ImageError",
+    "Inspection",
     "Layout",
     "Loaded",
     "LoadedImage",
@@ -43,6 +45,7 @@ __all__ = [
     "Screen",
     "SegmentState",
     "TableState",
+    "inspect",
     "load",
     "load_image",
     "plan",
@@ -55,6 +58,7 @@ _MODULES = {
     "entry": ("EntryState", "SegmentState", "TableState"),
     "errors": ("CmdlineError", "ImageError", "LoaderError", "PlacementError"),
     "flat": ("Flat",),
+    "inspection": ("Inspection", "inspect"),
     "kinds": ("Format", "Protocol"),
     "layout": ("Layout",),
     "loading": ("Loaded", "load", "plan"),
