@@ -89,6 +89,8 @@ class Serial:
         self._transmit = transmit
         self._room = room
         self._limit = limit
+        # THRE promises the guest room for a whole FIFO.
+        self._ready_below = limit - FIFO_SIZE
         self._line = False
         self._under_way = 0
         self._refused = False
@@ -110,6 +112,9 @@ class Serial:
 
     def write(self, offset: int, data: bytes) -> None:
         """What the guest writes; an access of more than a byte fills registers in turn."""
+        if offset == DATA and len(data) == 1 and not self._lcr & LCR_DLAB:
+            self._write_thr(data[0])
+            return
         for value in data:
             self._write(offset, value)
             offset += 1
@@ -153,9 +158,9 @@ class Serial:
         """
         if not 0 <= count <= self._under_way:
             raise ValueError(f"count: {count}: only {self._under_way} bytes are under way")
-        withheld = not self._transmitter_empty
+        withheld = self._under_way > self._ready_below
         self._under_way -= count
-        if withheld and self._transmitter_empty:
+        if withheld and self._under_way <= self._ready_below:
             self._thre_pending = True
             self._update()
 
@@ -183,7 +188,7 @@ class Serial:
             received_errors=bytes(self._errors),
             line_errors=self._line_errors,
             thr_empty_pending=self._thre_pending,
-            transmitter_full=not self._transmitter_empty,
+            transmitter_full=self._under_way > self._ready_below,
         )
 
     def restore(self, state: SerialState) -> None:
@@ -237,7 +242,7 @@ class Serial:
             else:
                 # Enabling the interrupt of an empty transmitter raises it; drivers start by that.
                 if value & ~self._ier & IER_THRE:
-                    self._thre_pending = self._transmitter_empty
+                    self._thre_pending = self._under_way <= self._ready_below
                 self._ier = value & 0x0F
                 self._update()
         elif offset == IIR_FCR:
@@ -267,11 +272,13 @@ class Serial:
         else:
             self._under_way += 1
             self._transmit(value.to_bytes())
+        if not self._ier:
+            return  # the kernel's console writes like this, a byte at a time
         self._thre_pending = False
         self._update()
         # The byte has left already: for whoever waits for that, the line falls and rises again.
         if self._ier & IER_THRE:
-            self._thre_pending = self._transmitter_empty
+            self._thre_pending = self._under_way <= self._ready_below
             self._update()
 
     def _write_fcr(self, value: int) -> None:
@@ -295,7 +302,7 @@ class Serial:
         return value
 
     def _read_lsr(self) -> int:
-        value = LSR_THRE | LSR_TEMT if self._transmitter_empty else 0
+        value = LSR_THRE | LSR_TEMT if self._under_way <= self._ready_below else 0
         if self._received:
             value |= LSR_DATA
         if self._fcr & FCR_ENABLE and (self._line_errors & ~LSR_OVERRUN or any(self._errors)):
@@ -314,11 +321,6 @@ class Serial:
         return cause | IIR_FIFO if self._fcr & FCR_ENABLE else cause
 
     # What follows from the registers.
-
-    @property
-    def _transmitter_empty(self) -> bool:
-        """Whether THRE shows, which promises the guest room for a whole FIFO."""
-        return self._under_way <= self._limit - FIFO_SIZE
 
     def _modem_lines(self) -> int:
         """The upper half of MSR: a cable that is always ready, or in loopback MCR's outputs."""
@@ -345,7 +347,7 @@ class Serial:
 
     def _update(self) -> None:
         """Drive the interrupt output; a transmitter that is full withholds its interrupt."""
-        if not self._transmitter_empty:
+        if self._under_way > self._ready_below:
             self._thre_pending = False
         level = self._cause() != IIR_NONE
         if level != self._line:
