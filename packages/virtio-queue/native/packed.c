@@ -115,18 +115,19 @@ void vq_packed_put(struct vq_ring *ring, uint32_t count, const uint32_t *heads,
             flags |= VQ_WRITE;
         vq_store32(vq_at(ring, &ring->desc, offset + 8), lengths[i], __ATOMIC_RELAXED);
         vq_store16(vq_at(ring, &ring->desc, offset + 12), (uint16_t)heads[i], __ATOMIC_RELAXED);
-        vq_mark(ring, &ring->desc, offset + 8, 8);
         if (i == 0) {
             /* Seen last, and with it the whole batch. */
             first = offset + 14;
             first_flags = flags;
         } else {
             vq_store16(vq_at(ring, &ring->desc, offset + 14), (uint16_t)flags, __ATOMIC_RELEASE);
+            vq_mark(ring, &ring->desc, offset + 8, 8);
         }
         position = vq_packed_advance(ring, position, slots);
         ring->pending += slots;
     }
     vq_store16(vq_at(ring, &ring->desc, first), (uint16_t)first_flags, __ATOMIC_RELEASE);
+    vq_mark(ring, &ring->desc, first - 6, 8);
     ring->next_used = position;
 }
 

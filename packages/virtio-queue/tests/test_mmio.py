@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 from attrs import evolve
 
-from virtio_queue import ActivationError, MmioTransport, StateError, VirtioDevice
+from virtio_queue import MmioTransport, StateError, VirtioDevice
 from virtio_queue.constants import (
     DEFAULT_QUEUE_FEATURES,
     F_IN_ORDER,
@@ -18,72 +18,19 @@ from virtio_queue.constants import (
     F_RING_RESET,
     F_VERSION_1,
 )
-from virtio_queue.testing import MmioDriver
+from virtio_queue.testing import Echo, MmioDriver
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from virtio_queue import Queue
     from vm_memory import GuestMemory
 
 ALL = DEFAULT_QUEUE_FEATURES | F_RING_PACKED | F_IN_ORDER | F_NOTIFICATION_DATA | F_RING_RESET
-
-
-class Shout:
-    """Answers each buffer with its text in upper case."""
-
-    device_id = 42
-    queue_sizes = (8, 4)
-
-    def __init__(self, memory: GuestMemory, features: int = ALL) -> None:
-        self.memory = memory
-        self.device_features = features
-        self.config = bytearray(b"0123456789abcdef")
-        self.queues: Sequence[Queue] = ()
-        self.log: list[str] = []
-        self.fail = ""
-
-    def read_config(self, offset: int, length: int) -> bytes:
-        return bytes(self.config[offset : offset + length])
-
-    def write_config(self, offset: int, data: bytes) -> None:
-        if offset + len(data) <= len(self.config):
-            self.config[offset : offset + len(data)] = data
-
-    def activate(self, memory: GuestMemory, driver_features: int, queues: Sequence[Queue]) -> None:
-        if self.fail == "activate":
-            raise ActivationError("out of tea")
-        self.log.append("activate")
-        self.queues = queues
-
-    def process(self, queue_index: int) -> None:
-        queue = self.queues[queue_index]
-        while True:
-            queue.disable_notifications(self.memory)
-            for chain in queue.chains(self.memory):
-                writer = chain.writer(self.memory)
-                writer.write(chain.reader(self.memory).read(100).upper())
-                queue.add_used(self.memory, chain.head, writer.used_length)
-            if not queue.enable_notifications(self.memory):
-                return
-
-    def reset(self) -> None:
-        if self.fail == "reset":
-            raise ActivationError("stuck")
-        self.log.append("reset")
-
-    def reset_queue(self, queue_index: int) -> None:
-        self.log.append(f"reset {queue_index}")
-
-    def enable_queue(self, queue_index: int) -> None:
-        self.log.append(f"enable {queue_index}")
 
 
 class Bench:
     """A device, its registers, a driver, and what they told each other."""
 
     def __init__(self, memory: GuestMemory, features: int = ALL) -> None:
-        self.model = Shout(memory, features)
+        self.model = Echo(memory, features)
         self.interrupts = 0
         self.kicks: list[int] = []
         self.device = VirtioDevice(

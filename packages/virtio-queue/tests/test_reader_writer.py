@@ -254,7 +254,7 @@ def test_a_file_that_takes_nothing_ends_the_transfer(
 
 def test_used_length_fits_the_used_ring() -> None:
     """A chain of 2**32 bytes written in full counts one byte less, which 2.7.8.2 allows."""
-    with GuestMemory.from_ranges([(GuestAddress(0), 4096)]) as memory:
+    with GuestMemory.from_ranges([(GuestAddress(0), 1 << 31)]) as memory:
         writer = Writer(memory, [(0, 1 << 31), (0, 1 << 31)])
         writer.advance(1 << 32)
         assert writer.used_length == 0xFFFF_FFFF

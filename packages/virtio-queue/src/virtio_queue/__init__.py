@@ -24,9 +24,10 @@ if TYPE_CHECKING:
     )
     from virtio_queue.mmio import MmioTransport
     from virtio_queue.model import DeviceModel, QueueResetModel
+    from virtio_queue.pci import PciTransport
     from virtio_queue.queue import Queue
     from virtio_queue.reader import Reader
-    from virtio_queue.state import ChainState, DeviceState, MmioState, QueueState
+    from virtio_queue.state import ChainState, DeviceState, MmioState, PciState, QueueState
     from virtio_queue.writer import Writer
 
 __all__ = [
@@ -41,6 +42,8 @@ __all__ = [
     "GuestError",
     "MmioState",
     "MmioTransport",
+    "PciState",
+    "PciTransport",
     "Queue",
     "QueueConfigError",
     "QueueResetModel",
@@ -62,6 +65,8 @@ _MODULES = {
     "DeviceState": "state",
     "MmioState": "state",
     "MmioTransport": "mmio",
+    "PciState": "state",
+    "PciTransport": "pci",
     "Queue": "queue",
     "QueueResetModel": "model",
     "QueueState": "state",

@@ -35,7 +35,7 @@ def save_device(device: VirtioDevice) -> DeviceState:
             driver_features=device.driver_features,
             status=device.status,
             interrupt_status=device.interrupt_status,
-            config_generation=device.config_generation,
+            config_generation=device.config_generation + device._config_unseen & 0xFFFFFFFF,
             queues=tuple(queue.save() for queue in device.queues),
             queue_resets=tuple(sorted(device._queue_resets)),
         )
@@ -53,6 +53,7 @@ def restore_device(device: VirtioDevice, state: DeviceState) -> None:
             queues.append(fresh)
         device.queues = tuple(queues)
         device.driver_features = state.driver_features
+        device._config_unseen = False
         device.config_generation = state.config_generation
         device._queue_resets = set(state.queue_resets)
         device.interrupt_status = state.interrupt_status

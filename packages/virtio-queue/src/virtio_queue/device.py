@@ -129,6 +129,8 @@ class VirtioDevice:
         self.route: Callable[[int], None] | None = None
         self.shared_memory: Mapping[int, tuple[int, int]] = dict(shared_memory or {})
         self._interrupt = interrupt
+        # The configuration has changed since the driver last looked.
+        self._config_unseen = False
         self._interrupt_lock = threading.Lock()
         # Queues that were reset under VIRTIO_F_RING_RESET and not enabled again.
         self._queue_resets: set[int] = set()
@@ -262,6 +264,18 @@ class VirtioDevice:
             else:
                 self._misconfigured.pop((index, field), None)
 
+    def configure_queue_half(
+        self, index: int, field: QueueField, value: int, *, high: bool
+    ) -> None:
+        """Take one 32-bit half of a queue's address, as `configure_queue` takes the whole."""
+        with self.lock:
+            if not 0 <= index < len(self.queues):
+                self.refuse(f"queue {index} does not exist")
+                return
+            now: int = getattr(self.queues[index], field)
+            merged = now & _MASK32 | value << 32 if high else now & ~_MASK32 | value
+            self.configure_queue(index, field, merged)
+
     def enable_queue(self, index: int) -> None:
         """Make a queue ready; a configuration that cannot work makes the device ask for a reset."""
         with self.lock:
@@ -385,7 +399,7 @@ class VirtioDevice:
         """Change the configuration space in the body, atomically for the driver (2.5.1)."""
         with self.config_lock:
             yield
-            self.config_generation = (self.config_generation + 1) & _MASK32
+            self._config_unseen = True
         if self.status & STATUS_DRIVER_OK:
             self._raise(CONFIG_INTERRUPT, (CONFIG_SOURCE,))
 
@@ -416,13 +430,21 @@ class VirtioDevice:
         if offset < 0 or length <= 0:
             return bytes(max(length, 0))
         with self.config_lock:
+            self._see_config()
             data = self.model.read_config(offset, length)
         return bytes(data[:length]).ljust(length, b"\0")
 
     def read_config_generation(self) -> int:
         """Return the generation, not in the middle of a change."""
         with self.config_lock:
+            self._see_config()
             return self.config_generation
+
+    def _see_config(self) -> None:
+        """Move the generation at most once a read, so that 8 bits of it never come around."""
+        if self._config_unseen:
+            self._config_unseen = False
+            self.config_generation = (self.config_generation + 1) & _MASK32
 
     def write_config(self, offset: int, data: bytes) -> None:
         """Take a driver's write to the device configuration; needs DRIVER (3.1.1)."""

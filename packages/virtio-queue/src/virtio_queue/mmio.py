@@ -153,20 +153,10 @@ class MmioTransport:
             else:
                 device.refuse(f"QueueReset {value:#x} is not 1")
         elif offset & ~4 in _AREAS:
-            self._write_area(_AREAS[offset & ~4], value, high=bool(offset & 4))
+            area = _AREAS[offset & ~4]
+            device.configure_queue_half(self._queue_sel, area, value, high=bool(offset & 4))
         else:
             device.refuse(f"write of register {offset:#x}, which is not writable")
-
-    def _write_area(self, field: QueueField, value: int, *, high: bool) -> None:
-        device = self.device
-        index = self._queue_sel
-        if index >= len(device.queues):
-            device.refuse(f"queue {index} does not exist")
-            return
-        with device.lock:
-            now: int = getattr(device.queues[index], field)
-            merged = now & _MASK32 | value << 32 if high else now & ~_MASK32 | value
-            device.configure_queue(index, field, merged)
 
     def _kick(self, value: int) -> None:
         # With NOTIFICATION_DATA the upper half tells how far the driver got: the ring says so too.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from attrs import field, frozen
 
-__all__ = ["ChainState", "DeviceState", "MmioState", "QueueState"]
+__all__ = ["ChainState", "DeviceState", "MmioState", "PciState", "QueueState"]
 
 
 @frozen
@@ -106,4 +106,25 @@ class MmioState:
     driver_features_sel: int
     queue_sel: int
     shm_sel: int
+    version: int = 1
+
+
+@frozen
+class PciState:
+    """The selectors and vectors of a virtio-pci common configuration.
+
+    Attributes:
+        device_feature_select: as the field.
+        driver_feature_select: as the field.
+        queue_select: as the field.
+        config_msix_vector: vector of configuration changes, or 0xffff.
+        queue_msix_vectors: vector of each queue, or 0xffff.
+        version: format version.
+    """
+
+    device_feature_select: int
+    driver_feature_select: int
+    queue_select: int
+    config_msix_vector: int
+    queue_msix_vectors: tuple[int, ...]
     version: int = 1

@@ -141,7 +141,9 @@ class Writer(Cursor):
         """
         if length > self.available:
             raise EndOfChainError(length, self.available)
-        self._take(length)
+        for address, size in self._take(length):
+            # Once more, after the data: a harvest in between would have missed it.
+            self._memory.mark_dirty(address, size)
 
     def split_at(self, offset: int) -> Writer:
         """Cut the rest at `offset` bytes from here; this cursor keeps the first part.

@@ -1,0 +1,77 @@
+"""The state machine of `virtio_queue.testing.stateful`, run on a good device and on bad ones."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+import pytest
+from hypothesis import Phase, settings
+from hypothesis.stateful import run_state_machine_as_test
+
+from virtio_queue import UsageError
+from virtio_queue.testing import DeviceRuleError, Echo
+from virtio_queue.testing.stateful import DeviceMachine
+
+if TYPE_CHECKING:
+    from vm_memory import GuestMemory
+
+
+class EchoMachine(DeviceMachine):
+    """Echo is a correct device."""
+
+    def make_model(self, memory: GuestMemory) -> Echo:
+        return Echo(memory)
+
+
+TestEcho = EchoMachine.TestCase
+TestEcho.settings = settings(max_examples=60, stateful_step_count=25)
+
+
+class Forgetful(Echo):
+    """Takes buffers and never gives them back."""
+
+    def process(self, queue_index: int) -> None:
+        for _ in self.queues[queue_index].chains(self.memory):
+            pass
+
+
+class Fragile(Echo):
+    """Raises for what any driver may write."""
+
+    def write_config(self, offset: int, data: bytes) -> None:
+        self.config[offset + len(data) - 1] = 0
+
+
+class Broken(DeviceMachine):
+    """A machine over a device that `model_class` names."""
+
+    model_class: ClassVar[type[Echo]] = Echo
+
+    def make_model(self, memory: GuestMemory) -> Echo:
+        return self.model_class(memory)
+
+
+@pytest.mark.parametrize(("model", "error"), [(Forgetful, DeviceRuleError), (Fragile, IndexError)])
+def test_bad_devices_are_found(model: type[Echo], error: type[Exception]) -> None:
+    """A device that loses buffers, or that a register write can make raise, does not pass."""
+
+    class Machine(Broken):
+        model_class = model
+
+    with pytest.raises(error):
+        run_state_machine_as_test(
+            Machine,
+            settings=settings(
+                max_examples=500,
+                stateful_step_count=10,
+                derandomize=True,
+                database=None,
+                phases=[Phase.generate],
+            ),
+        )
+
+
+def test_a_machine_needs_a_model() -> None:
+    """Without `make_model` the machine says what to do."""
+    with pytest.raises(UsageError, match="override"):
+        DeviceMachine()
