@@ -10,7 +10,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from linux_loader import E820Entry, ImageError, LoaderError, Protocol, load, plan
+from linux_loader import (
+    E820Entry,
+    ImageError,
+    LoaderError,
+    Protocol,
+    inspect,
+    load,
+    plan,
+    unpack_kernel,
+)
 from linux_loader.source import Source
 from linux_loader.testing import (
     build_bzimage,
@@ -159,6 +168,18 @@ def test_a_payload_that_lies_about_its_size_is_refused(guest: GuestMemory) -> No
     payload = compress("gzip", ELF)[:-4] + (1 << 29).to_bytes(4, "little")
     with image_file(build_bzimage(b"\x90", payload=payload)) as fd, pytest.raises(ImageError):
         load(guest, fd, memory_map=MAP)
+
+
+def test_the_kernel_inside_a_boot_image_can_be_had() -> None:
+    """unpack_kernel gives the ELF file; images without one, or with a bomb, are refused."""
+    with image_file(build_bzimage(b"\x90", payload=compress("zstd", ELF))) as fd:
+        assert unpack_kernel(fd) == ELF
+    with image_file(build_bzimage(b"\x90")) as fd, pytest.raises(ImageError, match="no kernel"):
+        unpack_kernel(fd)
+    bomb = build_bzimage(b"\x90", payload=compress("xz", bytes(1 << 20)), init_size=0x80000)
+    for use in (unpack_kernel, lambda fd: plan(fd, memory_map=MAP), inspect):
+        with image_file(bomb) as fd, pytest.raises(ImageError, match="0x80000"):
+            use(fd)
 
 
 def test_reading_stays_inside_a_source() -> None:

@@ -13,6 +13,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from linux_loader.cmdline import Cmdline
     from linux_loader.device_tree_boot import LoadedImage, load_image
+    from linux_loader.dispatch import unpack_kernel
     from linux_loader.e820 import E820Entry, E820Type
     from linux_loader.entry import EntryState, SegmentState, TableState
     from linux_loader.errors import CmdlineError, ImageError, LoaderError, PlacementError
@@ -49,11 +50,13 @@ __all__ = [
     "load",
     "load_image",
     "plan",
+    "unpack_kernel",
 ]
 
 _MODULES = {
     "cmdline": ("Cmdline",),
     "device_tree_boot": ("LoadedImage", "load_image"),
+    "dispatch": ("unpack_kernel",),
     "e820": ("E820Entry", "E820Type"),
     "entry": ("EntryState", "SegmentState", "TableState"),
     "errors": ("CmdlineError", "ImageError", "LoaderError", "PlacementError"),
