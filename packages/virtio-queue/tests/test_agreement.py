@@ -213,8 +213,8 @@ def test_batches(twins: Twins, image: RingImage, random: Random) -> None:
 
 
 def test_many_rings(twins: Twins) -> None:
-    """As many generated rings as the time allows: VIRTIO_QUEUE_FUZZ_SECONDS, by default 5."""
-    seconds = float(os.environ.get("VIRTIO_QUEUE_FUZZ_SECONDS", "5"))
+    """As many generated rings as the time allows: VIRTIO_QUEUE_FUZZ_SECONDS, by default 3."""
+    seconds = float(os.environ.get("VIRTIO_QUEUE_FUZZ_SECONDS", "3"))
     end = time.monotonic() + seconds
     seed = int(os.environ.get("VIRTIO_QUEUE_FUZZ_SEED", "0"))
     while time.monotonic() < end:

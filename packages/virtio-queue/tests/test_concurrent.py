@@ -14,7 +14,7 @@ from virtio_queue.constants import F_EVENT_IDX, F_IN_ORDER, F_INDIRECT_DESC
 from virtio_queue.testing import PackedDriver, SplitDriver
 from vm_memory import GuestAddress, GuestMemory, Memfd
 
-ROUNDS = 4000
+ROUNDS = 2000
 PATIENCE = 20.0
 
 KINDS: list[type[SplitDriver | PackedDriver]] = [SplitDriver, PackedDriver]

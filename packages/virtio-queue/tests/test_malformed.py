@@ -264,6 +264,15 @@ def test_2_7_5_3_next_outside_the_indirect_table(
 
 
 @queues
+def test_2_7_5_3_next_of_the_last_entry(memory: GuestMemory, kind: type[AnyQueue]) -> None:
+    """Also the table's last step is checked."""
+    driver, queue = _split(memory, kind)
+    driver.write_descriptor(0, DATA, 1, NEXT, 1, table=TABLE)
+    _offer(driver, (TABLE, 16, INDIRECT, 0))
+    _refused(queue, memory, "2.7.5.3", 1, 1)
+
+
+@queues
 def test_2_7_5_2_loop_in_an_indirect_table(memory: GuestMemory, kind: type[AnyQueue]) -> None:
     """A loop in a table is found after as many steps as it has entries."""
     driver, queue = _split(memory, kind)

@@ -10,7 +10,7 @@ from attrs import evolve
 from hypothesis import given
 from hypothesis import strategies as st
 
-from virtio_queue import ChainState, Queue, QueueStateError, StateError, UsageError
+from virtio_queue import ChainState, DescriptorChain, Queue, QueueStateError, StateError, UsageError
 from virtio_queue.constants import F_EVENT_IDX, F_IN_ORDER, F_INDIRECT_DESC, F_RING_PACKED
 from virtio_queue.testing import Arena, PackedDriver, SplitDriver
 from vm_memory import GuestAddress, GuestMemory
@@ -133,6 +133,56 @@ def test_a_batch_stops_before_a_malformed_chain(memory: GuestMemory) -> None:
     assert len(queue.pop_batch(memory)) == 1
     with pytest.raises(ValueError, match=r"2\.7\.5"):
         queue.pop_batch(memory)
+
+
+@both
+def test_a_long_round_in_order(memory: GuestMemory, kind: type[AnyDriver]) -> None:
+    """More completions than one publication holds come back in order all the same."""
+    driver = kind(memory, 256, features=F_IN_ORDER)
+    queue = Queue(256)
+    driver.configure(queue)
+    heads = [driver.add([], [1]) for _ in range(200)]
+    for chain in list(queue.chains(memory))[1:]:
+        queue.add_used(memory, chain.head, 1)
+    queue.add_used(memory, heads[0], 1)
+    assert [used.head for used in driver.reap()] == heads
+
+
+def test_a_chain_in_too_many_pieces_for_a_batch() -> None:
+    """2.7.4.1: a chain that no batch can hold is refused by name; taken alone it is fine."""
+    ranges = [(GuestAddress(at * 4096), 4096) for at in range(64)]
+    with GuestMemory.from_ranges(ranges) as memory:
+        driver = SplitDriver(memory, 4, features=F_INDIRECT_DESC, arena=Arena(0x1000, 0x2000))
+        queue = Queue(4)
+        driver.configure(queue)
+        driver.add([b"small"])
+        for index in range(1024):
+            flags, following = (1, index + 1) if index < 1023 else (0, 0)
+            driver.write_descriptor(index, 0x9000, 0x8000, flags, following, table=0x20000)
+        driver.write_descriptor(1, 0x20000, 16 * 1024, 4)
+        driver.make_available(1)
+        driver.publish()
+        assert len(queue.pop_batch(memory)) == 1
+        with pytest.raises(ValueError, match=r"2\.7\.4\.1"):
+            queue.pop_batch(memory)
+        chain = queue.pop(memory)
+        assert chain is not None
+        assert chain.readable_length == 1024 * 0x8000
+
+
+def test_chains_are_values(memory: GuestMemory) -> None:
+    """Equal chains are equal and hash alike; they print what they are."""
+    driver, queue = _pair(SplitDriver, memory)
+    driver.add([b"x"], [3])
+    chain = queue.pop(memory)
+    assert chain is not None
+    twin = DescriptorChain(chain.head, chain.readable, chain.writable, chain.slots)
+    assert chain == twin
+    assert len({chain, twin}) == 1
+    assert chain != DescriptorChain(1, (), ())
+    assert chain != 5
+    assert "head=0" in repr(chain)
+    assert (twin.readable_length, twin.writable_length) == (1, 3)
 
 
 @both

@@ -101,6 +101,13 @@ def random_image(random: Random, *, packed: bool) -> RingImage:
     return RingImage(size, features, start, areas, tuple(contents))
 
 
+def _table_at(random: Random, areas: tuple[int, int, int]) -> int:
+    """Where indirect tables begin: at any alignment, sometimes across two regions."""
+    if areas[0] == 0 and areas[1] < 0x1000 and random.random() < 0.5:
+        return 0x4000 - random.randrange(1, 64)
+    return _TABLE_AT + random.randrange(16)
+
+
 def _address(random: Random) -> int:
     kind = random.random()
     if kind < 0.85:
@@ -156,7 +163,7 @@ def _split_ring(
     free = list(range(size))
     random.shuffle(free)
     heads: list[int] = []
-    table = _TABLE_AT + random.randrange(16)
+    table = _table_at(random, areas)
     while free and random.random() < 0.9:
         indirect = random.random() < 0.3
         elements = _elements(random, 1 if indirect else min(len(free), 3))
@@ -193,7 +200,7 @@ def _packed_ring(
     del start
     contents: list[tuple[int, bytes]] = []
     descriptors: list[tuple[int, int, int, int]] = []
-    table = _TABLE_AT + random.randrange(16)
+    table = _table_at(random, areas)
     buffer_id = 0
     while len(descriptors) < size and random.random() < 0.9:
         indirect = random.random() < 0.3
