@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,6 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )  # fmt: skip
     parser.add_argument("--rounds", type=count, default=harness.ROUNDS, metavar="N")
     options = parser.parse_args(arguments)
+    if (load := os.getloadavg()[0]) > 0.5 * (os.cpu_count() or 1):
+        print(f"this machine is busy (load {load:.1f}): figures will be worse than they are")
     suite = importlib.import_module(f"benchmarks.{options.suite}")
     bench = harness.Bench(rounds=options.rounds, peers=dict(options.peer))
     rows = list(harness.measure(suite.rows, bench))

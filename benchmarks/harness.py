@@ -53,7 +53,7 @@ CACHE: Final = Path(__file__).parent.parent / ".nox" / "benchmarks"
 """Where programs built for benchmarks stay from one run to the next."""
 
 
-class Skip(Exception):  # noqa: N818 (a column skipped is no error)
+class Skip(Exception):
     """Raised by a column, or by what prepares it, that can't be measured on this machine.
 
     Attributes:
