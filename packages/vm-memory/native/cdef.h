@@ -9,7 +9,6 @@ struct vmm_mapping {
 };
 struct vmm_mapping *vmm_mapping_new(size_t length, size_t alignment, size_t guard, int flags,
                                     int fd, int64_t offset, int *error);
-void vmm_mapping_release(struct vmm_mapping *mapping);
 int vmm_mapping_overlay(struct vmm_mapping *mapping, size_t start, size_t length, int fd,
                         int64_t offset);
 int vmm_mapping_exclude(struct vmm_mapping *mapping, int from_dumps, int from_forks);
@@ -43,7 +42,6 @@ struct vmm_bitmap {
     ...;
 };
 struct vmm_bitmap *vmm_bitmap_new(uint64_t size, uint32_t page_shift);
-void vmm_bitmap_release(struct vmm_bitmap *bitmap);
 void vmm_bitmap_mark(struct vmm_bitmap *bitmap, uint64_t offset, uint64_t length);
 void vmm_bitmap_clear(struct vmm_bitmap *bitmap, uint64_t offset, uint64_t length);
 int vmm_bitmap_test(struct vmm_bitmap *bitmap, uint64_t offset);
@@ -63,11 +61,13 @@ struct vmm_table {
 struct vmm_table *vmm_table_new(uint32_t count);
 void vmm_table_set(struct vmm_table *table, uint32_t index, uint64_t guest_address, uint64_t size,
                    struct vmm_mapping *mapping, struct vmm_bitmap *bitmap);
-void vmm_table_release(struct vmm_table *table);
 
 /* transfer.c */
 int64_t vmm_transfer(struct vmm_table *table, uint64_t address, uint64_t length, int fd,
                      int64_t offset, int out, int exact, int *error);
+
+/* owner.c */
+int vmm_own(uint64_t list, void *thing, int kind, size_t length);
 
 /* scan.c */
 void vmm_fill(uint64_t host, int value, size_t length);

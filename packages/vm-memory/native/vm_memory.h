@@ -138,6 +138,13 @@ int64_t vmm_table_find(const struct vmm_table *table, uint64_t address);
 int64_t vmm_transfer(struct vmm_table *table, uint64_t address, uint64_t length, int fd,
                      int64_t offset, int out, int exact, int *error);
 
+/* --- owner.c ---
+ * Append a Python object that owns one reference to the list with this id(). 0, or -1 when Python
+ * is out of memory. `length`: how much of a mapping its buffer shows. */
+enum vmm_own { VMM_OWN_MAPPING, VMM_OWN_BITMAP, VMM_OWN_TABLE };
+
+int vmm_own(uint64_t list, void *thing, int kind, size_t length);
+
 /* --- scan.c --- */
 void vmm_fill(uint64_t host, int value, size_t length);
 void vmm_copy(uint64_t target, uint64_t source, size_t length);

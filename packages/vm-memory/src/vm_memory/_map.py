@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from typing import Final, Self, TypeAlias
 
-    from vm_memory._native import CData
+    from vm_memory._table import NativeTable
     from vm_memory.address import GuestAddress
     from vm_memory.backing import Backing
     from vm_memory.dirty import DirtyBitmap
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["MemoryMap"]
 
-_EMPTY = memoryview(b"")
+_EMPTY = memoryview(bytearray())
 
 
 class _Nowhere:
@@ -77,7 +77,7 @@ class MemoryMap:
                 self._recent = region
                 break
         self._closed = False
-        self._table: CData | None = None
+        self._table: NativeTable | None = None
         if not all(region.mapping.inherited for region in self.regions):
             from vm_memory._policy import close_in_children
 
@@ -235,24 +235,16 @@ the end of the region in front of it, 0x1000
         Raises:
             ClosedError: when the map was closed.
         """
-        from vm_memory._native import ffi
+        return self._native().address
 
-        return int(ffi.cast("uintptr_t", self._native()))
-
-    def _native(self) -> CData:
+    def _native(self) -> NativeTable:
         """The table for C, made when it is first needed. Hold it for as long as C uses it."""
         table = self._table
         if table is None:
-            from vm_memory._native import ffi, lib
+            from vm_memory._table import NativeTable
 
             self._check_open()
-            regions = self.regions
-            table = ffi.gc(lib.vmm_table_new(len(regions)), lib.vmm_table_release)
-            for index, region in enumerate(regions):
-                bitmap = ffi.NULL if region.dirty is None else region.dirty.handle
-                lib.vmm_table_set(
-                    table, index, region.guest_address, region.size, region.mapping.handle, bitmap
-                )
+            table = NativeTable(self.regions)
             if not self._closed:
                 self._table = table
         return table

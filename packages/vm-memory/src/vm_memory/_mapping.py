@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from vm_memory._native import ffi, lib
+from vm_memory._owner import MAPPING, own
 from vm_memory.errors import MappingError
 
 TYPE_CHECKING = False
@@ -28,7 +29,7 @@ class Mapping:
     """One mapping of host memory, unmapped when neither this object nor a view of it is left.
 
     Attributes:
-        handle: the C structure, released with its last Python reference.
+        handle: the C structure; valid while this object or a view lives.
         address: the first byte's address in this process.
         length: bytes, whole pages.
         flags: how it was mapped, as for mmap(2).
@@ -37,7 +38,7 @@ class Mapping:
         overlaid: whether pages were replaced by those of a file.
     """
 
-    __slots__ = ("address", "flags", "handle", "inherited", "length", "overlaid", "page")
+    __slots__ = ("_owner", "address", "flags", "handle", "inherited", "length", "overlaid", "page")
 
     def __init__(
         self,
@@ -63,7 +64,8 @@ class Mapping:
         handle = lib.vmm_mapping_new(length, alignment, guard, flags, fd, offset, error)
         if not handle:
             raise refused(f"mmap of {length:#x} bytes", error[0], page)
-        self.handle: CData = ffi.gc(handle, lib.vmm_mapping_release)
+        self.handle: CData = handle
+        self._owner = own(handle, MAPPING, length)
         self.address = int(ffi.cast("uintptr_t", handle.base))
         self.length = length
         self.flags = flags
@@ -83,12 +85,7 @@ class Mapping:
 
     def view(self, length: int) -> memoryview:
         """The first `length` bytes, writable. The view keeps the mapping alive."""
-        handle = self.handle
-
-        def keep(_base: CData, handle: CData = handle) -> None:
-            """Hold `handle` for as long as cffi holds this function: until the view is gone."""
-
-        return memoryview(ffi.buffer(ffi.gc(handle.base, keep), length))
+        return memoryview(self._owner)[:length]
 
     def watch(self) -> None:
         """Turn the loss of pages into something that `lost` tells, instead of a dead process.

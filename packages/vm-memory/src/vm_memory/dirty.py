@@ -8,6 +8,7 @@ was marked before its word was taken can be seen by whoever reads the page after
 from __future__ import annotations
 
 from vm_memory._native import ffi, lib
+from vm_memory._owner import BITMAP, own
 from vm_memory.errors import InvalidValueError, MappingError
 
 TYPE_CHECKING = False
@@ -38,7 +39,7 @@ class DirtyBitmap:
     []
     """
 
-    __slots__ = ("handle", "page_size", "size")
+    __slots__ = ("_owner", "handle", "page_size", "size")
 
     def __init__(self, size: int, page_size: int = 4096) -> None:
         """Make a clean bitmap.
@@ -54,7 +55,8 @@ class DirtyBitmap:
         handle = lib.vmm_bitmap_new(size, page_size.bit_length() - 1)
         if not handle:
             raise MappingError(f"dirty bitmap of {size // page_size} pages", 12)
-        self.handle: CData = ffi.gc(handle, lib.vmm_bitmap_release)
+        self.handle: CData = handle
+        self._owner = own(handle, BITMAP)
         self.size = size
         self.page_size = page_size
 

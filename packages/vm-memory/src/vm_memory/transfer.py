@@ -64,7 +64,7 @@ def transfer(
     while done < length or length == 0:
         position = -1 if offset is None else offset + done
         count = lib.vmm_transfer(
-            table, address + done, length - done, fd, position, out, exact, error
+            table.pointer, address + done, length - done, fd, position, out, exact, error
         )
         done += count
         if error[0] == _EINTR:
