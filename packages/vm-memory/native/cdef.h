@@ -53,10 +53,21 @@ uint64_t vmm_bitmap_harvest(struct vmm_bitmap *bitmap, uint64_t first, uint64_t 
 void vmm_bitmap_take(struct vmm_bitmap *bitmap, uint64_t first, uint64_t end, uint64_t *words);
 
 /* table.c */
+struct vmm_table_region {
+    uint64_t guest_address;
+    uint64_t size;
+    uint8_t *host;
+    struct vmm_bitmap *bitmap;
+    struct vmm_mapping *mapping;
+};
 struct vmm_table {
     uint32_t version;
     uint32_t count;
-    ...;
+    long references;
+    void (*retain)(struct vmm_table *table);
+    void (*release)(struct vmm_table *table);
+    void (*mark)(struct vmm_bitmap *bitmap, uint64_t offset, uint64_t length);
+    struct vmm_table_region regions[];
 };
 struct vmm_table *vmm_table_new(uint32_t count);
 void vmm_table_set(struct vmm_table *table, uint32_t index, uint64_t guest_address, uint64_t size,
