@@ -34,6 +34,11 @@ SIG_DFL = 0
 FILES = b"trans=virtio,version=9p2000.L,msize=512000"
 
 
+def log(line: str) -> None:
+    """Write a line to the console, whose last ones are shown when the lab dies."""
+    os.write(2, f"lab: {line}\n".encode(errors="replace"))
+
+
 def check(result: int, what: str) -> None:
     """Turn a C result of -1 into the exception it stands for."""
     if result == -1:
@@ -131,6 +136,7 @@ class Job:
     def __init__(self, number: int, body: bytes) -> None:
         start = wire.Start.unpack(body)
         self.number = number
+        self.title = os.fsdecode(b" ".join(start.argv))[:200]
         self.backlog = bytearray()  # standard input the job has not taken
         self.ending = False  # no more of it comes
         self.status: int | None = None
@@ -174,7 +180,7 @@ class Job:
                 os.close(end)
             status = exit_status(os.waitpid(first, 0)[1])
         except BaseException as error:
-            os.write(2, f"lab: cannot start the job: {error}\n".encode())
+            log(f"cannot start the job: {error}")
         finally:
             os._exit(status)
 
@@ -350,6 +356,7 @@ def main() -> None:
                     if job is not None:
                         raise RuntimeError("a job while another runs")
                     job = Job(number, body)
+                    log(f"job {number}: {job.title}")
                 elif job is None or number != job.number:
                     continue
                 elif kind == wire.STDIN:
@@ -371,6 +378,7 @@ def main() -> None:
                 job.status = exit_status(os.waitpid(job.pid, 0)[1])
             if job.status is not None and not job.outputs:
                 outgoing += wire.frame(wire.EXIT, job.number, wire.NUMBER.pack(job.status))
+                log(f"job {job.number} has ended with status {job.status}")
                 job.close()
                 job = None
         if outgoing:

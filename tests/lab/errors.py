@@ -9,7 +9,7 @@ class LabError(Exception):
     """The base of everything that a lab raises."""
 
 
-class LabDied(LabError):  # noqa: N818 (it names what happened)
+class LabDied(LabError):
     """The lab fell silent, or its emulator ended, before the job did.
 
     `Lab.run` and `Lab.converse` answer it by running the job again in a fresh lab; who works with
@@ -29,7 +29,7 @@ class LabDied(LabError):  # noqa: N818 (it names what happened)
         return f"{self.reason}; the last lines of its log:\n{self.log}"
 
 
-class LabTimeout(LabError):  # noqa: N818
+class LabTimeout(LabError):
     """A job did not end, or did not say what was expected, in the time it was given.
 
     Attributes:

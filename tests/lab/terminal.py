@@ -64,8 +64,10 @@ def _serve(lab: Lab, argv: Sequence[str], pty: bool, typed: bytearray) -> int:
             if lab.pump(1, sources if job.backlog == 0 else ()):
                 try:
                     data = os.read(0, 1 << 16)
-                except OSError:  # the terminal is gone
+                except OSError:  # how a terminal says that it is gone
                     data = b""
+                if not data and pty:
+                    return 128 + signal.SIGHUP
                 if data:
                     if len(typed) <= REPLAYED:
                         typed += data
