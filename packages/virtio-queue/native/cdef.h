@@ -28,6 +28,7 @@ struct vq_batch {
     uint32_t chain_capacity;
     uint32_t segment_capacity;
     uint32_t iovec_capacity;
+    uint32_t header_size;
     uint32_t count;
     uint32_t segment_count;
     uint32_t iovec_count;
@@ -35,6 +36,8 @@ struct vq_batch {
     struct vq_chain *chains;
     uint64_t *segments;
     struct vq_iovec *iovecs;
+    uint8_t *headers;
+    ...;
 };
 
 struct vq_flight {
@@ -68,6 +71,7 @@ int64_t vq_pop(struct vq_ring *ring, struct vq_batch *batch, uint32_t limit, int
 int vq_undo(struct vq_ring *ring, uint32_t head);
 int64_t vq_complete(struct vq_ring *ring, uint32_t count, const uint32_t *heads,
                     const uint32_t *lengths);
+int64_t vq_complete_batch(struct vq_ring *ring, struct vq_batch *batch, const uint32_t *lengths);
 int64_t vq_complete_one(struct vq_ring *ring, uint32_t head, uint32_t length);
 int vq_needs_notification(struct vq_ring *ring);
 int vq_enable_notifications(struct vq_ring *ring);

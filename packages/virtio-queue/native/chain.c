@@ -2,6 +2,8 @@
 
 #include "virtio_queue.h"
 
+#include <string.h>
+
 int vq_add_element(struct vq_walk *walk, uint32_t index, uint64_t address, uint32_t length,
                    int writes)
 {
@@ -73,4 +75,27 @@ int64_t vq_table_entries(struct vq_walk *walk, uint32_t index, uint64_t address,
     if ((end < address && end != 0) || !vq_check_range(ring, address, length))
         return vq_fail(ring, VQ_TABLE_PLACE, index, address);
     return entries;
+}
+
+/* Copy a header out of guest memory, once, however it is cut; what is missing is zeros. */
+void vq_copy_header(struct vq_ring *ring, struct vq_batch *batch, const struct vq_chain *chain)
+{
+    uint32_t size = batch->header_size, done = 0;
+    uint8_t *header = batch->headers + (size_t)size * (size_t)(chain - batch->chains);
+    const uint64_t *segment = batch->segments + 2 * (size_t)chain->first_segment;
+    for (uint32_t i = 0; i < chain->readable_segments && done < size; i++, segment += 2) {
+        uint64_t at = segment[0], left = segment[1];
+        if (left > size - done)
+            left = size - done;
+        while (left != 0) {
+            const struct vmm_table_region *region = vq_find(ring, at);
+            uint64_t offset = at - region->guest_address;
+            uint64_t piece = region->size - offset < left ? region->size - offset : left;
+            memcpy(header + done, region->host + offset, piece);
+            done += (uint32_t)piece;
+            at += piece;
+            left -= piece;
+        }
+    }
+    memset(header + done, 0, size - done);
 }

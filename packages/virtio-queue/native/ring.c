@@ -72,8 +72,10 @@ struct vq_batch *vq_batch_new(uint32_t chains, uint32_t segments, uint32_t iovec
     batch->chains = calloc(chains, sizeof *batch->chains);
     batch->segments = calloc(2 * (size_t)segments, sizeof *batch->segments);
     batch->iovecs = iovecs != 0 ? calloc(iovecs, sizeof *batch->iovecs) : NULL;
-    if (batch->chains == NULL || batch->segments == NULL ||
-        (iovecs != 0 && batch->iovecs == NULL)) {
+    batch->used = calloc(2 * (size_t)chains, sizeof *batch->used);
+    batch->headers = malloc((size_t)chains * VQ_MAX_HEADER);
+    if (batch->chains == NULL || batch->segments == NULL || batch->headers == NULL ||
+        batch->used == NULL || (iovecs != 0 && batch->iovecs == NULL)) {
         vq_batch_free(batch);
         return NULL;
     }
@@ -85,6 +87,8 @@ void vq_batch_free(struct vq_batch *batch)
     free(batch->chains);
     free(batch->segments);
     free(batch->iovecs);
+    free(batch->headers);
+    free(batch->used);
     free(batch);
 }
 
@@ -130,6 +134,8 @@ int64_t vq_pop(struct vq_ring *ring, struct vq_batch *batch, uint32_t limit, int
                 return -1;
             break;
         }
+        if (batch->header_size != 0)
+            vq_copy_header(ring, batch, chain);
         take(ring, chain, track ? batch : NULL);
         batch->count++;
     }
@@ -254,6 +260,17 @@ int64_t vq_complete(struct vq_ring *ring, uint32_t count, const uint32_t *heads,
     if (count != 0)
         publish(ring, count, heads, lengths);
     return count;
+}
+
+int64_t vq_complete_batch(struct vq_ring *ring, struct vq_batch *batch, const uint32_t *lengths)
+{
+    uint32_t *heads = batch->used, *written = batch->used + batch->count;
+    for (uint32_t i = 0; i < batch->count; i++) {
+        uint64_t room = batch->chains[i].writable_length;
+        heads[i] = batch->chains[i].head;
+        written[i] = room > UINT32_MAX ? UINT32_MAX : (uint32_t)room;
+    }
+    return vq_complete(ring, batch->count, heads, lengths != NULL ? lengths : written);
 }
 
 int64_t vq_complete_one(struct vq_ring *ring, uint32_t head, uint32_t length)

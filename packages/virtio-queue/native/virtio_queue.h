@@ -76,6 +76,7 @@ struct vq_batch {
     uint32_t chain_capacity;
     uint32_t segment_capacity;
     uint32_t iovec_capacity;    /* 0: iovecs are not wanted */
+    uint32_t header_size;       /* bytes of each chain to copy; at most VQ_MAX_HEADER */
     uint32_t count;             /* chains filled */
     uint32_t segment_count;
     uint32_t iovec_count;
@@ -83,6 +84,8 @@ struct vq_batch {
     struct vq_chain *chains;
     uint64_t *segments;
     struct vq_iovec *iovecs;
+    uint32_t *used;             /* heads and lengths while the batch is completed */
+    uint8_t *headers;           /* the first `header_size` readable bytes of each chain */
 };
 
 struct vq_area {
@@ -140,6 +143,8 @@ int vq_undo(struct vq_ring *ring, uint32_t head);
  * an enum vq_usage and the index of the entry at fault, and nothing used. */
 int64_t vq_complete(struct vq_ring *ring, uint32_t count, const uint32_t *heads,
                     const uint32_t *lengths);
+/* Use all chains of a batch; `lengths` NULL: each was written in full. */
+int64_t vq_complete_batch(struct vq_ring *ring, struct vq_batch *batch, const uint32_t *lengths);
 int64_t vq_complete_one(struct vq_ring *ring, uint32_t head, uint32_t length);
 int vq_needs_notification(struct vq_ring *ring);
 /* 1 when buffers are available already, 0, or -1 with `fault` set. */
@@ -176,6 +181,7 @@ int vq_bind_area(struct vq_ring *ring, struct vq_area *area, uint64_t length);
 /* --- internal: chain.c --- */
 int vq_add_element(struct vq_walk *walk, uint32_t index, uint64_t address, uint32_t length,
                    int writes);
+void vq_copy_header(struct vq_ring *ring, struct vq_batch *batch, const struct vq_chain *chain);
 int64_t vq_table_entries(struct vq_walk *walk, uint32_t index, uint64_t address, uint32_t length);
 
 /* --- internal: split.c, packed.c. Pop: 1 taken, 0 none, -1 fault, -2 the batch is full. --- */
@@ -198,6 +204,7 @@ uint32_t vq_packed_advance(const struct vq_ring *ring, uint32_t position, int64_
 #define VQ_INDIRECT 4
 #define VQ_MAX_INDIRECT 1024
 #define VQ_WRAP 0x8000u
+#define VQ_MAX_HEADER 64
 
 static inline uint16_t vq_load16(const uint8_t *at, int order)
 {

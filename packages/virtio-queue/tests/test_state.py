@@ -122,6 +122,29 @@ def test_batches_are_reused_once_they_are_used(memory: GuestMemory) -> None:
             call(1)
 
 
+@both
+def test_headers_are_copied_with_the_chains(memory: GuestMemory, kind: type[AnyDriver]) -> None:
+    """Each chain's first bytes are read once, however they are cut; missing ones are zeros."""
+    driver, queue = _pair(kind, memory)
+    driver.add([b"ab", b"", b"cdefgh"], [1])
+    driver.add([b"xy"])
+    batch = queue.pop_batch(memory, header=5)
+    for buffer in driver.outstanding.values():
+        driver.write(buffer.readable[0][0], b"!!")
+    assert batch.headers == b"abcdexy\0\0\0"
+    queue.complete_batch(memory, batch)
+    assert queue.pop_batch(memory).headers == b""
+    for wrong in (-1, 65):
+        with pytest.raises(UsageError, match="header"):
+            queue.pop_batch(memory, header=wrong)
+    driver.reap()
+    driver.add([b"1"])
+    again = queue.pop_batch(memory)
+    queue.complete_batch(memory, again)
+    with pytest.raises(QueueStateError):
+        queue.complete_batch(memory, again)
+
+
 def test_a_batch_stops_before_a_malformed_chain(memory: GuestMemory) -> None:
     """Good chains are handed out first; the next call meets the bad one."""
     driver = SplitDriver(memory, 8)

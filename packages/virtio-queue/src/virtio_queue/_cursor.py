@@ -19,16 +19,20 @@ class Cursor:
 
     __slots__ = ("_done", "_index", "_memory", "_segments", "_within", "available")
 
-    def __init__(self, memory: GuestMemory, segments: Iterable[tuple[int, int]]) -> None:
+    def __init__(
+        self,
+        memory: GuestMemory,
+        segments: Iterable[tuple[int, int]],
+        available: int | None = None,
+    ) -> None:
         self._memory = memory
         self._segments = tuple(segments)
         self._index = 0
         self._within = 0
         self._done = 0
-        total = 0
-        for _, length in self._segments:
-            total += length
-        self.available = total
+        if available is None:
+            available = sum(length for _, length in self._segments)
+        self.available = available
 
     def _ahead(self, length: int) -> tuple[list[tuple[GuestAddress, int]], int, int]:
         """List the pieces of the next `length` bytes and the position behind them."""

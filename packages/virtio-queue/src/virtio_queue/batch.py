@@ -12,7 +12,10 @@ if TYPE_CHECKING:
 
     from virtio_queue._native import CData
 
-__all__ = ["ChainBatch"]
+__all__ = ["MAX_HEADER", "ChainBatch"]
+
+MAX_HEADER = 64
+"""Most bytes of a chain that `Queue.pop_batch` copies as its header."""
 
 _CHAIN_WORDS = 12
 _CHAIN_QUADS = 6
@@ -29,12 +32,13 @@ class ChainBatch:
             any extension.
     """
 
-    __slots__ = ("_chains", "_iovecs", "_segments", "_totals", "handle", "native")
+    __slots__ = ("_chains", "_headers", "_iovecs", "_segments", "_totals", "handle", "native")
 
     def __init__(self, chains: int, segments: int, iovecs: int) -> None:
         self.handle: CData = ffi.gc(lib.vq_batch_new(chains, segments, iovecs), lib.vq_batch_free)
         handle = self.handle
         self.native = int(ffi.cast("uintptr_t", handle))  # type: ignore[call-overload]
+        self._headers = memoryview(ffi.buffer(handle.headers, MAX_HEADER * chains))
         table = memoryview(ffi.buffer(handle.chains, 48 * chains))
         self._chains = table.cast("I")
         self._totals = table.cast("Q")
@@ -60,6 +64,15 @@ class ChainBatch:
     def writable_lengths(self) -> list[int]:
         """Bytes of each chain's device-writable part."""
         return self._totals[5 : _CHAIN_QUADS * len(self) : _CHAIN_QUADS].tolist()
+
+    @property
+    def headers(self) -> bytes:
+        """The first bytes of each chain, as many as `pop_batch` was asked for, one after the other.
+
+        Read once when the chain was taken; what a shorter chain lacks is zeros.
+        `struct.iter_unpack` takes them apart.
+        """
+        return self._headers[: self.handle.header_size * len(self)].tobytes()
 
     def chain(self, index: int) -> DescriptorChain:
         """Copy one chain out of the arrays.
@@ -104,16 +117,22 @@ def make_chain(
     chain = DescriptorChain.__new__(DescriptorChain)
     chain.head = head
     chain.slots = slots
-    middle = first + readable
-    chain.readable = tuple(_pairs(segments, first, middle)) if readable else ()
-    chain.writable = tuple(_pairs(segments, middle, middle + writable)) if writable else ()
+    at_word = 2 * first
+    if readable == 1:
+        chain.readable = ((segments[at_word], segments[at_word + 1]),)
+    else:
+        chain.readable = tuple(_pairs(segments, first, first + readable)) if readable else ()
+    at_word += 2 * readable
+    if writable == 1:
+        chain.writable = ((segments[at_word], segments[at_word + 1]),)
+    else:
+        middle = first + readable
+        chain.writable = tuple(_pairs(segments, middle, middle + writable)) if writable else ()
     chain.readable_length = totals[at + 4]
     chain.writable_length = totals[at + 5]
     return chain
 
 
 def _pairs(words: memoryview[int], first: int, end: int) -> list[tuple[int, int]]:
-    if end - first == 1:
-        return [(words[2 * first], words[2 * first + 1])]
     flat = iter(words[2 * first : 2 * end].tolist())
     return list(zip(flat, flat, strict=True))

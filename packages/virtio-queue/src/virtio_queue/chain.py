@@ -59,11 +59,11 @@ class DescriptorChain:
 
     def reader(self, memory: GuestMemory) -> Reader:
         """Return a `Reader` at the first device-readable byte."""
-        return Reader(memory, self.readable)
+        return Reader(memory, self.readable, self.readable_length)
 
     def writer(self, memory: GuestMemory) -> Writer:
         """Return a `Writer` at the first device-writable byte."""
-        return Writer(memory, self.writable)
+        return Writer(memory, self.writable, self.writable_length)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, DescriptorChain):

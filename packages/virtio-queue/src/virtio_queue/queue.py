@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 from virtio_queue import _rules
 from virtio_queue._configuration import QueueConfiguration
 from virtio_queue._native import ffi, lib
-from virtio_queue.batch import ChainBatch, make_chain
+from virtio_queue.batch import MAX_HEADER, ChainBatch, make_chain
 from virtio_queue.constants import (
     F_EVENT_IDX,
     F_IN_ORDER,
@@ -218,16 +218,27 @@ class Queue(QueueConfiguration):
                 return
             yield chain
 
-    def pop_batch(self, memory: GuestMemory, limit: int | None = None) -> ChainBatch:
-        """Take up to `limit` chains (default: the queue's size) into flat arrays at once.
+    def pop_batch(
+        self, memory: GuestMemory, limit: int | None = None, *, header: int = 0
+    ) -> ChainBatch:
+        """Take several chains into flat arrays at once.
 
         When a later chain is malformed, the batch ends before it and the next call raises. Use
         the chains with `add_used_batch` or `complete_batch`, in one or several calls.
 
+        Args:
+            memory: the guest's memory.
+            limit: most chains to take; by default the queue's size.
+            header: bytes to copy from the beginning of each chain into `ChainBatch.headers`,
+                0 to 64.
+
         Raises:
             ChainError: the ring or the first chain is malformed; nothing has been taken.
             QueueStateError: the queue is not ready.
+            UsageError: `header` is out of range.
         """
+        if not 0 <= header <= MAX_HEADER:
+            raise UsageError("header", f"{header} is not from 0 to {MAX_HEADER}")
         ring = self._running("pop_batch", memory)
         for batch in self._batches:
             if not batch.outstanding:
@@ -236,6 +247,7 @@ class Queue(QueueConfiguration):
             segments = self._longest_chain() + 4 * self.size
             batch = ChainBatch(self.size, segments, 2 * segments)
             self._batches.append(batch)
+        batch.handle.header_size = header
         wanted = self.size if limit is None else min(max(limit, 0), self.size)
         if _pop(ring, batch.handle, wanted, 1) < 0:
             raise self._fault()
@@ -313,14 +325,22 @@ class Queue(QueueConfiguration):
             QueueStateError: as `add_used`; nothing of the batch has been used.
             UsageError: as `add_used`, or another number of lengths than of chains.
         """
-        heads = array("I", batch.heads)
-        try:
-            written = array("I", batch.writable_lengths if lengths is None else lengths)
-        except OverflowError:
-            raise UsageError("lengths", "each must be from 0 to 2**32 - 1") from None
-        if len(written) != len(heads):
-            raise UsageError("lengths", f"{len(written)} of them for {len(heads)} chains")
-        self._complete(memory, heads, written)
+        ring = self._running("complete_batch", memory)
+        written: array[int] | None = None
+        raw = ffi.NULL
+        if lengths is not None:
+            try:
+                written = array("I", lengths)
+            except OverflowError:
+                raise UsageError("lengths", "each must be from 0 to 2**32 - 1") from None
+            if len(written) != len(batch):
+                raise UsageError("lengths", f"{len(written)} of them for {len(batch)} chains")
+            raw = ffi.from_buffer("uint32_t[]", written)
+        if len(batch) and lib.vq_complete_batch(ring, batch.handle, raw) < 0:
+            at = ring.fault.value
+            raise self._usage(batch.heads[at], written[at] if written else 0)
+        if self._in_flight:
+            self._forget_used()
 
     def _complete(self, memory: GuestMemory, heads: array[int], lengths: array[int]) -> None:
         ring = self._running("add_used", memory)

@@ -31,6 +31,19 @@ class Reader(Cursor):
     def read(self, length: int) -> bytes:
         """Consume up to `length` bytes; fewer only at the end of the chain."""
         memory = self._memory
+        if 0 < length <= self.available:
+            # Most reads are of a header that lies within one descriptor.
+            address, size = self._segments[self._index]
+            address += self._within
+            end = self._within + length
+            if end <= size:
+                if end == size:
+                    self._index += 1
+                    end = 0
+                self._within = end
+                self._done += length
+                self.available -= length
+                return memory.read(address, length)  # type: ignore[arg-type]
         pieces = [memory.read(address, size) for address, size in self._take(length)]
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 

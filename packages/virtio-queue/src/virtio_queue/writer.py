@@ -27,8 +27,13 @@ class Writer(Cursor):
 
     __slots__ = ("_tail",)
 
-    def __init__(self, memory: GuestMemory, segments: Iterable[tuple[int, int]]) -> None:
-        super().__init__(memory, segments)
+    def __init__(
+        self,
+        memory: GuestMemory,
+        segments: Iterable[tuple[int, int]],
+        available: int | None = None,
+    ) -> None:
+        super().__init__(memory, segments, available)
         self._tail: Writer | None = None
 
     @property
@@ -54,6 +59,21 @@ class Writer(Cursor):
 
     def write(self, data: bytes | bytearray | memoryview) -> int:
         """Write as much of `data` as fits and return its length in bytes."""
+        if type(data) is bytes and 0 < len(data) <= self.available:
+            # Most writes are of a status that lies within one descriptor.
+            address, size = self._segments[self._index]
+            address += self._within
+            length = len(data)
+            end = self._within + length
+            if end <= size:
+                self._memory.write(address, data)  # type: ignore[arg-type]
+                if end == size:
+                    self._index += 1
+                    end = 0
+                self._within = end
+                self._done += length
+                self.available -= length
+                return length
         view = memoryview(data).cast("B")
         done = 0
         for address, size in self._take(len(view)):
