@@ -10,6 +10,7 @@ from __future__ import annotations
 import lzma
 import os
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -17,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from time import perf_counter
 
-from benchmarks.harness import Bench, Goal, Measure, Row, per_call
+from benchmarks.harness import Bench, Goal, Measure, Row, Skip, per_call
 from linux_loader import Placement, Protocol, load, plan, unpack_kernel
 from linux_loader.bzimage import parse_bzimage
 from linux_loader.dispatch import unpack_payload
@@ -95,6 +96,22 @@ def memcpy(guest: GuestMemory, pieces: list[Placement]) -> Measure:
     return timed(copy)
 
 
+def rust_vmm(bench: Bench, vmlinux: Path) -> Measure | Skip:
+    """Load a vmlinux with rust-vmm's crate, the third time in a process."""
+    try:
+        program = bench.cargo(Path(__file__).parent / "peers" / "linux-loader", "linux-loader-peer")
+    except Skip as skip:
+        return skip
+
+    def measure() -> float:
+        done = subprocess.run(
+            [program, vmlinux, "3"], check=True, capture_output=True, text=True, timeout=60
+        )
+        return float(done.stdout.split()[-1])
+
+    return measure
+
+
 def copied(
     bench: Bench, guest: GuestMemory, vmlinux: Path, cloud: Path, generic: Path, cache: Path
 ) -> Iterator[Row]:
@@ -119,6 +136,8 @@ def copied(
                 )
             ),
             floor=memcpy(guest, kernel_pieces(path, folder)),
+            peer=rust_vmm(bench, path) if folder is None else None,
+            peer_name="rust-vmm linux-loader" if folder is None else None,
             goal=Goal.floor(1.2),
         )
 
