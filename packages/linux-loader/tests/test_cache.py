@@ -123,7 +123,7 @@ def test_an_unusable_folder_costs_only_time(tmp_path: Path, image: Path) -> None
     unpack = Unpacker()
     blocked = tmp_path / "file"
     blocked.write_bytes(b"")
-    assert get(blocked, image, unpack) == unpack.result
+    assert get(blocked, image, unpack) == unpack.result, "neither folder nor fresh"
     assert get(blocked / "below", image, unpack) == unpack.result
     shared = tmp_path / "shared"
     shared.mkdir()

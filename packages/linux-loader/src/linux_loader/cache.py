@@ -77,10 +77,13 @@ class DecompressionCache:
 
     def _trusted(self) -> bool:
         try:
-            os.makedirs(self.folder, mode=0o700, exist_ok=True)
             status = os.stat(self.folder)
         except OSError:
-            return False
+            try:
+                os.makedirs(self.folder, mode=0o700, exist_ok=True)
+                status = os.stat(self.folder)
+            except OSError:
+                return False
         user = os.geteuid()
         return not status.st_mode & 0o022 and (user in (0, status.st_uid))
 
@@ -177,12 +180,12 @@ def _stamp(image: Source, offset: int) -> str | None:
     import time
     from binascii import crc32
 
-    if image.fd is None or not os.path.exists(image.name):
+    if image.fd is None or image.path is None:
         return None
     status = os.fstat(image.fd)
     if not 0 <= status.st_ctime <= time.time() - _SETTLED:
         return None
-    path = os.path.abspath(image.name).encode("utf-8", "surrogateescape")
+    path = os.path.abspath(image.path).encode("utf-8", "surrogateescape")
     times = f"{status.st_mtime_ns:x}-{status.st_ctime_ns:x}"
     return f"{status.st_size:x}-{offset:x}-{times}-{crc32(path):08x}"
 

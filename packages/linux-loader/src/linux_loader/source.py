@@ -77,6 +77,11 @@ class Source:
         return cls(fd=None, data=data, owned=False, name=name, size=len(data))
 
     @property
+    def path(self) -> str | None:
+        """The path it was opened by, where there was one."""
+        return self.name if self._owned else None
+
+    @property
     def fd(self) -> int | None:
         """The descriptor, where there is one to map."""
         return self._fd
