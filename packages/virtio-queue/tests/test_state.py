@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 from typing import TYPE_CHECKING, Any
 
@@ -310,6 +311,55 @@ def test_the_queue_keeps_a_closed_map_alive() -> None:
     gc.collect()
     assert queue.pop(memory) is not None
     assert queue.needs_notification(memory) is False
+
+
+class _Region(ctypes.Structure):
+    _fields_ = (
+        ("guest_address", ctypes.c_uint64),
+        ("size", ctypes.c_uint64),
+        ("host", ctypes.c_uint64),
+        ("bitmap", ctypes.c_uint64),
+        ("mapping", ctypes.c_uint64),
+    )
+
+
+class _Table(ctypes.Structure):
+    _fields_ = (
+        ("version", ctypes.c_uint32),
+        ("count", ctypes.c_uint32),
+        ("references", ctypes.c_long),
+        ("functions", ctypes.c_uint64 * 3),
+        ("regions", _Region * 2),
+    )
+
+
+def test_the_table_of_memory_has_the_layout_we_repeat(memory: GuestMemory) -> None:
+    """`native/vmm_table.h` restates vm-memory's declarations: version, regions, references."""
+    table = _Table.from_address(memory.native_table)
+    assert (table.version, table.count) == (1, 2)
+    seen = [(region.guest_address, region.size, region.host) for region in table.regions]
+    assert seen == [
+        (region.guest_address, region.size, region.host_address) for region in memory.regions
+    ]
+    before = table.references
+    _, queue = _pair(SplitDriver, memory)
+    assert table.references == before + 1
+    queue.reset()
+    gc.collect()
+    assert table.references == before
+
+
+def test_a_table_of_an_unknown_layout_is_refused(memory: GuestMemory) -> None:
+    """Another version of vm-memory's table is not walked."""
+    driver, queue = _pair(SplitDriver, memory)
+    driver.add([b"x"])
+    table = _Table.from_address(memory.native_table)
+    other = GuestMemory(memory.regions)
+    _Table.from_address(other.native_table).version = 2
+    with pytest.raises(UsageError, match="memory"):
+        queue.pop(other)
+    assert table.version == 1
+    assert queue.pop(memory) is not None
 
 
 @pytest.fixture

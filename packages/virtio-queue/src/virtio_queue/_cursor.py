@@ -26,7 +26,7 @@ class Cursor:
         available: int | None = None,
     ) -> None:
         self._memory = memory
-        self._segments = tuple(segments)
+        self._segments = segments if type(segments) is tuple else tuple(segments)
         self._index = 0
         self._within = 0
         self._done = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from typing import TYPE_CHECKING
 
 from virtio_queue._native import ffi, lib
@@ -17,8 +18,13 @@ __all__ = ["MAX_HEADER", "ChainBatch"]
 MAX_HEADER = 64
 """Most bytes of a chain that `Queue.pop_batch` copies as its header."""
 
+# `struct vq_chain` without the members that count iovecs.
+_CHAIN = struct.Struct("=5I12x2Q")
 _CHAIN_WORDS = 12
 _CHAIN_QUADS = 6
+_unpack_chain = _CHAIN.unpack_from
+_unpack_two = struct.Struct("=4Q").unpack_from
+_new = object.__new__
 
 
 class ChainBatch:
@@ -32,17 +38,26 @@ class ChainBatch:
             any extension.
     """
 
-    __slots__ = ("_chains", "_headers", "_iovecs", "_segments", "_totals", "handle", "native")
+    __slots__ = (
+        "_chains",
+        "_headers",
+        "_iovecs",
+        "_totals",
+        "handle",
+        "native",
+        "segments",
+        "table",
+    )
 
     def __init__(self, chains: int, segments: int, iovecs: int) -> None:
         self.handle: CData = ffi.gc(lib.vq_batch_new(chains, segments, iovecs), lib.vq_batch_free)
         handle = self.handle
         self.native = int(ffi.cast("uintptr_t", handle))  # type: ignore[call-overload]
         self._headers = memoryview(ffi.buffer(handle.headers, MAX_HEADER * chains))
-        table = memoryview(ffi.buffer(handle.chains, 48 * chains))
-        self._chains = table.cast("I")
-        self._totals = table.cast("Q")
-        self._segments = memoryview(ffi.buffer(handle.segments, 16 * segments)).cast("Q")
+        self.table = memoryview(ffi.buffer(handle.chains, _CHAIN.size * chains))
+        self._chains = self.table.cast("I")
+        self._totals = self.table.cast("Q")
+        self.segments = memoryview(ffi.buffer(handle.segments, 16 * segments))
         self._iovecs = (
             memoryview(ffi.buffer(handle.iovecs, 16 * iovecs)).cast("Q") if iovecs else None
         )
@@ -82,8 +97,7 @@ class ChainBatch:
         """
         if not 0 <= index < len(self):
             raise IndexError(f"chain {index} of a batch of {len(self)}")
-        words = self._chains[_CHAIN_WORDS * index : _CHAIN_WORDS * index + 5].tolist()
-        return make_chain(words, self._totals, _CHAIN_QUADS * index, self._segments)
+        return make_chain(self.table, _CHAIN.size * index, self.segments)
 
     def __iter__(self) -> Iterator[DescriptorChain]:
         for index in range(len(self)):
@@ -104,35 +118,37 @@ class ChainBatch:
         first, readable, writable = self._chains[base + 5 : base + 8].tolist()
         middle = first + readable
         return (
-            _pairs(self._iovecs, first, middle),
-            _pairs(self._iovecs, middle, middle + writable),
+            _pairs(self._iovecs[2 * first : 2 * middle]),
+            _pairs(self._iovecs[2 * middle : 2 * (middle + writable)]),
         )
 
 
-def make_chain(
-    words: list[int], totals: memoryview[int], at: int, segments: memoryview[int]
-) -> DescriptorChain:
-    """Build a chain from a `struct vq_chain` without summing its lengths again."""
-    head, slots, first, readable, writable = words
-    chain = DescriptorChain.__new__(DescriptorChain)
-    chain.head = head
-    chain.slots = slots
-    at_word = 2 * first
-    if readable == 1:
-        chain.readable = ((segments[at_word], segments[at_word + 1]),)
-    else:
-        chain.readable = tuple(_pairs(segments, first, first + readable)) if readable else ()
-    at_word += 2 * readable
-    if writable == 1:
-        chain.writable = ((segments[at_word], segments[at_word + 1]),)
-    else:
-        middle = first + readable
-        chain.writable = tuple(_pairs(segments, middle, middle + writable)) if writable else ()
-    chain.readable_length = totals[at + 4]
-    chain.writable_length = totals[at + 5]
+def make_chain(table: memoryview, at: int, segments: memoryview) -> DescriptorChain:
+    """Build a chain from a `struct vq_chain` at byte `at` of `table`."""
+    chain = _new(DescriptorChain)
+    (
+        chain.head,
+        chain.slots,
+        first,
+        readable,
+        writable,
+        chain.readable_length,
+        chain.writable_length,
+    ) = _unpack_chain(table, at)
+    if readable == writable == 1:
+        # A header or data, and a place for the answer: most requests of most devices.
+        address, length, other, room = _unpack_two(segments, 16 * first)
+        chain.readable = ((address, length),)
+        chain.writable = ((other, room),)
+        return chain
+    middle = first + readable
+    words = segments[16 * first : 16 * (middle + writable)].cast("Q")
+    pairs = tuple(_pairs(words))
+    chain.readable = pairs[:readable]
+    chain.writable = pairs[readable:]
     return chain
 
 
-def _pairs(words: memoryview[int], first: int, end: int) -> list[tuple[int, int]]:
-    flat = iter(words[2 * first : 2 * end].tolist())
+def _pairs(words: memoryview[int]) -> list[tuple[int, int]]:
+    flat = iter(words.tolist())
     return list(zip(flat, flat, strict=True))

@@ -48,6 +48,7 @@ __all__ = ["Queue"]
 
 _pop = lib.vq_pop
 _complete_one = lib.vq_complete_one
+_needs_notification = lib.vq_needs_notification
 
 
 class Queue(QueueConfiguration):
@@ -198,7 +199,7 @@ class Queue(QueueConfiguration):
             return None
         if count < 0:
             raise self._fault()
-        chain = make_chain(one._chains[:5].tolist(), one._totals, 0, one._segments)
+        chain = make_chain(one.table, 0, one.segments)
         self._in_flight[chain.head] = chain
         return chain
 
@@ -281,10 +282,13 @@ class Queue(QueueConfiguration):
             QueueStateError: the queue is not ready, or no such chain is in flight.
             UsageError: `length` is more than the chain can hold.
         """
-        ring = self._running("add_used", memory)
-        if not 0 <= length <= 0xFFFFFFFF or not 0 <= head <= 0xFFFF:
-            raise UsageError("add_used", f"head {head} or length {length} is out of range")
-        count = _complete_one(ring, head, length)
+        if memory is not self._memory:
+            self._running("add_used", memory)
+        try:
+            count = _complete_one(self._ring, head, length)
+        except OverflowError:
+            what = f"head {head} or length {length} is out of range"
+            raise UsageError("add_used", what) from None
         if count == 1:
             self._in_flight.pop(head, None)
             return
@@ -378,7 +382,9 @@ class Queue(QueueConfiguration):
         Raises:
             QueueStateError: the queue is not ready.
         """
-        return bool(lib.vq_needs_notification(self._running("needs_notification", memory)))
+        if memory is not self._memory:
+            self._running("needs_notification", memory)
+        return _needs_notification(self._ring) != 0
 
     def enable_notifications(self, memory: GuestMemory) -> bool:
         """Ask the driver for kicks again.
