@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from typing import TYPE_CHECKING
 
 import pytest
@@ -131,6 +134,24 @@ def test_needs_reset_is_said_once(memory: GuestMemory) -> None:
     made.needs_reset("second")
     assert made.reset_reason == "first"
     assert len(calls) == 1
+
+
+def test_a_boot_imports_nothing_heavy() -> None:
+    """What a VMM needs before its first KVM_RUN brings neither attrs nor typing nor the like."""
+    code = (
+        "import sys, virtio_queue.device, virtio_queue.mmio; "
+        "print(*{'attr', 'attrs', 'typing', 're', 'inspect', 'logging', 'dataclasses', "
+        "'contextlib', 'asyncio', 'cffi', 'hypothesis'} & set(sys.modules))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", code],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    assert done.stdout.split() == []
 
 
 def test_protocols_are_found_beside_the_device() -> None:

@@ -5,9 +5,10 @@ Names are loaded when they are first used, so that a program pays only for what 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from virtio_queue.batch import ChainBatch
     from virtio_queue.chain import DescriptorChain
     from virtio_queue.device import VirtioDevice

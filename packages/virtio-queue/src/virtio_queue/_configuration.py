@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from virtio_queue.constants import (
     F_EVENT_IDX,
     F_IN_ORDER,
@@ -14,6 +12,7 @@ from virtio_queue.constants import (
 )
 from virtio_queue.errors import QueueConfigError, QueueStateError, UsageError
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from vm_memory import GuestMemory
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from virtio_queue.errors import EndOfChainError
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from vm_memory import GuestAddress, GuestMemory
+    from vm_memory.permissions import Permissions
 
 IOV_MAX = 1024
 
@@ -61,12 +61,9 @@ class Cursor:
         self.available -= length
         return pieces
 
-    def _views(self, length: int | None, permissions: int) -> list[memoryview]:
-        from vm_memory import Permissions
-
+    def _views(self, length: int | None, rights: Permissions) -> list[memoryview]:
         wanted = self.available if length is None else min(length, self.available)
         pieces, _, _ = self._ahead(wanted)
-        rights = Permissions(permissions)
         views: list[memoryview] = []
         for address, size in pieces:
             views += self._memory.slices(address, size, rights)

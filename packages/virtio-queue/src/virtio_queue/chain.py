@@ -6,11 +6,10 @@ descriptors; `DescriptorChain.reader` and `DescriptorChain.writer` hide it.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from virtio_queue.reader import Reader
 from virtio_queue.writer import Writer
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from vm_memory import GuestMemory
 

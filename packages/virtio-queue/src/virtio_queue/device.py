@@ -24,8 +24,6 @@ back.
 from __future__ import annotations
 
 import threading
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal
 
 from virtio_queue.constants import (
     CONFIG_INTERRUPT,
@@ -47,19 +45,22 @@ from virtio_queue.errors import (
 from virtio_queue.queue import Queue
 from virtio_queue.status import decide, queue_configurable, status_names
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Mapping
+    from typing import Any, Literal, TypeAlias
 
     from virtio_queue.model import DeviceModel, QueueResetModel
     from virtio_queue.state import DeviceState
     from vm_memory import GuestMemory
+
+    QueueField: TypeAlias = Literal["size", "descriptor_area", "driver_area", "device_area"]
 
 __all__ = ["CONFIG_SOURCE", "DeviceModel", "QueueResetModel", "VirtioDevice"]
 
 CONFIG_SOURCE = -1
 """Passed to `VirtioDevice.route` in place of a queue index for a configuration change."""
 
-QueueField = Literal["size", "descriptor_area", "driver_area", "device_area"]
 _MASK32 = 0xFFFFFFFF
 
 
@@ -394,14 +395,13 @@ class VirtioDevice:
         with self.config_change():
             pass
 
-    @contextmanager
-    def config_change(self) -> Iterator[None]:
-        """Change the configuration space in the body, atomically for the driver (2.5.1)."""
-        with self.config_lock:
-            yield
-            self._config_unseen = True
-        if self.status & STATUS_DRIVER_OK:
-            self._raise(CONFIG_INTERRUPT, (CONFIG_SOURCE,))
+    def config_change(self) -> ConfigChange:
+        """Return a context in which to change the configuration, atomically for the driver.
+
+        The generation changes with it (2.5.1); the driver is told when the body is done, if it
+        has got as far as DRIVER_OK.
+        """
+        return ConfigChange(self)
 
     def acknowledge_interrupt(self, mask: int) -> None:
         """Clear interrupt bits the driver has handled. Waits for nothing."""
@@ -475,3 +475,23 @@ class VirtioDevice:
         from virtio_queue import _device_saving
 
         _device_saving.restore_device(self, state)
+
+
+class ConfigChange:
+    """The context that `VirtioDevice.config_change` returns."""
+
+    __slots__ = ("_device",)
+
+    def __init__(self, device: VirtioDevice) -> None:
+        self._device = device
+
+    def __enter__(self) -> None:
+        self._device.config_lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        device = self._device
+        # Also after an exception: a part may have been changed.
+        device._config_unseen = True
+        device.config_lock.release()
+        if device.status & STATUS_DRIVER_OK:
+            device._raise(CONFIG_INTERRUPT, (CONFIG_SOURCE,))

@@ -6,11 +6,10 @@ PCI configuration space, BARs, the MSI-X table and eventfds belong to the VMM: i
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from virtio_queue.constants import F_NOTIF_CONFIG_DATA, F_RING_RESET
 from virtio_queue.device import CONFIG_SOURCE
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 

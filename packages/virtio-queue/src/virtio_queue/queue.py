@@ -21,7 +21,6 @@ Example:
 from __future__ import annotations
 
 from array import array
-from typing import TYPE_CHECKING
 
 from virtio_queue import _rules
 from virtio_queue._configuration import QueueConfiguration
@@ -35,6 +34,7 @@ from virtio_queue.constants import (
 )
 from virtio_queue.errors import QueueStateError, UsageError
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 

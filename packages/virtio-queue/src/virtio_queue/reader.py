@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
 
 from virtio_queue._cursor import IOV_MAX, Cursor
 from virtio_queue.errors import EndOfChainError
+from vm_memory.permissions import Permissions
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     import struct
+    from typing import Any
 
 __all__ = ["Reader"]
 
@@ -105,7 +107,7 @@ class Reader(Cursor):
 
         The guest can change them at any time: use them for transfers, never for decisions.
         """
-        return self._views(length, 1)
+        return self._views(length, Permissions.READ)
 
     def advance(self, length: int) -> None:
         """Consume `length` bytes that were used through `slices`.

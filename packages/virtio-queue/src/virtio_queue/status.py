@@ -4,7 +4,7 @@ Nothing here touches a device: `decide` takes what is and what the driver wrote,
 is to be. `virtio_queue.device.VirtioDevice` carries it out, for every transport alike.
 
 Example:
-    >>> from virtio_queue.status import Action, decide
+    >>> from virtio_queue.status import decide
     >>> decide(0, 1, offered=0, accepted=0)
     (1, 'none', '')
     >>> decide(1, 5, offered=0, accepted=0)
@@ -12,8 +12,6 @@ Example:
 """
 
 from __future__ import annotations
-
-from typing import Literal, TypeAlias
 
 from virtio_queue.constants import (
     F_RING_RESET,
@@ -26,9 +24,13 @@ from virtio_queue.constants import (
     STATUS_FEATURES_OK,
 )
 
-__all__ = ["Action", "check_features", "decide", "queue_configurable", "status_names"]
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Literal, TypeAlias
 
-Action: TypeAlias = Literal["none", "reset", "activate"]
+    Action: TypeAlias = Literal["none", "reset", "activate"]
+
+__all__ = ["check_features", "decide", "queue_configurable", "status_names"]
 
 _KNOWN = STATUS_ACKNOWLEDGE | STATUS_DRIVER | STATUS_DRIVER_OK | STATUS_FEATURES_OK | STATUS_FAILED
 _NAMES = (

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
 
 from virtio_queue._cursor import IOV_MAX, Cursor
 from virtio_queue.errors import EndOfChainError
+from vm_memory.permissions import Permissions
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     import struct
     from collections.abc import Iterable
+    from typing import Any
 
     from vm_memory import GuestMemory
 
@@ -151,7 +153,7 @@ class Writer(Cursor):
 
         Nothing counts as written until `advance` says how much of it was.
         """
-        return self._views(length, 2)
+        return self._views(length, Permissions.WRITE)
 
     def advance(self, length: int) -> None:
         """Account for `length` bytes that were written through `slices`.
