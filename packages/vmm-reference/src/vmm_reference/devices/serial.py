@@ -1,12 +1,15 @@
 """The serial port: a National Semiconductor PC16550D, as a PC has it at 0x3F8.
 
 The line is endlessly fast: a byte leaves as soon as it is written, and what the host types is
-there at once. Three things follow.
+there at once. What follows:
 
-- The transmitter is never busy with a byte, only with a host that does not take them: once
-  `limit` bytes are under way, THRE and TEMT go away with their interrupt until `transmitted` says
-  that some have gone. The guest's vCPU never waits. A byte that is written all the same is dropped
-  and counted in `dropped`.
+- LSR shows an empty transmitter, so that a driver which polls never waits, until the host is
+  behind: when less than a FIFO fits into `limit` bytes under way, THRE and TEMT go away, and with
+  them their interrupt, until `transmitted` says that some have gone. The guest's vCPU never waits.
+  A byte that is written all the same is dropped and counted in `dropped`.
+- The interrupt of an empty transmitter comes when the host has taken what was sent. A driver that
+  sends by interrupt is so paced by the host, a FIFO at a time, and does not stay in its interrupt
+  handler for as long as it has something to send.
 - Received bytes below the FIFO's trigger level have always rested for four character times, so
   they raise the character timeout interrupt.
 - Divisor, parity and word length are stored, and change nothing.
@@ -158,11 +161,11 @@ class Serial:
         """
         if not 0 <= count <= self._under_way:
             raise ValueError(f"count: {count}: only {self._under_way} bytes are under way")
-        withheld = self._under_way > self._ready_below
         self._under_way -= count
-        if withheld and self._under_way <= self._ready_below:
+        if count and self._under_way <= self._ready_below:
             self._thre_pending = True
-            self._update()
+            if self._ier & IER_THRE:
+                self._update()
 
     @property
     def interrupt_level(self) -> bool:
@@ -188,13 +191,13 @@ class Serial:
             received_errors=bytes(self._errors),
             line_errors=self._line_errors,
             thr_empty_pending=self._thre_pending,
-            transmitter_full=self._under_way > self._ready_below,
+            transmitting=self._under_way > 0,
         )
 
     def restore(self, state: SerialState) -> None:
         """Become the UART that `state` was saved from, with nothing under way.
 
-        A transmitter that was full is empty now, and says so by its interrupt.
+        What was under way is gone, and the transmitter says so by its interrupt.
         """
         self._ier, self._fcr, self._lcr, self._mcr = state.ier, state.fcr, state.lcr, state.mcr
         self._msr_delta, self._scr = state.msr_delta, state.scr
@@ -202,7 +205,7 @@ class Serial:
         self._received = bytearray(state.received)
         self._errors = bytearray(state.received_errors)
         self._line_errors = state.line_errors
-        self._thre_pending = state.thr_empty_pending or state.transmitter_full
+        self._thre_pending = state.thr_empty_pending or state.transmitting
         self._under_way = 0
         self._refused = True  # whoever waited for room is told again
         self._update()
@@ -264,22 +267,20 @@ class Serial:
             self._scr = value
 
     def _write_thr(self, value: int) -> None:
+        # The byte takes the place of the interrupt, which comes again when the byte has left.
+        if self._thre_pending:
+            self._thre_pending = False
+            if self._ier & IER_THRE:
+                self._update()
         if self._mcr & MCR_LOOP:
             self._loop_back(value, 0)
-        elif self._under_way >= self._limit:
-            self.dropped += 1
-            return
-        else:
-            self._under_way += 1
-            self._transmit(value.to_bytes())
-        if not self._ier:
-            return  # the kernel's console writes like this, a byte at a time
-        self._thre_pending = False
-        self._update()
-        # The byte has left already: for whoever waits for that, the line falls and rises again.
-        if self._ier & IER_THRE:
             self._thre_pending = self._under_way <= self._ready_below
             self._update()
+        elif self._under_way < self._limit:
+            self._under_way += 1
+            self._transmit(value.to_bytes())
+        else:
+            self.dropped += 1
 
     def _write_fcr(self, value: int) -> None:
         if (value ^ self._fcr) & FCR_ENABLE or value & FCR_CLEAR_RX:

@@ -94,7 +94,7 @@ class SerialState:
         received_errors: for each of them the bits of LSR that it brings.
         line_errors: the error bits that LSR shows now.
         thr_empty_pending: the transmitter's interrupt is pending.
-        transmitter_full: the guest was told to wait.
+        transmitting: the host had not taken all that the guest sent.
     """
 
     ier: int = _whole(0, 0x0F)
@@ -109,7 +109,7 @@ class SerialState:
     received_errors: bytes = _bytes(0, 16)
     line_errors: int = _whole(0, 0x1E)
     thr_empty_pending: bool = _flag()
-    transmitter_full: bool = _flag()
+    transmitting: bool = _flag()
     version: int = _version()
 
     def __attrs_post_init__(self) -> None:
