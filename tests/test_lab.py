@@ -233,14 +233,20 @@ def test_a_lab_runs_one_job_at_a_time(lab: Lab) -> None:
         job.read_until("here\n")
 
 
-def test_a_job_starts_within_half_a_second(lab: Lab) -> None:
-    """The least of several, since the host may be busy with other things."""
-    times = []
-    for _ in range(6):
-        started = time.monotonic()
+def test_a_job_costs_less_than_half_a_second(lab: Lab) -> None:
+    """Counted in the emulator's own time, since the host may be busy with other things."""
+
+    def spent() -> float:
+        fields = Path(f"/proc/{lab.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    costs = []
+    for _ in range(5):
+        lab.start()
+        before = spent()
         lab.run(["/bin/true"])
-        times.append(time.monotonic() - started)
-    assert min(times) < 0.5, times
+        costs.append(spent() - before)
+    assert min(costs) < 0.5, costs
 
 
 def test_all_threads_of_the_emulator_are_pinned_to_the_labs_cpu(lab: Lab) -> None:
@@ -261,11 +267,11 @@ def test_a_stress_that_freezes_unpinned_labs_is_survived(lab: Lab, tmp_path: Pat
         ["gcc", "-O2", "-Wall", "-Werror", "-pthread", "-o", program, source], check=True
     )
     before = list(lab.restarted)
-    done = lab.run([program, "60"], timeout=300)
-    assert done.returncode == 0, done.stderr
-    served = [int(line) for line in done.stdout.split()]
-    assert len(served) == 60
-    assert min(served) > 0, served
+    with lab.popen([program, "1000"]) as job:
+        end = time.monotonic() + 60
+        while time.monotonic() < end:
+            assert int(job.read_until(r"\n")) > 0, job.stderr
+    assert lab.run(["true"]).returncode == 0
     assert lab.restarted == before
 
 

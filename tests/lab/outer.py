@@ -27,12 +27,10 @@ class Outer(NamedTuple):
         kernel: the ELF file out of the package's image: to decompress it takes the outer machine
             several seconds, at each start.
         initramfs: holds busybox, the modules, and `init` as the first process.
-        modules: the folder `lib/modules/VERSION` that belongs to the kernel.
     """
 
     kernel: Path
     initramfs: Path
-    modules: Path
 
 
 def make(modules: Sequence[str] = ()) -> Outer:
@@ -45,7 +43,6 @@ def make(modules: Sequence[str] = ()) -> Outer:
         vmm_reference.image.ImageError: the kernel cannot be had, or has no such module.
     """
     kernel = debian_kernel("generic")
-    assert kernel.modules is not None
 
     def unpack(target: Path) -> list[Path]:
         source = Source.open(kernel.vmlinuz)
@@ -63,5 +60,4 @@ def make(modules: Sequence[str] = ()) -> Outer:
     return Outer(
         kernel=cached_image(name, unpack),
         initramfs=build_initramfs(None, kernel, [*MODULES, *modules], init=init),
-        modules=kernel.modules,
     )

@@ -5,11 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import termios
-import tty
 from typing import TYPE_CHECKING
 
 from lab.errors import LabDied
+from vmm_reference.backends.terminal import RawTerminal
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -37,7 +36,7 @@ def attach(lab: Lab, argv: Sequence[str], *, pty: bool) -> int:
     typed = bytearray()
     while True:
         try:
-            with _raw() if pty else contextlib.nullcontext():
+            with RawTerminal(0) if pty else contextlib.nullcontext():
                 return _serve(lab, argv, pty, typed)
         except LabDied:
             # The next `popen` says so, and starts the lab again.
@@ -55,7 +54,10 @@ def _serve(lab: Lab, argv: Sequence[str], pty: bool, typed: bytearray) -> int:
         while view:
             view = view[os.write(stream, view) :]
 
-    with lab.popen(argv, pty=pty, sink=show) as job, _resized(job) if pty else _nothing():
+    with (
+        lab.popen(argv, pty=pty, sink=show) as job,
+        _resized(job) if pty else contextlib.nullcontext(),
+    ):
         sources = [0]
         if typed:
             job.write(bytes(typed))
@@ -79,17 +81,6 @@ def _serve(lab: Lab, argv: Sequence[str], pty: bool, typed: bytearray) -> int:
 
 
 @contextlib.contextmanager
-def _raw() -> Iterator[None]:
-    """Pass every key on as it is; the terminal is as before at the end."""
-    before = termios.tcgetattr(0)
-    try:
-        tty.setraw(0)
-        yield
-    finally:
-        termios.tcsetattr(0, termios.TCSADRAIN, before)
-
-
-@contextlib.contextmanager
 def _resized(job: Job) -> Iterator[None]:
     """Tell the job the size of this terminal, now and when it changes."""
 
@@ -104,8 +95,3 @@ def _resized(job: Job) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGWINCH, before)
-
-
-@contextlib.contextmanager
-def _nothing() -> Iterator[None]:
-    yield
