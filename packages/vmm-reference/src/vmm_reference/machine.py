@@ -65,6 +65,7 @@ class Machine:
         self._board: Board | None = None
         self._started = False
         self._ending: tuple[Outcome, str] | None = None
+        self._plug_pulled: Outcome | None = None  # from outside; no reset outlives it
         self._loop = Loop(self._failed)
         self._input: StreamInput | None = None
         self._output: StreamOutput | None = None
@@ -121,6 +122,7 @@ class Machine:
 
     def stop(self, outcome: Outcome = Outcome.STOPPED) -> None:
         """End the machine as pulling its plug would; from any thread or a signal handler."""
+        self._plug_pulled = outcome
         self._ended(outcome, "")
 
     def pause(self) -> None:
@@ -208,20 +210,31 @@ class Machine:
         outcome, detail = self._ending
         self._board.stop()
         if outcome is Outcome.RESET and self.config.on_reset == "restart":
-            self._board.close()
-            self.resets += 1
-            self._ending = None
-            try:
-                self._power_on()
-            except Exception as error:
-                outcome, detail = Outcome.HOST_FAILURE, f"restart: {error}"
-            else:
+            if self._plug_pulled is not None:
+                outcome = self._plug_pulled
+            elif not (detail := self._restart()):
                 return
+            else:
+                outcome = Outcome.HOST_FAILURE
         self.timeline["end"] = time.monotonic()
         self.outcome, self.detail = outcome, detail
         self._done.set()
         if self._console is not None:
             self._console.end()
+
+    def _restart(self) -> str:
+        """Power on again; says what went wrong, or nothing."""
+        assert self._board is not None
+        self._board.close()
+        self.resets += 1
+        self._ending = None
+        try:
+            self._power_on()
+        except Exception as error:
+            return f"restart: {error}"
+        if self._plug_pulled is not None:  # while this was under way
+            self._ended(self._plug_pulled, "")
+        return ""
 
     def _failed(self, error: BaseException) -> None:
         self._ended(Outcome.HOST_FAILURE, f"{type(error).__name__}: {error}")

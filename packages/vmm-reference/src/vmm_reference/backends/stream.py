@@ -24,7 +24,7 @@ __all__ = ["StreamInput", "StreamOutput"]
 # A pipe that polls writable takes this much without blocking (PIPE_BUF).
 _CHUNK = 4096
 # A guest sends one character at a time; those of this many seconds go out in one write.
-_GATHER = 0.001
+_GATHER = 0.004
 
 
 class StreamOutput:

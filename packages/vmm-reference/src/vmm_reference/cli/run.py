@@ -9,6 +9,8 @@ import sys
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
+from attrs import evolve
+
 from vmm_reference.config import Drive, MachineConfig
 from vmm_reference.errors import ConfigError
 from vmm_reference.machine import Machine
@@ -18,8 +20,6 @@ if TYPE_CHECKING:
     from types import FrameType
 
 __all__ = ["configuration", "run", "run_on_terminal"]
-
-_CONSOLE = "console=ttyS0"
 
 STATUSES = """
 Exit status: 0 the guest powered off (or Ctrl-A x), 1 the host failed, 2 a mistake in the
@@ -46,29 +46,31 @@ def configuration(path: str | None, options: dict[str, Any]) -> MachineConfig:
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError("config", path, f"is not TOML: {error}") from None
     table |= {key: value for key, value in options.items() if value not in (None, (), False)}
-    if table.get("drives"):
-        table.setdefault("cmdline", f"{_CONSOLE} root=/dev/vda")
-        table.setdefault("initrd", _initrd_for(table.get("kernel")))
-    table.setdefault("cmdline", _CONSOLE)
+    root = " root=/dev/vda" if table.get("drives") else ""
+    table.setdefault("cmdline", f"console=ttyS0{root}")
+    choose = root and "initrd" not in table
     if table.get("initrd") == "none":
         del table["initrd"]
-    return MachineConfig.from_mapping(table, source=path or "vmm run")
+    config = MachineConfig.from_mapping(table, source=path or "vmm run")
+    return evolve(config, initrd=_initrd_for(config.kernel)) if choose else config
 
 
-def _initrd_for(kernel: object) -> str | None:
-    """An initial file system that finds the root disk, for a kernel whose modules are at hand.
+def _initrd_for(kernel: str) -> str | None:
+    """An initial file system that mounts the root disk, for a kernel whose modules are at hand.
 
     A distribution's kernel has the drivers of its disks as modules. One without modules has them
     built in, or is none of ours to know, and gets nothing.
     """
-    if not isinstance(kernel, str) or not os.path.isfile(kernel):  # noqa: PTH113
-        return None  # the configuration will say so
     from pathlib import Path
 
+    from vmm_reference.image.errors import ImageError
     from vmm_reference.image.initramfs import guest_initramfs
     from vmm_reference.image.kernels import local_kernel
 
-    found = local_kernel(Path(kernel))
+    try:
+        found = local_kernel(Path(kernel))
+    except ImageError:  # it tells no version, so it has no modules either
+        return None
     return str(guest_initramfs(found)) if found.modules is not None else None
 
 

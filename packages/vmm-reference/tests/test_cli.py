@@ -1,0 +1,123 @@
+"""The command line: a user's mistake is one line and status 2, never a traceback."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vmm_reference.cli import main
+from vmm_reference.testing import tiny_kernel
+
+
+def vmm(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "vmm_reference", *arguments],
+        capture_output=True, text=True, timeout=60, check=False, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def kernel(tmp_path: Path) -> str:
+    path = tmp_path / "kernel"
+    path.write_bytes(tiny_kernel("PUT 'o'; PUT 'k'; POWER_OFF"))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "field"),
+    [
+        (["--kernel", "/no/such/kernel"], "kernel"),
+        (["--kernel", "/"], "kernel"),
+        (["--kernel", "/etc/passwd"], "kernel"),
+        ([], "kernel"),
+        (["--memory", "1"], "memory"),
+        (["--memory", "many"], "memory"),
+        (["--cpus", "10000"], "cpus"),
+        (["--cpus", "two"], "cpus"),
+        (["--cpus", "-1"], "cpus"),
+        (["--drive", "/no/such/disk"], "drives[0]"),
+        (["--initrd", "/"], "initrd"),
+        (["--cmdline", "a\nb"], "cmdline"),
+        (["--on-reset", "explode"], "on_reset"),
+        (["--protocol", "efi"], "protocol"),
+        (["--config", "/no/such/file"], "config"),
+        (["--config", "/"], "config"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(
+    arguments: list[str], field: str, kernel: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The line names the field, the value and the rule."""
+    if "--kernel" not in arguments and arguments:
+        arguments = ["--kernel", kernel, *arguments]
+    assert main(["run", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith(f"vmm: {field}: ")
+    assert captured.err.count("\n") == 1
+
+
+def test_an_unknown_option_is_refused_with_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    """So is an unknown verb; both with status 2."""
+    assert main(["run", "--no-such-option"]) == 2
+    assert "--no-such-option" in capsys.readouterr().err
+    assert main(["explode"]) == 2
+    assert "explode" in capsys.readouterr().err
+
+
+def test_unknown_keys_of_a_file_are_refused(
+    kernel: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A misspelt key would otherwise be a machine that nobody asked for."""
+    config = tmp_path / "machine.toml"
+    for text, word in (
+        (f'kernel = "{kernel}"\nmemry = "1G"\n', "memry"),
+        ("kernel = ", "is not TOML"),
+        (f'kernel = "{kernel}"\ndrives = [{{path = "x", ro = true}}]\n', "ro"),
+    ):
+        config.write_text(text)
+        assert main(["run", "--config", str(config)]) == 2
+        error = capsys.readouterr().err
+        assert word in error
+        assert error.count("\n") == 1
+
+
+@pytest.mark.kvm
+def test_options_win_over_the_file(kernel: str, tmp_path: Path) -> None:
+    """A file gives the machine, options change it; the guest's output is standard output."""
+    config = tmp_path / "machine.toml"
+    config.write_text('kernel = "/no/such/kernel"\nmemory = "64M"\ncpus = 2\n')
+    done = vmm("run", "--config", str(config), "--kernel", kernel)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "ok", "")
+
+
+def test_help_and_version_name_the_verbs() -> None:
+    """`vmm --help` lists every verb, `vmm run --help` every exit status."""
+    listed = vmm("--help")
+    assert listed.returncode == 0
+    for verb in ("boot", "doctor", "image", "run"):
+        assert verb in listed.stdout
+    run = vmm("run", "--help")
+    assert run.returncode == 0
+    assert "128 + N" in run.stdout
+    assert "0.1.0" in vmm("--version").stdout
+
+
+def test_the_way_to_a_guest_imports_nothing_heavy() -> None:
+    """What `vmm run` imports decides when a guest starts: no click, asyncio, logging, pathlib."""
+    code = "import sys, vmm_reference.cli.run; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    heavy = {"asyncio", "click", "logging", "pathlib", "ctypes", "subprocess", "tempfile", "json",
+             "lz4", "zstandard", "cffi", "tomllib", "vmm_reference.image"}  # fmt: skip
+    assert heavy.isdisjoint(done.stdout.split())
+
+
+@pytest.mark.kvm
+def test_the_doctor_reports_on_this_host() -> None:
+    """It names /dev/kvm, capabilities and whether unmodified kernels run, and exits 0."""
+    done = vmm("doctor")
+    assert done.returncode == 0
+    for topic in ("/dev/kvm", "KVM_CAP_IRQFD", "unmodified kernels", "memory"):
+        assert topic in done.stdout
+    assert vmm("doctor", "--probe").returncode in (0, 3)
