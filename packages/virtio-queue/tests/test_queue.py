@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import pytest
 
 from virtio_queue import Queue, QueueConfigError, QueueStateError, UsageError
@@ -13,10 +11,8 @@ from virtio_queue.constants import (
     F_INDIRECT_DESC,
     F_RING_PACKED,
 )
-from virtio_queue.testing import Driver, PackedDriver, SplitDriver
-
-if TYPE_CHECKING:
-    from vm_memory import GuestMemory
+from virtio_queue.testing import Arena, Driver, PackedDriver, SplitDriver
+from vm_memory import GuestAddress, GuestMemory
 
 KINDS: list[type[SplitDriver | PackedDriver]] = [SplitDriver, PackedDriver]
 both = pytest.mark.parametrize("kind", KINDS)
@@ -261,7 +257,7 @@ def test_kicks_follow_the_device(
         assert not driver.kick_needed()
 
 
-@pytest.mark.parametrize("size", [1, 2, 4, 128])
+@pytest.mark.parametrize("size", [1 << bits for bits in range(11)])
 @pytest.mark.parametrize("features", [0, F_EVENT_IDX])
 @both
 def test_indices_wrap(
@@ -283,6 +279,25 @@ def test_indices_wrap(
         queue.add_used_batch(memory, [(head, 0) for head in heads])
         assert queue.needs_notification(memory)
         assert [used.head for used in driver.reap()] == heads
+
+
+def test_the_largest_queue() -> None:
+    """2.7: 32768 descriptors in one chain, again and again."""
+    with GuestMemory.from_ranges([(GuestAddress(0), 4 << 20)]) as large:
+        driver = SplitDriver(large, 1 << 15, arena=Arena(0x1000, 3 << 20))
+        queue = Queue(1 << 15)
+        driver.configure(queue)
+        for index in range(1 << 15):
+            last = index == (1 << 15) - 1
+            driver.write_descriptor(index, 0, 1, 0 if last else 1, 0 if last else index + 1)
+        for turn in range(1, 4):
+            driver.make_available(0)
+            driver.publish()
+            (chain,) = queue.chains(large)
+            assert chain.readable_length == 1 << 15
+            queue.add_used(large, 0, 0)
+            assert driver.load16(driver.device_area + 2) == turn
+    assert queue.ready
 
 
 @both

@@ -50,8 +50,10 @@ class ChainBatch:
     )
 
     def __init__(self, chains: int, segments: int, iovecs: int) -> None:
-        self.handle: CData = ffi.gc(lib.vq_batch_new(chains, segments, iovecs), lib.vq_batch_free)
-        handle = self.handle
+        handle = lib.vq_batch_new(chains, segments, iovecs)
+        if not handle:
+            raise MemoryError(f"a batch of {chains} chains and {segments} segments")
+        self.handle: CData = ffi.gc(handle, lib.vq_batch_free)
         self.native = int(ffi.cast("uintptr_t", handle))  # type: ignore[call-overload]
         self._headers = memoryview(ffi.buffer(handle.headers, MAX_HEADER * chains))
         self.table = memoryview(ffi.buffer(handle.chains, _CHAIN.size * chains))

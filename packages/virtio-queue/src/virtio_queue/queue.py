@@ -107,20 +107,21 @@ class Queue(QueueConfiguration):
         """
         self._require_stopped("enable")
         self._check(memory)
-        self._ring = ffi.gc(
-            lib.vq_new(
-                self.size,
-                self.descriptor_area,
-                self.driver_area,
-                self.device_area,
-                self.packed,
-                bool(self.features & F_EVENT_IDX),
-                bool(self.features & F_INDIRECT_DESC),
-                bool(self.features & F_IN_ORDER),
-            ),
-            lib.vq_free,
+        one = ChainBatch(1, self._longest_chain(), 0)
+        ring = lib.vq_new(
+            self.size,
+            self.descriptor_area,
+            self.driver_area,
+            self.device_area,
+            self.packed,
+            bool(self.features & F_EVENT_IDX),
+            bool(self.features & F_INDIRECT_DESC),
+            bool(self.features & F_IN_ORDER),
         )
-        self._one = ChainBatch(1, self._longest_chain(), 0)
+        if not ring:
+            raise MemoryError(f"a ring of {self.size} descriptors")
+        self._ring = ffi.gc(ring, lib.vq_free)
+        self._one = one
         self._bind(memory)
         self._ready = True
 
