@@ -61,7 +61,7 @@ def test_the_second_time_nothing_is_unpacked(folder: Path, image: Path) -> None:
         assert get(folder, image, unpack) == unpack.result
     assert unpack.calls == 1
     digest = hashlib.sha256(PIECE).hexdigest()
-    assert [path.name for path in folder.glob("*.vmlinux")] == [f"{digest}.vmlinux"]
+    assert [path.name for path in folder.glob("*.elf")] == [f"{digest}.elf"]
     assert folder.stat().st_mode & 0o777 == 0o700
 
 
@@ -105,7 +105,7 @@ def test_a_damaged_entry_is_replaced(
     settle(monkeypatch)
     unpack = Unpacker()
     get(folder, image, unpack)
-    (entry,) = folder.glob("*.vmlinux")
+    (entry,) = folder.glob("*.elf")
     content = entry.read_bytes()
     entry.unlink()
     if damage == "cut":
@@ -154,9 +154,9 @@ def test_old_entries_go(folder: Path, tmp_path: Path, monkeypatch: pytest.Monkey
         path.write_bytes(bytes([index]) * 16)
         with Source.open(path) as source:
             DecompressionCache(folder).open(source, 0, 16, lambda piece: piece * 2).close()
-        newest = max(folder.glob("*.vmlinux"), key=lambda item: item.stat().st_mtime_ns)
+        newest = max(folder.glob("*.elf"), key=lambda item: item.stat().st_mtime_ns)
         os.utime(newest, (index, index))
-    assert len(list(folder.glob("*.vmlinux"))) == 16
+    assert len(list(folder.glob("*.elf"))) == 16
     assert all(link.exists() for link in (folder / "by-stat").iterdir())
 
 
@@ -169,12 +169,58 @@ def test_forgetting_removes_only_its_own(folder: Path, image: Path, tmp_path: Pa
         assert image.exists()
         with cache.open(source, 4, len(PIECE), Unpacker()) as kernel:
             cache.forget(kernel)
-    assert list(folder.glob("*.vmlinux")) == []
+    assert list(folder.glob("*.elf")) == []
 
 
 def _race(arguments: tuple[str, str]) -> bytes:
     folder, image = arguments
     return get(Path(folder), Path(image), Unpacker())
+
+
+def test_zeros_are_known_and_not_copied(folder: Path, tmp_path: Path) -> None:
+    """A kernel's zeros come back with it, from its entry or by its file's state."""
+    data = b"x" * 70_000 + bytes(300_000) + b"y" * 70_000 + bytes(100_000)
+    zeros = ((131072, 327680), (458752, 524288))
+    path = tmp_path / "image"
+    path.write_bytes(PIECE)
+    for _ in range(2):
+        with Source.open(path) as source:
+            kernel = DecompressionCache(folder).open(source, 0, len(PIECE), Unpacker(data))
+            with kernel:
+                assert kernel.zeros == zeros
+                assert kernel.data_ranges(100_000, 500_000) == [
+                    (100_000, 131072),
+                    (327680, 458752),
+                ]
+                assert kernel.data_ranges(131072, 327680) == []
+                assert kernel.data_ranges(0, 10) == [(0, 10)]
+
+
+def test_zeros_of_plain_kernels_are_remembered(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A settled file is searched once; a list that cannot be right is not believed."""
+    path = tmp_path / "vmlinux"
+    path.write_bytes(b"x" * 65536 + bytes(131072))
+    with Source.open(path) as source:
+        DecompressionCache(folder).know_zeros(source)
+        assert source.zeros == (), "changed just now"
+    settle(monkeypatch)
+    for _ in range(2):
+        with Source.open(path) as source:
+            DecompressionCache(folder).know_zeros(source)
+            assert source.zeros == ((65536, 196608),)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with Source.open(path) as source:
+        elsewhere = DecompressionCache(tmp_path / "elsewhere")
+        elsewhere.know_zeros(source)
+        assert source.zeros == (), "not worth it where it cannot be written down"
+    (known,) = (folder / "by-stat").glob("*.zeros")
+    for wrong in (b"123", bytes(16), (5).to_bytes(8, "little") * 2, b"\xff" * 32):
+        known.write_bytes(wrong)
+        with Source.open(path) as source:
+            DecompressionCache(folder).know_zeros(source)
+            assert source.zeros == ()
 
 
 def test_racing_processes_all_get_the_kernel(folder: Path, image: Path) -> None:

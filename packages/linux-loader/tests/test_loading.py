@@ -155,7 +155,7 @@ def test_the_cache_serves_load(guest: GuestMemory, tmp_path: Path) -> None:
         guest.fill(GuestAddress(0x1000000), 64, 0)
         load(guest, kernel, memory_map=MAP, cache=folder)
         assert guest.read(GuestAddress(0x1000000), 64) == b"\xf4" * 64
-    (entry,) = folder.glob("*.vmlinux")
+    (entry,) = folder.glob("*.elf")
     size = entry.stat().st_size
     entry.write_bytes(b"no kernel".ljust(size - 8) + (size - 8).to_bytes(8, "little"))
     load(guest, kernel, memory_map=MAP, cache=folder)

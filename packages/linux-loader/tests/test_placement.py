@@ -179,6 +179,18 @@ def test_a_file_that_shrank_is_an_error(tmp_path: Path, size: int, map_files: bo
             made.write(guest, map_files=map_files)
 
 
+def test_known_zeros_are_skipped_in_fresh_memory_only() -> None:
+    """Where memory is stated fresh, ranges known to be zero are not written; elsewhere they are."""
+    source = Source.of_bytes(b"a" * 100 + bytes(200) + b"b" * 100, "bytes")
+    source.zeros = ((100, 300),)
+    made = make_plan(Placement("f", 0x1000, 400, FileRange(source=source, offset=0, size=400)))
+    for zeroed, middle in ((True, b"\xaa" * 200), (False, bytes(200))):
+        with memory() as guest:
+            guest.fill(GuestAddress(0), SIZE, 0xAA)
+            made.write(guest, zeroed=zeroed)
+            assert guest.read(GuestAddress(0x1000), 400) == b"a" * 100 + middle + b"b" * 100
+
+
 def test_contents_cross_regions() -> None:
     """A placement may lie across two adjacent regions of guest memory."""
     half = SIZE // 2

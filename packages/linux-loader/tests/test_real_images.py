@@ -42,10 +42,20 @@ def test_mapped_copied_and_unpacked_kernels_are_the_same(images: Path, tmp_path:
     """The kernel in memory does not depend on the way it came there."""
     path = find(images, "vmlinuz-*-cloud-amd64")[0]
     seen = set()
-    for cache, map_files in ((None, True), (tmp_path, True), (tmp_path, False)):
+    for cache, map_files, zeroed in (
+        (None, True, False),
+        (tmp_path, True, False),
+        (tmp_path, False, False),
+        (tmp_path, False, True),
+    ):
         with GuestMemory.from_ranges([(GuestAddress(0), SIZE)]) as guest:
             loaded = load(
-                guest, path, memory_map=memory_map(SIZE), cache=cache, map_files=map_files
+                guest,
+                path,
+                memory_map=memory_map(SIZE),
+                cache=cache,
+                map_files=map_files,
+                zeroed=zeroed,
             )
             kernel = [item for item in loaded.plan.placements if item.name.startswith("kernel")]
             seen.add(
@@ -69,7 +79,7 @@ def test_an_unpacked_kernel_has_a_pvh_entry(images: Path, tmp_path: Path) -> Non
     path = find(images, "vmlinuz-*-cloud-amd64")[0]
     with GuestMemory.from_ranges([(GuestAddress(0), SIZE)]) as guest:
         load(guest, path, memory_map=memory_map(SIZE), cache=tmp_path)
-        (vmlinux,) = tmp_path.glob("*.vmlinux")
+        (vmlinux,) = tmp_path.glob("*.elf")
         with Source.open(vmlinux) as source:
             assert parse_elf(source).pvh_entry
         loaded = load(guest, vmlinux, memory_map=memory_map(SIZE))

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     Folder: TypeAlias = str | os.PathLike[str] | None
     Planned: TypeAlias = tuple[list[Placement], EntryState]
 
+_WORTH_KNOWING = 4 << 20
+"""A kernel smaller than this is copied faster than looked up."""
+
 __all__ = ["plan_image", "unpack_kernel", "unpack_payload"]
 
 
@@ -76,6 +79,10 @@ def plan_image(
     else:
         from linux_loader.elf import parse_elf
 
+        if cache is not None and source.size >= _WORTH_KNOWING:
+            from linux_loader.cache import DecompressionCache
+
+            DecompressionCache(cache).know_zeros(source)
         protocol, planned = _start_elf(request, source, parse_elf(source), protocol, None)
     placements, entry = planned
     return Plan(checked(placements, request.memory_map), entry, kind, protocol, version)

@@ -83,8 +83,9 @@ def load(
         rsdp: guest-physical address of the ACPI root pointer; 0 to let the guest search.
         kaslr: start a boot image in its own decompressor, which randomises the kernel's address,
             instead of unpacking it here.
-        cache: a folder that keeps unpacked kernels; None to keep none. See
-            `linux_loader.cache.default_folder`.
+        cache: a folder that keeps unpacked kernels, and knows which parts of kernels are zeros and
+            need not be copied into fresh memory; None for none. It is made where it is missing.
+            See `linux_loader.cache.default_folder`.
         layout: where the loader's own tables go.
         rng_seed: entropy for the guest's random number generator; 32 bytes are enough. Linux
             protocols only.

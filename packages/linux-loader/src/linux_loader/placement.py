@@ -141,7 +141,7 @@ def write_placements(
     for placement in placements:
         content = placement.content
         if isinstance(content, FileRange):
-            mapped += _write_file(memory, placement, content, map_files)
+            mapped += _write_file(memory, placement, content, map_files, zeroed)
         elif content:
             memory.write(GuestAddress(placement.address), content)
         rest = placement.size - placement.content_size
@@ -228,7 +228,11 @@ def lowest_fit(
 
 
 def _write_file(
-    memory: GuestMemory, placement: Placement, content: FileRange, map_files: bool
+    memory: GuestMemory,
+    placement: Placement,
+    content: FileRange,
+    map_files: bool,
+    zeroed: bool,
 ) -> int:
     """Bring a file's bytes into memory; return how many were mapped."""
     from vm_memory import GuestAddress
@@ -247,19 +251,27 @@ def _write_file(
             GuestAddress(address + skew), fd, offset + skew, pages
         ):
             head, whole = skew, pages
-    _copy(memory, placement.name, address, source, offset, head)
+    _copy(memory, placement.name, address, source, offset, head, zeroed)
     if whole:
         done = head + whole
-        _copy(memory, placement.name, address + done, source, offset + done, size - done)
+        _copy(memory, placement.name, address + done, source, offset + done, size - done, zeroed)
     return whole
 
 
 def _copy(
-    memory: GuestMemory, name: str, address: int, source: Source, offset: int, size: int
+    memory: GuestMemory,
+    name: str,
+    address: int,
+    source: Source,
+    offset: int,
+    size: int,
+    zeroed: bool,
 ) -> None:
-    if size:
-        from vm_memory import GuestAddress, Permissions
+    """Read a file's bytes into memory, but for those that are zeros there and here."""
+    from vm_memory import GuestAddress, Permissions
 
-        source.read_into(
-            name, offset, memory.slices(GuestAddress(address), size, Permissions.WRITE)
-        )
+    end = offset + size
+    for start, stop in source.data_ranges(offset, end) if zeroed else ((offset, end),):
+        if start < stop:
+            at = GuestAddress(address + start - offset)
+            source.read_into(name, start, memory.slices(at, stop - start, Permissions.WRITE))

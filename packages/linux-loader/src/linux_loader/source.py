@@ -32,9 +32,11 @@ class Source:
     Attributes:
         name: for messages.
         size: bytes.
+        zeros: ranges (start, end) that are known to hold zeros, sorted; what is not listed may
+            hold anything.
     """
 
-    __slots__ = ("_data", "_fd", "_owned", "name", "size")
+    __slots__ = ("_data", "_fd", "_owned", "name", "size", "zeros")
 
     def __init__(
         self, *, fd: int | None, data: bytes | None, owned: bool, name: str, size: int
@@ -44,6 +46,7 @@ class Source:
         self._owned = owned
         self.name = name
         self.size = size
+        self.zeros: tuple[tuple[int, int], ...] = ()
 
     @classmethod
     def open(cls, file: File) -> Self:
@@ -145,6 +148,19 @@ class Source:
                 count -= pending.pop(0).nbytes
             if count:
                 pending[0] = pending[0][count:]
+
+    def data_ranges(self, start: int, end: int) -> list[tuple[int, int]]:
+        """Return the parts of a range that are not known to hold zeros."""
+        result = []
+        for first, last in self.zeros:
+            if last <= start or first >= end:
+                continue
+            if first > start:
+                result.append((start, first))
+            start = last
+        if start < end:
+            result.append((start, end))
+        return result
 
     def close(self) -> None:
         """Release the descriptor and the bytes; safe to call twice."""
