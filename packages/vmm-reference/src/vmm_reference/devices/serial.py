@@ -7,9 +7,10 @@ there at once. What follows:
   behind: when less than a FIFO fits into `limit` bytes under way, THRE and TEMT go away, and with
   them their interrupt, until `transmitted` says that some have gone. The guest's vCPU never waits.
   A byte that is written all the same is dropped and counted in `dropped`.
-- The interrupt of an empty transmitter comes when the host has taken what was sent. A driver that
-  sends by interrupt is so paced by the host, a FIFO at a time, and does not stay in its interrupt
-  handler for as long as it has something to send.
+- A driver that sends by interrupt finds the transmitter empty again when it next reads IIR, but no
+  more than `BURST` bytes ahead of the host: then, and for a driver that does not look, the
+  interrupt comes when the host has taken some. So a driver that has much to send does not stay in
+  its interrupt handler for all of it.
 - Received bytes below the FIFO's trigger level have always rested for four character times, so
   they raise the character timeout interrupt.
 - Divisor, parity and word length are stored, and change nothing.
@@ -47,6 +48,8 @@ LSR_THRE, LSR_TEMT, LSR_FIFO_ERROR = 0x20, 0x40, 0x80
 MSR_CTS, MSR_DSR, MSR_RI, MSR_DCD = 0x10, 0x20, 0x40, 0x80
 
 TRIGGER_LEVELS = (1, 4, 8, 14)
+
+BURST = 256
 
 
 class Serial:
@@ -104,6 +107,7 @@ class Serial:
         self._errors = bytearray()  # the line status bits that came with each received byte
         self._line_errors = 0  # what LSR shows until it is read
         self._thre_pending = False
+        self._thre_owed = False  # bytes left, which the guest has not been told
 
     # What the guest does.
 
@@ -163,7 +167,7 @@ class Serial:
             raise ValueError(f"count: {count}: only {self._under_way} bytes are under way")
         self._under_way -= count
         if count and self._under_way <= self._ready_below:
-            self._thre_pending = True
+            self._thre_pending, self._thre_owed = True, False
             if self._ier & IER_THRE:
                 self._update()
 
@@ -206,6 +210,7 @@ class Serial:
         self._errors = bytearray(state.received_errors)
         self._line_errors = state.line_errors
         self._thre_pending = state.thr_empty_pending or state.transmitting
+        self._thre_owed = False
         self._under_way = 0
         self._refused = True  # whoever waited for room is told again
         self._update()
@@ -245,6 +250,7 @@ class Serial:
             else:
                 # Enabling the interrupt of an empty transmitter raises it; drivers start by that.
                 if value & ~self._ier & IER_THRE:
+                    self._thre_owed = False
                     self._thre_pending = self._under_way <= self._ready_below
                 self._ier = value & 0x0F
                 self._update()
@@ -267,7 +273,7 @@ class Serial:
             self._scr = value
 
     def _write_thr(self, value: int) -> None:
-        # The byte takes the place of the interrupt, which comes again when the byte has left.
+        # The byte takes the place of the interrupt.
         if self._thre_pending:
             self._thre_pending = False
             if self._ier & IER_THRE:
@@ -278,6 +284,7 @@ class Serial:
             self._update()
         elif self._under_way < self._limit:
             self._under_way += 1
+            self._thre_owed = True
             self._transmit(value.to_bytes())
         else:
             self.dropped += 1
@@ -315,10 +322,12 @@ class Serial:
         return value
 
     def _read_iir(self) -> int:
+        if self._thre_owed and self._under_way <= BURST and self._ier & IER_THRE:
+            self._thre_pending, self._thre_owed = True, False
         cause = self._cause()
         if cause == IIR_THRE:
             self._thre_pending = False
-            self._update()
+        self._update()
         return cause | IIR_FIFO if self._fcr & FCR_ENABLE else cause
 
     # What follows from the registers.
