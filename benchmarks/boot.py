@@ -196,21 +196,15 @@ def place(bench: Bench) -> tuple[str, object]:
 
 def kernel_files() -> dict[str, Path]:
     """The vmlinux of Debian's cloud kernel, and an initramfs of busybox and `guest/boot-init`."""
-    from linux_loader.bzimage import parse_bzimage
-    from linux_loader.dispatch import unpack_payload
-    from linux_loader.source import Source
+    from linux_loader import unpack_kernel
     from vmm_reference.image import build_initramfs, debian_kernel
 
     kernel = debian_kernel("cloud")
     vmlinux = CACHE / f"vmlinux-{kernel.version}"
     if not vmlinux.exists():
-        source = Source.open(kernel.vmlinuz)
-        image = parse_bzimage(source)
-        payload = source.read("payload", image.payload_offset, image.payload_size)
-        source.close()
         CACHE.mkdir(parents=True, exist_ok=True)
         fresh = vmlinux.with_suffix(".new")
-        fresh.write_bytes(unpack_payload(payload))
+        fresh.write_bytes(unpack_kernel(kernel.vmlinuz))
         fresh.replace(vmlinux)
     return {
         "vmlinux": vmlinux,
