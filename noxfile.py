@@ -45,6 +45,7 @@ SYSTEM = {
     "mkfs.ext4": "e2fsprogs",
     "cpio": "cpio",
     "as": "binutils",
+    "depmod": "kmod",
 }
 
 
@@ -161,9 +162,10 @@ def lint(session: nox.Session) -> None:
 def alone(session: nox.Session) -> None:
     """Each package in an empty environment, its tests in an empty folder: `-- PACKAGE...`."""
     environment(session)
-    system(session, "as", "iasl", "dtc", "mkfs.ext4", "cpio")
+    system(session, "as", "iasl", "dtc", "mkfs.ext4", "cpio", "depmod", "qemu-system-x86_64")
     chosen = session.posargs or PACKAGES
     with tempfile.TemporaryDirectory(prefix="alone-") as scratch:
+        Path(scratch).chmod(0o755)  # a test becomes another user, who needs the interpreter too
         wheels = Path(scratch, "wheels")
         session.run(
             sys.executable, "-m", "pip", "--python", PYTHON, "wheel", "--quiet", "--no-deps",

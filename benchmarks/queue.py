@@ -240,9 +240,7 @@ def _program(build: Callable[[], Path]) -> Callable[[str], Measure | Skip]:
 
     def column(workload: str) -> Measure:
         return lambda: float(
-            subprocess.run(
-                [program, workload], check=True, capture_output=True, timeout=60
-            ).stdout
+            subprocess.run([program, workload], check=True, capture_output=True, timeout=60).stdout
         )
 
     return column

@@ -10,12 +10,11 @@ from subprocess import CompletedProcess
 
 import attrs
 import pytest
+from lab.dialogue import Dialogue
 from lab.direct import Direct
 from lab.lab import Lab
 
-from linux_loader.bzimage import parse_bzimage
-from linux_loader.dispatch import unpack_payload
-from linux_loader.source import Source
+from linux_loader import unpack_kernel
 from vmm_reference.image.kernels import Kernel
 from vmm_reference.layout import MIB, MMIO_GAP_START
 
@@ -61,14 +60,10 @@ def images(
 ) -> dict[tuple[str, str], Path]:
     """The kernel's file by flavour and kind: as Debian ships it, and the ELF file inside it."""
     folder = tmp_path_factory.mktemp("kernels")
-    found = {}
+    found: dict[tuple[str, str], Path] = {}
     for flavour, kernel in kernels.items():
-        source = Source.open(str(kernel.vmlinuz))
-        image = parse_bzimage(source)
-        payload = source.read("payload", image.payload_offset, image.payload_size)
-        source.close()
         elf = folder / f"vmlinux-{flavour}"
-        elf.write_bytes(unpack_payload(payload))
+        elf.write_bytes(unpack_kernel(kernel.vmlinuz))
         found |= {(flavour, kind): elf for kind in ("pvh", "linux64")}
         found |= {(flavour, kind): kernel.vmlinuz for kind in ("bzimage", "kaslr")}
     return found
@@ -102,7 +97,7 @@ def test_an_unmodified_kernel_finds_the_machine_it_was_promised(
     root_disk: Path,
 ) -> None:
     """It boots, counts its CPUs and memory right, writes its disk, has entropy, powers off."""
-    command = [
+    command: list[str | Path] = [
         vmm, "run", "--kernel", images[boot.flavour, boot.image], "--initrd", initrds[boot.flavour],
         "--cpus", str(boot.cpus), "--memory", f"{boot.memory}M",
     ]  # fmt: skip
@@ -180,18 +175,18 @@ def test_a_reset_restarts_the_machine_with_its_disk(
     root_disk: Path,
 ) -> None:  # fmt: skip
     """A guest that reboots comes up again and finds what it wrote; then it powers off."""
-    command = [vmm, "run", "--kernel", kernels["cloud"].vmlinuz, "--initrd", initrds["cloud"],
+    command: list[str | Path] = [
+               vmm, "run", "--kernel", kernels["cloud"].vmlinuz, "--initrd", initrds["cloud"],
                "--drive", root_disk, "--cpus", "2",
                "--cmdline", "console=ttyS0 quiet root=/dev/vda"]  # fmt: skip
 
-    def dialogue(job: object) -> int:
-        assert hasattr(job, "read_until")
-        job.read_until(r"[#$] ", 120)  # type: ignore[attr-defined]
-        job.write("echo kept > /kept; sync; reboot -f\n")  # type: ignore[attr-defined]
-        job.read_until(r"vmm-init: start", 120)  # type: ignore[attr-defined]
-        job.read_until(r"[#$] ", 120)  # type: ignore[attr-defined]
-        job.write("cat /kept; poweroff -f\n")  # type: ignore[attr-defined]
-        job.read_until(r"\nkept", 120)  # type: ignore[attr-defined]
-        return job.wait(120)  # type: ignore[attr-defined, no-any-return]
+    def dialogue(job: Dialogue) -> int:
+        job.read_until(r"[#$] ", 120)
+        job.write("echo kept > /kept; sync; reboot -f\n")
+        job.read_until(r"vmm-init: start", 120)
+        job.read_until(r"[#$] ", 120)
+        job.write("cat /kept; poweroff -f\n")
+        job.read_until(r"\nkept", 120)
+        return job.wait(120)
 
     assert linux.converse(command, dialogue, pty=True) == 0

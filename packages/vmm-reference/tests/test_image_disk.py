@@ -124,16 +124,19 @@ def test_nobody_can_build_one(tmp_path: Path) -> None:
             "VMM_CACHE": f"{folder}/cache",
             "PYTHONDONTWRITEBYTECODE": "1",
         }
-        return subprocess.run(
-            [sys.executable, "-c", program],
-            check=False,
-            cwd=folder,
-            env=environment,
-            user=65534,
-            group=65534,
-            extra_groups=[],
-            timeout=50,
-        ).returncode
+        try:
+            return subprocess.run(
+                [sys.executable, "-c", program],
+                check=False,
+                cwd=folder,
+                env=environment,
+                user=65534,
+                group=65534,
+                extra_groups=[],
+                timeout=50,
+            ).returncode
+        except PermissionError:  # not even the interpreter
+            return 126
 
     with tempfile.TemporaryDirectory() as folder:  # pytest's own lets nobody else pass
         fake_busybox(Path(folder, "cache"))
