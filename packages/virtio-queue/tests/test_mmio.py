@@ -350,10 +350,12 @@ def test_config_generation_changes_with_the_configuration(bench: Bench) -> None:
 
 
 def test_no_interrupt_before_driver_ok(bench: Bench) -> None:
-    """2.1.2: a configuration change before DRIVER_OK is seen, not announced."""
+    """2.1.2: before DRIVER_OK changes are seen, not announced; late completions stay silent."""
     bench.driver.negotiate(ALL)
     bench.device.config_changed()
+    bench.device.used_buffer_notification()
     assert bench.interrupts == 0
+    assert bench.driver.get(0x060) == 0
     assert bench.driver.get(0x0FC) == 1
 
 

@@ -17,6 +17,8 @@ from virtio_queue.testing.strategies import queue_features, split_sizes
 from virtio_queue.testing.transport import TransportDriver
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from vm_memory import GuestMemory
 
 AnyDriver = SplitDriver | PackedDriver
@@ -74,13 +76,15 @@ def test_bases_say_what_to_use(memory: GuestMemory) -> None:
     with pytest.raises(UsageError, match="SplitDriver"):
         Driver(memory, 4)
     base = TransportDriver(memory)
-    for call in (
+    calls: list[Callable[[], object]] = [
         base.read_status,
         lambda: base.write_status(0),
-        lambda: base.exchange_features(0),
+        base.read_features,
+        lambda: base.write_features(0),
         lambda: base.queue_limit(0),
         lambda: base.enable_queue(0, SplitDriver(memory, 4)),
-    ):
+    ]
+    for call in calls:
         with pytest.raises(UsageError, match="MmioDriver"):
             call()
 

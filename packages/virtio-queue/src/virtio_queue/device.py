@@ -387,8 +387,12 @@ class VirtioDevice:
                 self._raise(USED_BUFFER_INTERRUPT, told)
 
     def used_buffer_notification(self, queue_index: int = 0) -> None:
-        """Send a used buffer notification (2.3), for a caller that has decided to."""
-        self._raise(USED_BUFFER_INTERRUPT, (queue_index,))
+        """Send a used buffer notification (2.3), for a caller that has decided to.
+
+        A device that is not running sends none (2.1.2): completions may come late.
+        """
+        if self.status & STATUS_DRIVER_OK:
+            self._raise(USED_BUFFER_INTERRUPT, (queue_index,))
 
     def config_changed(self) -> None:
         """Change the generation and tell the driver; see `config_change` for the atomic form."""
@@ -467,7 +471,8 @@ class VirtioDevice:
         """Take over a saved state in a device that no driver has touched yet.
 
         The model's own state has to be restored before: an active device calls its `activate`
-        with queues that may have chains in flight. Pending interrupts are sent again.
+        with queues that may have chains in flight. Pending interrupts are sent again. Call
+        `process` for each queue afterwards: a kick that was on its way is in no state.
 
         Raises:
             StateError: the state does not fit this device or is not one that `save` returns.

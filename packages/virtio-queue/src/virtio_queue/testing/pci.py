@@ -68,16 +68,19 @@ class PciDriver(TransportDriver):
         """Write the device status field."""
         self.set(0x14, 1, status)
 
-    def exchange_features(self, wanted: int) -> int:
-        """Accept what is both offered and wanted, and return it."""
-        accepted = 0
+    def read_features(self) -> int:
+        """Return the offered feature bits."""
+        words = []
         for page in (0, 1):
             self.set(0x00, 4, page)
-            word = self.get(0x04, 4) & wanted >> 32 * page
+            words.append(self.get(0x04, 4))
+        return words[0] | words[1] << 32
+
+    def write_features(self, features: int) -> None:
+        """Write the accepted feature bits."""
+        for page in (0, 1):
             self.set(0x08, 4, page)
-            self.set(0x0C, 4, word)
-            accepted |= word << 32 * page
-        return accepted
+            self.set(0x0C, 4, features >> 32 * page & 0xFFFFFFFF)
 
     def queue_limit(self, index: int) -> int:
         """Select a queue and return its largest size, 0 when there is no such queue."""

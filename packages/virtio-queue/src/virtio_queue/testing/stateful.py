@@ -158,6 +158,20 @@ class DeviceMachine(RuleBasedStateMachine):
 
     # Bad drivers.
 
+    @rule(features=st.integers(0, 2**64 - 1))
+    def accept_any_features(self, features: int) -> None:
+        """Accept some feature bits, offered or not: FEATURES_OK stays clear if any was not."""
+        self.honest = False
+        self._fresh_driver()
+        driver = self.driver
+        driver.write_status(0)
+        driver.add_status(1)
+        driver.add_status(2)
+        driver.write_features(features)
+        stray = features & ~driver.read_features()
+        if stray and driver.add_status(8) & 8:
+            raise DeviceRuleError("2.2.2", f"features {stray:#x} were accepted, not offered")
+
     @rule(register=_REGISTERS, value=_VALUES, width=st.sampled_from([0, 1, 2, 3, 4, 4, 4, 8]))
     def write_anything_anywhere(self, register: int, value: int, width: int) -> None:
         """Any register, any value, any width: at worst the device asks for a reset."""

@@ -52,8 +52,12 @@ class TransportDriver:
         """Write the device status field."""
         raise UsageError("TransportDriver", "use MmioDriver or PciDriver")
 
-    def exchange_features(self, wanted: int) -> int:
-        """Accept what is both offered and wanted, and return it."""
+    def read_features(self) -> int:
+        """Return the offered feature bits."""
+        raise UsageError("TransportDriver", "use MmioDriver or PciDriver")
+
+    def write_features(self, features: int) -> None:
+        """Write the accepted feature bits."""
         raise UsageError("TransportDriver", "use MmioDriver or PciDriver")
 
     def queue_limit(self, index: int) -> int:
@@ -87,7 +91,8 @@ class TransportDriver:
             raise DeviceRuleError("2.4", "status is not 0 after a reset")
         self.add_status(STATUS_ACKNOWLEDGE)
         self.add_status(STATUS_DRIVER)
-        self.features = self.exchange_features(wanted)
+        self.features = self.read_features() & wanted
+        self.write_features(self.features)
         if not self.add_status(STATUS_FEATURES_OK) & STATUS_FEATURES_OK:
             raise DeviceRuleError("3.1.1", f"features {self.features:#x} were refused")
         return self.features
