@@ -26,7 +26,10 @@ def entry(function: int, index: int = 0, *registers: int) -> CpuidEntry:
 def hosts(draw: st.DrawFn) -> list[CpuidEntry]:
     """What a KVM might offer: noise in every register, the caches of the vendor's leaf."""
     ebx, edx, ecx = draw(st.sampled_from([INTEL, AMD]))
-    noise = lambda: [draw(words) for _ in range(4)]  # noqa: E731
+
+    def noise() -> list[int]:
+        return [draw(words) for _ in range(4)]
+
     table = [entry(0, 0, 0x1F, ebx, ecx, edx), entry(1, 0, *noise()), entry(7, 0, *noise())]
     leaf = 4 if ebx == INTEL[0] else 0x8000001D
     for index, (level, kind) in enumerate(((1, 1), (1, 2), (2, 3), (3, 3), (0, 0))):
@@ -44,7 +47,11 @@ def vcpus(host: list[CpuidEntry], cpus: int) -> list[Lookup]:
         table = topology(host, apic_id=apic_id, cpus=cpus, tsc_deadline=True)
         found = {(e.function, e.index): e for e in table}
         assert len(found) == len(table), "an entry twice"
-        return lambda function, index=0: found[function, index]
+
+        def leaf(function: int, index: int = 0) -> CpuidEntry:
+            return found[function, index]
+
+        return leaf
 
     return [lookup(apic_id) for apic_id in range(cpus)]
 

@@ -3,6 +3,7 @@
 import os
 import threading
 import time
+from functools import partial
 
 import pytest
 
@@ -36,7 +37,7 @@ def test_calls_from_many_threads_all_run_in_each_threads_order(loop: Loop) -> No
 
     def caller(number: int) -> None:
         for step in range(200):
-            loop.call_soon(lambda item=(number, step): note(item))
+            loop.call_soon(partial(note, (number, step)))
 
     loop.start()
     callers = [threading.Thread(target=caller, args=(n,)) for n in range(4)]
@@ -92,8 +93,12 @@ def test_timers_fire_in_time_order(loop: Loop) -> None:
     done = threading.Event()
     start = time.monotonic()
 
+    def late() -> None:
+        seen.append("late")
+        done.set()
+
     def arm() -> None:
-        loop.call_later(0.06, lambda: (seen.append("late"), done.set()))
+        loop.call_later(0.06, late)
         loop.call_later(0.02, lambda: seen.append("early"))
 
     loop.start()

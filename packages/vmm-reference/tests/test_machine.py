@@ -51,6 +51,28 @@ ECHO = """
 3:  POWER_OFF
 """
 
+# Leaves for real mode as Linux does, and jumps to where a PC's processor begins.
+RESTART = """
+    cli
+    movl $4f, %eax
+    movw %ax, 2f + 10
+    shrl $16, %eax
+    movb %al, 2f + 12
+    movb %ah, 2f + 15
+    lgdt 3f
+    ljmp $8, $0
+    .balign 8
+2:  .quad 0, 0x00009b000000ffff
+3:  .word 15
+    .long 2b
+    .code16
+4:  movl %cr0, %eax
+    andb $0xfe, %al
+    movl %eax, %cr0
+    ljmp $0xf000, $0xfff0
+    .code32
+"""
+
 
 def descriptors() -> int:
     return sum(1 for _ in Path("/proc/self/fd").iterdir())
@@ -74,8 +96,9 @@ def kernel(tmp_path: Path) -> Callable[[str], str]:
         ("OUT 0x64 0xfe; 1: jmp 1b", Outcome.RESET),
         ("OUT 0x505 1; 1: jmp 1b", Outcome.GUEST_PANIC),
         ("lidt 1f; ud2; 1: .long 0, 0", Outcome.TRIPLE_FAULT),
+        (RESTART, Outcome.RESET),
     ],
-    ids=["acpi-off", "acpi-reset", "keyboard-reset", "pvpanic", "triple-fault"],
+    ids=["acpi-off", "acpi-reset", "keyboard-reset", "pvpanic", "triple-fault", "reset-vector"],
 )
 def test_each_way_to_end_is_told_apart(
     kernel: Callable[[str], str], source: str, outcome: Outcome

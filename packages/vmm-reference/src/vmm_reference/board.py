@@ -235,6 +235,7 @@ class Board:
         ]
         acpi = tables.build(cpus=config.cpus, virtio_mmio=windows)
         self._memory.write(GuestAddress(layout.ACPI_TABLES), acpi)
+        self._memory.write(GuestAddress(layout.RESET_VECTOR), pm.RESET_CODE)
         loaded = load(
             self._memory,
             config.kernel,

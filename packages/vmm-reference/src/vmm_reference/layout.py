@@ -17,6 +17,7 @@ __all__ = [
     "LOCAL_APIC",
     "MMIO_GAP_END",
     "MMIO_GAP_START",
+    "RESET_VECTOR",
     "SERIAL_IRQ",
     "SERIAL_PORT",
     "TSS",
@@ -34,6 +35,7 @@ EBDA = 0x9FC00  # conventional memory ends here, as kernels expect of a PC
 ISA_HOLE = 0xA0000
 ACPI_TABLES = 0xE0000  # where a kernel without a pointer would search for the RSDP
 ACPI_SIZE = 0x20000
+RESET_VECTOR = 0xFFFF0  # F000:FFF0, the last 16 bytes of what the tables' range reserves
 HIGH_MEMORY = 0x100000
 
 # RAM stops at 3 GiB and goes on at 4 GiB; what is between belongs to devices.

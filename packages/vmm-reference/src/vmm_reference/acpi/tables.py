@@ -11,7 +11,14 @@ from struct import pack, pack_into
 from typing import TYPE_CHECKING
 
 from vmm_reference.devices import pm, pvpanic
-from vmm_reference.layout import ACPI_SIZE, ACPI_TABLES, IOAPIC, LOCAL_APIC, SERIAL_IRQ, SERIAL_PORT
+from vmm_reference.layout import (
+    ACPI_TABLES,
+    IOAPIC,
+    LOCAL_APIC,
+    RESET_VECTOR,
+    SERIAL_IRQ,
+    SERIAL_PORT,
+)
 
 from . import aml
 
@@ -65,8 +72,10 @@ def build(
     fadt = append(_fadt(append(_dsdt(cpus, virtio_mmio))))
     madt = append(_madt(cpus))
     blob[:_RSDP_SIZE] = _rsdp(append(_table(b"XSDT", 1, pack("<QQ", fadt, madt))))
-    if len(blob) > ACPI_SIZE:
-        raise ValueError(f"ACPI tables of {len(blob)} bytes: must fit into {ACPI_SIZE}")
+    if len(blob) > RESET_VECTOR - ACPI_TABLES:
+        raise ValueError(
+            f"ACPI tables of {len(blob)} bytes: must fit into {RESET_VECTOR - ACPI_TABLES}"
+        )
     return bytes(blob)
 
 

@@ -15,6 +15,7 @@ kernel that knows their absence leaves alone the 8259 and 8254 too, which saves 
 
 from __future__ import annotations
 
+from struct import pack
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ __all__ = [
     "EVENT_POWER_BUTTON",
     "PORT",
     "RESET",
+    "RESET_CODE",
     "RESET_VALUE",
     "SIZE",
     "SLEEP_CONTROL",
@@ -42,6 +44,11 @@ SLEEP_CONTROL, SLEEP_STATUS, RESET, EVENTS = range(4)
 SLEEP_TYPE_S5 = 5  # the value that the DSDT's \_S5 names
 RESET_VALUE = 0x01
 EVENT_POWER_BUTTON = 0x01
+
+# Real-mode code that resets the machine, for a PC's reset vector: mov $RESET, %dx; mov $VALUE, %al;
+# out %al, %dx; then hlt for as long as the reset takes. Linux jumps there when it reboots on
+# hardware-reduced ACPI without EFI: it takes EFI's reset for the right one, and that one falls back.
+RESET_CODE = pack("<BHBBBB", 0xBA, PORT + RESET, 0xB0, RESET_VALUE, 0xEE, 0xF4) + b"\xeb\xfd"
 
 SLP_EN = 0x20
 WAK_STS = 0x80
