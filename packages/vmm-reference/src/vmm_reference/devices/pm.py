@@ -47,7 +47,7 @@ EVENT_POWER_BUTTON = 0x01
 
 # Real-mode code that resets the machine, for a PC's reset vector: mov $RESET, %dx; mov $VALUE, %al;
 # out %al, %dx; then hlt for as long as the reset takes. Linux jumps there when it reboots on
-# hardware-reduced ACPI without EFI: it takes EFI's reset for the right one, and that one falls back.
+# hardware-reduced ACPI without EFI: it takes EFI's reset for the right one, and falls back.
 RESET_CODE = pack("<BHBBBB", 0xBA, PORT + RESET, 0xB0, RESET_VALUE, 0xEE, 0xF4) + b"\xeb\xfd"
 
 SLP_EN = 0x20
