@@ -434,6 +434,15 @@ def test_hostile_device_states_are_refused(bench: Bench, memory: GuestMemory) ->
         evolve(good, queues=good.queues[:1]),
         evolve(good, queues=(good.queues[0], evolve(good.queues[1], size=0))),
         evolve(good, queue_resets=(2,)),
+        evolve(good, misconfigured=((0, "size", 0),)),
+        evolve(good, misconfigured=((2, "size", 0),)),
+    ]
+    idle = evolve(good, status=11, queues=tuple(queue.save() for queue in fresh.queues))
+    idle = evolve(idle, queues=tuple(evolve(q, features=o.features) for q, o in zip(
+        idle.queues, good.queues, strict=True)))  # fmt: skip
+    bad += [
+        evolve(idle, misconfigured=((0, "features", 0),)),
+        evolve(idle, misconfigured=((0, "size", 4),)),
     ]
     for state in bad:
         with pytest.raises(StateError):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from virtio_queue.constants import (
     CONFIG_INTERRUPT,
@@ -15,14 +15,22 @@ from virtio_queue.constants import (
     STATUS_FEATURES_OK,
     USED_BUFFER_INTERRUPT,
 )
-from virtio_queue.errors import StateError
+from virtio_queue.errors import QueueConfigError, StateError
 from virtio_queue.queue import Queue
 from virtio_queue.state import DeviceState
 from virtio_queue.status import check_features
 
 if TYPE_CHECKING:
-    from virtio_queue.device import VirtioDevice
+    from collections.abc import Callable
 
+    from virtio_queue.device import QueueField, VirtioDevice
+
+_SETTERS: dict[str, Callable[[Queue, int], None]] = {
+    "size": Queue.set_size,
+    "descriptor_area": Queue.set_descriptor_area,
+    "driver_area": Queue.set_driver_area,
+    "device_area": Queue.set_device_area,
+}
 _LADDER = STATUS_ACKNOWLEDGE, STATUS_DRIVER, STATUS_FEATURES_OK, STATUS_DRIVER_OK
 
 
@@ -38,6 +46,10 @@ def save_device(device: VirtioDevice) -> DeviceState:
             config_generation=device.config_generation + device._config_unseen & 0xFFFFFFFF,
             queues=tuple(queue.save() for queue in device.queues),
             queue_resets=tuple(sorted(device._queue_resets)),
+            misconfigured=tuple(
+                (index, field, value)
+                for (index, field), (value, _) in sorted(device._misconfigured.items())
+            ),
         )
 
 
@@ -51,6 +63,11 @@ def restore_device(device: VirtioDevice, state: DeviceState) -> None:
             fresh = Queue(queue.max_size)
             fresh.restore(saved, device.memory)
             queues.append(fresh)
+        misconfigured = {
+            (index, cast("QueueField", field)): (value, _refusal(queues[index], field, value))
+            for index, field, value in state.misconfigured
+        }
+        device._misconfigured = misconfigured
         device.queues = tuple(queues)
         device.driver_features = state.driver_features
         device._config_unseen = False
@@ -91,6 +108,19 @@ def _check(device: VirtioDevice, state: DeviceState) -> None:
     resets = state.queue_resets
     expect(not resets or bool(state.driver_features & F_RING_RESET), "queue_resets", "RING_RESET")
     expect(all(0 <= index < len(state.queues) for index in resets), "queue_resets", "no such queue")
+    for index, field, _ in state.misconfigured:
+        known = 0 <= index < len(state.queues) and field in _SETTERS
+        expect(known, "misconfigured", "no such queue or field")
+        expect(not state.queues[index].ready, "misconfigured", "the queue is ready")
+
+
+def _refusal(queue: Queue, field: str, value: int) -> str:
+    """Why a queue refuses a value, which it has to."""
+    try:
+        _SETTERS[field](queue, value)
+    except QueueConfigError as error:
+        return str(error)
+    raise StateError("misconfigured", f"{field} {value:#x} is not refused")
 
 
 def expect(condition: bool, what: str, rule: str) -> None:

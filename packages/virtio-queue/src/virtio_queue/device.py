@@ -135,8 +135,8 @@ class VirtioDevice:
         self._interrupt_lock = threading.Lock()
         # Queues that were reset under VIRTIO_F_RING_RESET and not enabled again.
         self._queue_resets: set[int] = set()
-        # Fields whose last write was refused: the driver believes a value that is not there.
-        self._misconfigured: dict[tuple[int, QueueField], str] = {}
+        # What the driver wrote last where that was refused: it believes a value that is not there.
+        self._misconfigured: dict[tuple[int, QueueField], tuple[int, str]] = {}
         if self.device_features & F_RING_RESET and not hasattr(model, "reset_queue"):
             raise UsageError("device_features", "RING_RESET needs a model with reset_queue")
 
@@ -189,7 +189,7 @@ class VirtioDevice:
         return self.device_features >> 32 * page & _MASK32 if 0 <= page <= 1 else 0
 
     def _activate(self, status: int) -> None:
-        why = "; ".join(self._misconfigured.values())
+        why = "; ".join(fault for _, fault in self._misconfigured.values())
         if not why:
             try:
                 self.model.activate(self.memory, self.driver_features, self.queues)
@@ -260,7 +260,7 @@ class VirtioDevice:
                 else:
                     queue.set_device_area(value)
             except QueueConfigError as error:
-                self._misconfigured[index, field] = str(error)
+                self._misconfigured[index, field] = value, str(error)
                 self.refuse(str(error))
             else:
                 self._misconfigured.pop((index, field), None)
@@ -274,6 +274,8 @@ class VirtioDevice:
                 self.refuse(f"queue {index} does not exist")
                 return
             now: int = getattr(self.queues[index], field)
+            # The other half as the driver wrote it, even if both together were refused.
+            now, _ = self._misconfigured.get((index, field), (now, ""))
             merged = now & _MASK32 | value << 32 if high else now & ~_MASK32 | value
             self.configure_queue(index, field, merged)
 
@@ -283,7 +285,7 @@ class VirtioDevice:
             queue = self._configurable(index)
             if queue is None:
                 return
-            faults = [why for (at, _), why in self._misconfigured.items() if at == index]
+            faults = [why for (at, _), (_, why) in self._misconfigured.items() if at == index]
             try:
                 if not faults:
                     queue.enable(self.memory)

@@ -76,6 +76,8 @@ class DeviceState:
         config_generation: 0 to 2**32 - 1.
         queues: one state a queue.
         queue_resets: indices of queues that were reset and not enabled again.
+        misconfigured: (queue index, field of `QueueState`, value) of writes that were refused and
+            not corrected yet.
         version: format version.
     """
 
@@ -87,6 +89,7 @@ class DeviceState:
     config_generation: int
     queues: tuple[QueueState, ...]
     queue_resets: tuple[int, ...] = ()
+    misconfigured: tuple[tuple[int, str, int], ...] = ()
     version: int = 1
 
 
