@@ -207,6 +207,13 @@ def whole(session: nox.Session) -> None:
 
 
 @nox.session
+def coverage(session: nox.Session) -> None:
+    """Branches of Python and lines of C against the floors in the pyprojects: `-- PACKAGE...`."""
+    environment(session)
+    session.run(sys.executable, "tests/floors.py", PYTHON, *session.posargs, external=True)
+
+
+@nox.session
 def docs(session: nox.Session) -> None:
     """The documentation of all packages as one site, every reference resolved."""
     environment(session)
@@ -238,5 +245,5 @@ def fuzz(session: nox.Session) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """All that must pass: style, types, each package alone, doctests, the docs, the whole."""
-    for part in ("lint", "alone", "doctest", "docs", "whole"):
+    for part in ("lint", "alone", "doctest", "coverage", "docs", "whole"):
         session.notify(part)

@@ -68,6 +68,7 @@ int vq_bind(struct vq_ring *ring, uint64_t table);
 struct vq_batch *vq_batch_new(uint32_t chains, uint32_t segments, uint32_t iovecs);
 void vq_batch_free(struct vq_batch *batch);
 int64_t vq_pop(struct vq_ring *ring, struct vq_batch *batch, uint32_t limit, int track);
+int64_t vq_pop_batch(struct vq_ring *ring, struct vq_batch *batch, int64_t limit, uint32_t header);
 int vq_undo(struct vq_ring *ring, uint32_t head);
 int64_t vq_complete(struct vq_ring *ring, uint32_t count, const uint32_t *heads,
                     const uint32_t *lengths);

@@ -143,6 +143,16 @@ int64_t vq_pop(struct vq_ring *ring, struct vq_batch *batch, uint32_t limit, int
     return batch->count;
 }
 
+int64_t vq_pop_batch(struct vq_ring *ring, struct vq_batch *batch, int64_t limit, uint32_t header)
+{
+    if (batch->outstanding != 0)
+        return -2;
+    if (header > VQ_MAX_HEADER)
+        return -3;
+    batch->header_size = header;
+    return vq_pop(ring, batch, limit < 0 || limit > ring->size ? ring->size : (uint32_t)limit, 1);
+}
+
 int vq_undo(struct vq_ring *ring, uint32_t head)
 {
     struct vq_flight *flight;

@@ -137,6 +137,10 @@ void vq_batch_free(struct vq_batch *batch);
  * the first one is malformed (a later one ends the batch and is met again by the next call). With
  * `track` the chains belong to the batch, else to the caller one by one. */
 int64_t vq_pop(struct vq_ring *ring, struct vq_batch *batch, uint32_t limit, int track);
+/* The same for a batch of the caller's: at most the queue's size for a negative limit, with a copy of
+ * each chain's first `header` bytes. Also -2 when chains of the batch are not used yet, and -3 when
+ * `header` is too much. */
+int64_t vq_pop_batch(struct vq_ring *ring, struct vq_batch *batch, int64_t limit, uint32_t header);
 /* Give back the chain that was taken last. 0, or -1 when it is not that one. */
 int vq_undo(struct vq_ring *ring, uint32_t head);
 /* Use `count` chains with one publication. Returns how many became visible; -1 with `fault` set to

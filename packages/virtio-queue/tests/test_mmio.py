@@ -338,6 +338,28 @@ def test_queue_ready_zero_stops_a_queue(bench: Bench) -> None:
     assert bench.driver.queues[0].reap() == []
 
 
+@pytest.mark.parametrize("value", [2, 3, 0xFFFFFFFF])
+def test_queue_ready_is_0_or_1(bench: Bench, value: int) -> None:
+    """4.2.2: QueueReady takes one and zero; anything else does nothing."""
+    bench.driver.negotiate(F_VERSION_1)
+    bench.driver.set(0x030, 0)
+    bench.driver.set(0x044, value)
+    assert bench.driver.get(0x044) == 0
+    assert bench.device.refused == 1
+
+
+def test_a_ready_queue_is_not_configured_before_driver_ok(bench: Bench) -> None:
+    """4.2.3.2: between QueueReady and DRIVER_OK the rings stay where they are, too."""
+    bench.driver.negotiate(F_VERSION_1)
+    assert bench.driver.set_up_queue(0)
+    before = bench.device.save()
+    for register in (0x038, 0x080, 0x084, 0x090, 0x094, 0x0A0, 0x0A4):
+        bench.driver.set(register, 4)
+    bench.driver.set(0x044, 1)
+    assert bench.device.save() == before
+    assert bench.device.refused == 8
+
+
 def test_config_generation_changes_with_the_configuration(bench: Bench) -> None:
     """2.5.1: the generation differs before and after a change, and the driver is interrupted."""
     bench.driver.start()

@@ -306,6 +306,18 @@ def test_capabilities_point_into_the_window(bench: Bench) -> None:
     assert kinds[2] == (NOTIFY_OFFSET, 8)
 
 
+def test_4_1_4_7_shared_memory_capabilities(bench: Bench) -> None:
+    """A region is named by its id; offset and length have 64 bits, the upper halves apart."""
+    places = {3: (2, 0x1_0000_2000, 0x5_0000_1000), 0: (4, 0, 1 << 20)}
+    former, regions = bench.transport.capabilities(0), []
+    for data in bench.transport.capabilities(0, places)[len(former) :]:
+        assert (data[0], data[2], data[3]) == (0x09, len(data), 8)
+        words = [int.from_bytes(data[at : at + 4], "little") for at in (8, 12, 16, 20)]
+        regions.append((data[5], (data[4], words[0] | words[2] << 32, words[1] | words[3] << 32)))
+    assert dict(regions) == places
+    assert len(regions) == 2
+
+
 def test_saved_and_restored(bench: Bench, memory: GuestMemory) -> None:
     """A restored device goes on with its vectors; pending interrupts are sent again."""
     bench.driver.start()

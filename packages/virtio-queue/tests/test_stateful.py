@@ -8,7 +8,7 @@ import pytest
 from hypothesis import Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 
-from virtio_queue import UsageError
+from virtio_queue import ActivationError, UsageError
 from virtio_queue.testing import DeviceRuleError, Echo
 from virtio_queue.testing.stateful import DeviceMachine
 
@@ -23,8 +23,37 @@ class EchoMachine(DeviceMachine):
         return Echo(memory)
 
 
+class PciEchoMachine(EchoMachine):
+    """And over the other transport."""
+
+    pci = True
+
+
 TestEcho = EchoMachine.TestCase
-TestEcho.settings = settings(max_examples=60, stateful_step_count=25)
+TestPciEcho = PciEchoMachine.TestCase
+TestEcho.settings = TestPciEcho.settings = settings(max_examples=60, stateful_step_count=25)
+
+
+class Keeper(Echo):
+    """Keeps what it takes until the driver resets it, as receive queues do."""
+
+    def process(self, queue_index: int) -> None:
+        for _ in self.queues[queue_index].chains(self.memory):
+            pass
+        self.queues[queue_index].enable_notifications(self.memory)
+
+
+class KeeperMachine(DeviceMachine):
+    """What is not answered at once is not missed."""
+
+    answers = False
+
+    def make_model(self, memory: GuestMemory) -> Keeper:
+        return Keeper(memory)
+
+
+TestKeeper = KeeperMachine.TestCase
+TestKeeper.settings = settings(max_examples=40, stateful_step_count=25)
 
 
 class Forgetful(Echo):
@@ -33,6 +62,29 @@ class Forgetful(Echo):
     def process(self, queue_index: int) -> None:
         for _ in self.queues[queue_index].chains(self.memory):
             pass
+
+
+class Silent(Echo):
+    """Uses buffers, and claims that nobody needs to hear of it."""
+
+    def process(self, queue_index: int) -> None:
+        super().process(queue_index)
+        self.queues[queue_index].needs_notification(self.memory)
+
+
+class Deaf(Echo):
+    """Never asks for kicks again."""
+
+    def process(self, queue_index: int) -> None:
+        super().process(queue_index)
+        self.queues[queue_index].disable_notifications(self.memory)
+
+
+class Absent(Echo):
+    """Cannot start."""
+
+    def activate(self, memory: GuestMemory, driver_features: int, queues: object) -> None:
+        raise ActivationError("never")
 
 
 class Fragile(Echo):
@@ -51,9 +103,18 @@ class Broken(DeviceMachine):
         return self.model_class(memory)
 
 
-@pytest.mark.parametrize(("model", "error"), [(Forgetful, DeviceRuleError), (Fragile, IndexError)])
+@pytest.mark.parametrize(
+    ("model", "error"),
+    [
+        (Forgetful, DeviceRuleError),
+        (Silent, DeviceRuleError),
+        (Deaf, DeviceRuleError),
+        (Absent, DeviceRuleError),
+        (Fragile, IndexError),
+    ],
+)
 def test_bad_devices_are_found(model: type[Echo], error: type[Exception]) -> None:
-    """A device that loses buffers, or that a register write can make raise, does not pass."""
+    """A device that loses buffers or notifications, or that a register makes raise, is caught."""
 
     class Machine(Broken):
         model_class = model

@@ -10,9 +10,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from virtio_queue import Queue, UsageError
+from virtio_queue import MmioTransport, PciTransport, Queue, UsageError, VirtioDevice
 from virtio_queue.constants import F_IN_ORDER, F_INDIRECT_DESC, F_VERSION_1
-from virtio_queue.testing import Arena, DeviceRuleError, Driver, PackedDriver, SplitDriver
+from virtio_queue.testing import (
+    Arena,
+    DeviceRuleError,
+    Driver,
+    Echo,
+    MmioDriver,
+    PackedDriver,
+    PciDriver,
+    SplitDriver,
+)
 from virtio_queue.testing.strategies import queue_features, split_sizes
 from virtio_queue.testing.transport import TransportDriver
 
@@ -145,3 +154,64 @@ def test_strategies_make_what_queues_take(size: int, features: int) -> None:
     queue.set_features(features)
     queue.set_size(size)
     assert features & F_VERSION_1
+
+
+class _Stub(TransportDriver):
+    """A device that is only a status register, which may refuse steps."""
+
+    def __init__(self, memory: GuestMemory, *, sticky: int, refuses: int, limit: int = 0) -> None:
+        super().__init__(memory)
+        self.sticky, self.refuses, self.limit = sticky, refuses, limit
+        self.value = 0
+
+    def read_status(self) -> int:
+        return self.value | self.sticky
+
+    def write_status(self, status: int) -> None:
+        self.value = status & ~self.refuses
+
+    def read_features(self) -> int:
+        return F_VERSION_1
+
+    def write_features(self, features: int) -> None:
+        pass
+
+    def queue_limit(self, index: int) -> int:
+        return self.limit
+
+    def enable_queue(self, index: int, driver: AnyDriver) -> bool:
+        return False
+
+
+@pytest.mark.parametrize(
+    ("sticky", "refuses", "limit", "rule"),
+    [
+        (0x40, 0, 0, "not 0 after a reset"),
+        (0, 8, 0, "were refused"),
+        (0, 0, 4, "does not become ready"),
+    ],
+)
+def test_devices_that_do_not_come_up(
+    memory: GuestMemory, sticky: int, refuses: int, limit: int, rule: str
+) -> None:
+    """No reset, refused features, a queue that stays disabled: each is named."""
+    driver = _Stub(memory, sticky=sticky, refuses=refuses, limit=limit)
+    with pytest.raises(DeviceRuleError, match=rule):
+        driver.start()
+
+
+def test_queues_that_are_enabled_already(memory: GuestMemory) -> None:
+    """A queue that runs before it was set up, over both transports; a vector that is not there."""
+    device = VirtioDevice(Echo(memory), memory, lambda: None)
+    registers = MmioTransport(device, device.process)
+    window = PciTransport(
+        device, device.process, vectors=1, msix_enabled=lambda: True,
+        signal=lambda _: None, intx=lambda _: None,
+    )  # fmt: skip
+    for driver in (MmioDriver(registers), PciDriver(window)):
+        driver.negotiate(F_VERSION_1)
+        assert driver.set_up_queue(0)
+        with pytest.raises(DeviceRuleError, match="before it was set up"):
+            driver.set_up_queue(0)
+    with pytest.raises(UsageError, match="MSI-X"):
+        PciDriver(window, queue_vectors=(1,)).start()

@@ -40,7 +40,9 @@ class ChainBatch:
 
     __slots__ = (
         "_chains",
+        "_count",
         "_headers",
+        "_headers_size",
         "_iovecs",
         "_totals",
         "handle",
@@ -64,8 +66,16 @@ class ChainBatch:
             memoryview(ffi.buffer(handle.iovecs, 16 * iovecs)).cast("Q") if iovecs else None
         )
 
+        self._count = 0
+        self._headers_size = 0
+
+    def filled(self, count: int, header: int) -> None:
+        """Take note of what `Queue.pop_batch` has put here."""
+        self._count = count
+        self._headers_size = count * header
+
     def __len__(self) -> int:
-        return self.handle.count
+        return self._count
 
     @property
     def outstanding(self) -> int:
@@ -89,7 +99,7 @@ class ChainBatch:
         Read once when the chain was taken; what a shorter chain lacks is zeros.
         `struct.iter_unpack` takes them apart.
         """
-        return self._headers[: self.handle.header_size * len(self)].tobytes()
+        return self._headers[: self._headers_size].tobytes()
 
     def chain(self, index: int) -> DescriptorChain:
         """Copy one chain out of the arrays.

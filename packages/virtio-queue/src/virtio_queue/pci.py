@@ -11,7 +11,7 @@ from virtio_queue.device import CONFIG_SOURCE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from virtio_queue.device import QueueField, VirtioDevice
     from virtio_queue.queue import Queue
@@ -129,19 +129,30 @@ class PciTransport:
         self._config_vector = NO_VECTOR
         self._queue_vectors = [NO_VECTOR] * len(self.device.queues)
 
-    def capabilities(self, bar: int) -> tuple[bytes, ...]:
-        """Return the vendor capabilities that point into the window (4.1.4).
+    def capabilities(
+        self, bar: int, shared_memory: Mapping[int, tuple[int, int, int]] | None = None
+    ) -> tuple[bytes, ...]:
+        """Return the vendor capabilities that point into the window and to shared memory (4.1.4).
 
         Args:
             bar: number of the BAR whose start is the window's, 0 to 5.
+            shared_memory: BAR, offset in it and length in bytes of each shared memory region, by
+                its id (4.1.4.7).
 
         Returns:
-            Each capability with its own length, `cap_next` left 0 for the VMM to fill.
+            Each capability with its own length, `cap_next` left 0 for the VMM to fill. The one
+            that reaches BARs through configuration space (4.1.4.9) is the VMM's.
         """
 
         def capability(kind: int, offset: int, length: int, more: bytes = b"") -> bytes:
             head = bytes((0x09, 0, 16 + len(more), kind, bar, 0, 0, 0))
             return head + offset.to_bytes(4, "little") + length.to_bytes(4, "little") + more
+
+        def region(identity: int, where: int, offset: int, length: int) -> bytes:
+            head = bytes((0x09, 0, 24, 8, where, identity, 0, 0))
+            low, high = _MASK32, 32
+            words = (offset & low, length & low, offset >> high, length >> high)
+            return head + b"".join(word.to_bytes(4, "little") for word in words)
 
         notify_length = NOTIFY_MULTIPLIER * max(len(self.device.queues), 1)
         multiplier = NOTIFY_MULTIPLIER.to_bytes(4, "little")
@@ -150,6 +161,7 @@ class PciTransport:
             capability(2, NOTIFY_OFFSET, notify_length, multiplier),
             capability(3, ISR_OFFSET, 1),
             capability(4, DEVICE_OFFSET, _DEVICE_LENGTH),
+            *(region(identity, *place) for identity, place in (shared_memory or {}).items()),
         )
 
     # Interrupts ---------------------------------------------------------------------------

@@ -46,7 +46,14 @@ if TYPE_CHECKING:
 
 __all__ = ["Queue"]
 
+# What stands for the memory of a queue that is not ready: no caller's memory is it.
+_UNBOUND = object()
+# What `vq_pop_batch` says besides a count and a fault.
+_BUSY, _TOO_LONG = -2, -3
+
 _pop = lib.vq_pop
+_pop_batch = lib.vq_pop_batch
+_complete_batch = lib.vq_complete_batch
 _complete_one = lib.vq_complete_one
 _needs_notification = lib.vq_needs_notification
 
@@ -87,7 +94,7 @@ class Queue(QueueConfiguration):
         super().__init__(max_size)
         self._ring: CData = ffi.NULL
         self._one: ChainBatch | None = None
-        self._memory: GuestMemory | None = None
+        self._memory: object = _UNBOUND
         # Chains taken one by one; those of batches stay in the batch's arrays.
         self._in_flight: dict[int, DescriptorChain] = {}
         self._batches: list[ChainBatch] = []
@@ -133,7 +140,7 @@ class Queue(QueueConfiguration):
     def _drop_ring(self) -> None:
         self._ring = ffi.NULL
         self._one = None
-        self._memory = None
+        self._memory = _UNBOUND
         self._in_flight = {}
         self._batches = []
 
@@ -192,9 +199,7 @@ class Queue(QueueConfiguration):
         """
         if memory is not self._memory:
             self._running("pop", memory)
-        one = self._one
-        if one is None:
-            raise QueueStateError("pop", "the queue is not ready")
+        one: ChainBatch = self._one  # type: ignore[assignment]
         count = _pop(self._ring, one.handle, 1, 0)
         if count == 0:
             return None
@@ -239,20 +244,30 @@ class Queue(QueueConfiguration):
             QueueStateError: the queue is not ready.
             UsageError: `header` is out of range.
         """
-        if not 0 <= header <= MAX_HEADER:
-            raise UsageError("header", f"{header} is not from 0 to {MAX_HEADER}")
-        ring = self._running("pop_batch", memory)
-        for batch in self._batches:
-            if not batch.outstanding:
-                break
-        else:
-            segments = self._longest_chain() + 4 * self.size
-            batch = ChainBatch(self.size, segments, 2 * segments)
-            self._batches.append(batch)
-        batch.handle.header_size = header
-        wanted = self.size if limit is None else min(max(limit, 0), self.size)
-        if _pop(ring, batch.handle, wanted, 1) < 0:
+        if memory is not self._memory:
+            self._running("pop_batch", memory)
+        wanted = -1 if limit is None else max(limit, 0)
+        try:
+            for batch in self._batches:
+                count = _pop_batch(self._ring, batch.handle, wanted, header)
+                if count != _BUSY:
+                    break
+            else:
+                batch = self._another_batch()
+                count = _pop_batch(self._ring, batch.handle, wanted, header)
+        except OverflowError:
+            count = _TOO_LONG
+        if count < 0:
+            if count == _TOO_LONG:
+                raise UsageError("header", f"{header} is not from 0 to {MAX_HEADER}")
             raise self._fault()
+        batch.filled(count, header)
+        return batch
+
+    def _another_batch(self) -> ChainBatch:
+        segments = self._longest_chain() + 4 * self.size
+        batch = ChainBatch(self.size, segments, 2 * segments)
+        self._batches.append(batch)
         return batch
 
     def undo_pop(self, chain: DescriptorChain) -> None:
@@ -330,7 +345,8 @@ class Queue(QueueConfiguration):
             QueueStateError: as `add_used`; nothing of the batch has been used.
             UsageError: as `add_used`, or another number of lengths than of chains.
         """
-        ring = self._running("complete_batch", memory)
+        if memory is not self._memory:
+            self._running("complete_batch", memory)
         written: array[int] | None = None
         raw = ffi.NULL
         if lengths is not None:
@@ -341,8 +357,8 @@ class Queue(QueueConfiguration):
             if len(written) != len(batch):
                 raise UsageError("lengths", f"{len(written)} of them for {len(batch)} chains")
             raw = ffi.from_buffer("uint32_t[]", written)
-        if len(batch) and lib.vq_complete_batch(ring, batch.handle, raw) < 0:
-            at = ring.fault.value
+        if _complete_batch(self._ring, batch.handle, raw) < 0:
+            at = self._ring.fault.value
             raise self._usage(batch.heads[at], written[at] if written else 0)
         if self._in_flight:
             self._forget_used()

@@ -22,10 +22,12 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from virtio_queue.constants import F_INDIRECT_DESC
 from virtio_queue.device import VirtioDevice
 from virtio_queue.errors import UsageError
-from virtio_queue.mmio import MmioTransport
+from virtio_queue.mmio import CONFIG_OFFSET, MmioTransport
+from virtio_queue.pci import DEVICE_OFFSET, ISR_OFFSET, NOTIFY_OFFSET, WINDOW_SIZE, PciTransport
 from virtio_queue.testing.arena import Arena
 from virtio_queue.testing.driver import DeviceRuleError
 from virtio_queue.testing.mmio import MmioDriver
+from virtio_queue.testing.pci import PciDriver
 from virtio_queue.testing.strategies import buffers as any_buffers
 from vm_memory import GuestAddress, GuestMemory
 
@@ -35,9 +37,12 @@ if TYPE_CHECKING:
 __all__ = ["DeviceMachine"]
 
 _LADDER = (1, 2, 8, 4)
-_REGISTERS = st.one_of(
-    st.sampled_from([*range(0, 0x100, 4)]),
-    st.integers(0, 0x200),
+_MMIO_REGISTERS = st.one_of(st.sampled_from([*range(0, 0x100, 4)]), st.integers(0, 0x200))
+_PCI_REGISTERS = st.one_of(
+    st.integers(0, 0x40),
+    st.integers(0, 16).map(lambda at: DEVICE_OFFSET + at),
+    st.integers(0, 16).map(lambda at: NOTIFY_OFFSET + at),
+    st.integers(0, WINDOW_SIZE),
 )
 _VALUES = st.one_of(
     st.sampled_from([0, 1, 2, 3, 8, 15, 0x40, 0x80, 0xFFFF]), st.integers(0, 2**32 - 1)
@@ -45,7 +50,7 @@ _VALUES = st.one_of(
 
 
 class DeviceMachine(RuleBasedStateMachine):
-    """Drives one device through virtio-mmio registers.
+    """Drives one device through the registers of virtio-mmio, or of virtio-pci with INTx.
 
     What it requires of every device, whatever the driver does:
 
@@ -57,12 +62,14 @@ class DeviceMachine(RuleBasedStateMachine):
     - a saved device goes on in a fresh one.
 
     Attributes:
+        pci: whether the registers are those of virtio-pci.
         memory_size: bytes of guest memory.
         buffers: strategy for arguments of `Driver.add`.
         answers: whether the device uses every buffer before `process` returns. A device that
             keeps buffers (receive queues, an asynchronous backend) sets it to False.
     """
 
+    pci = False
     memory_size = 1 << 20
     buffers: st.SearchStrategy[tuple[list[bytes], list[int]]] = any_buffers()
     answers = True
@@ -85,15 +92,30 @@ class DeviceMachine(RuleBasedStateMachine):
 
     def _power_on(self) -> None:
         self.device = VirtioDevice(self.make_model(self.memory), self.memory, self._interrupt)
-        self.transport = MmioTransport(self.device, self.device.process)
+        self.transport: MmioTransport | PciTransport
+        if self.pci:
+            self.transport = PciTransport(
+                self.device, self.device.process, vectors=0, msix_enabled=lambda: False,
+                signal=lambda _: None, intx=self._line,
+            )  # fmt: skip
+        else:
+            self.transport = MmioTransport(self.device, self.device.process)
         self._fresh_driver()
 
     def _fresh_driver(self) -> None:
         arena = Arena(0x1000, self.memory_size - 0x1000)
-        self.driver = MmioDriver(self.transport, arena=arena)
+        self.driver: MmioDriver | PciDriver
+        if isinstance(self.transport, PciTransport):
+            self.driver = PciDriver(self.transport, arena=arena)
+        else:
+            self.driver = MmioDriver(self.transport, arena=arena)
 
     def _interrupt(self) -> None:
         self.interrupts += 1
+
+    def _line(self, level: bool) -> None:
+        if level:
+            self._interrupt()
 
     def teardown(self) -> None:
         """Give the memory back."""
@@ -138,7 +160,10 @@ class DeviceMachine(RuleBasedStateMachine):
     @rule()
     def acknowledge(self) -> None:
         """Handle interrupts."""
-        self.driver.acknowledge()
+        if isinstance(self.driver, PciDriver):
+            self.driver.read_isr()
+        else:
+            self.driver.acknowledge()
         assert self.device.interrupt_status == 0
 
     @rule()
@@ -150,7 +175,7 @@ class DeviceMachine(RuleBasedStateMachine):
         self._power_on()
         self.transplant(old.model, self.device.model)
         self.device.restore(state)
-        self.transport.restore(registers)
+        self.transport.restore(registers)  # type: ignore[arg-type]
         driver.transport = self.transport
         self.driver = driver
         assert self.device.save().queues == state.queues or self.device.status != state.status
@@ -172,16 +197,20 @@ class DeviceMachine(RuleBasedStateMachine):
         if stray and driver.add_status(8) & 8:
             raise DeviceRuleError("2.2.2", f"features {stray:#x} were accepted, not offered")
 
-    @rule(register=_REGISTERS, value=_VALUES, width=st.sampled_from([0, 1, 2, 3, 4, 4, 4, 8]))
-    def write_anything_anywhere(self, register: int, value: int, width: int) -> None:
+    @rule(data=st.data(), value=_VALUES, width=st.sampled_from([0, 1, 2, 3, 4, 4, 4, 8]))
+    def write_anything_anywhere(self, data: st.DataObject, value: int, width: int) -> None:
         """Any register, any value, any width: at worst the device asks for a reset."""
-        if register < 0x100 and register not in (0x060, 0x064):
-            self.honest = False
+        register = data.draw(_PCI_REGISTERS if self.pci else _MMIO_REGISTERS, label="register")
+        harmless = register >= DEVICE_OFFSET or register == ISR_OFFSET
+        if not self.pci:
+            harmless = register >= CONFIG_OFFSET or register in (0x060, 0x064)
+        self.honest = self.honest and harmless
         self.transport.write(register, value.to_bytes(8, "little")[:width])
 
-    @rule(register=_REGISTERS, width=st.sampled_from([0, 1, 2, 3, 4, 8, 64]))
-    def read_anything_anywhere(self, register: int, width: int) -> None:
+    @rule(data=st.data(), width=st.sampled_from([0, 1, 2, 3, 4, 8, 64]))
+    def read_anything_anywhere(self, data: st.DataObject, width: int) -> None:
         """Any register at any width reads as many bytes as were asked for."""
+        register = data.draw(_PCI_REGISTERS if self.pci else _MMIO_REGISTERS, label="register")
         assert len(self.transport.read(register, width)) == width
 
     @precondition(lambda self: bool(self.driver.queues))
@@ -200,7 +229,8 @@ class DeviceMachine(RuleBasedStateMachine):
     @rule(index=st.integers(0, 2**32 - 1))
     def kick_anything(self, index: int) -> None:
         """Kick any number, existing or not."""
-        self.transport.write(0x050, index.to_bytes(4, "little"))
+        place = NOTIFY_OFFSET + 4 * (index & 0x3FF) if self.pci else 0x050
+        self.transport.write(place, index.to_bytes(4, "little"))
 
     # What always holds.
 
