@@ -23,6 +23,11 @@ PROGRAM = "qemu-system-x86_64"
 
 # Without its algorithms' self-tests and the look-ups of interrupt routes in ACPI's tables (virtio
 # takes message-signalled ones) the kernel is up three seconds sooner.
+# Without fast byte strings, kernels clear pages by words, not bytes. The emulator looks through all
+# translated blocks of a page at each store to it, so to clear 2 MiB where a guest's kernel was took
+# half a second by bytes; now it takes an eighth of that, and every guest after the first boots in
+# half the time.
+CPU = "max,-erms"
 CMDLINE = "console=ttyS0 panic=-1 mitigations=off quiet cryptomgr.notests acpi=noirq"
 
 # Pins itself, asks for SIGKILL at its parent's death, and becomes QEMU. All of QEMU's threads
@@ -75,7 +80,7 @@ class Emulator:
         (self.share / "agent").write_text(command)
         arguments = [
             "-accel", "tcg,thread=multi,tb-size=1024",
-            "-smp", "1", "-cpu", "max", "-m", memory,
+            "-smp", "1", "-cpu", CPU, "-m", memory,
             "-display", "none", "-nodefaults", "-no-reboot", "-no-user-config",
             "-serial", f"file:{self.folder / 'console'}",
             "-kernel", str(outer.kernel),
