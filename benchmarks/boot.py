@@ -7,16 +7,18 @@ kernels that KVM is used instead of the lab.
 
     nox -s bench -- boot --peer firecracker=/path/to/firecracker
 
-The files lie on a tmpfs, so that no VMM waits for a disk. `native/boot_driver.c` starts each VMM
-and takes the stamps; it sees the first KVM_RUN from outside, by one perf event on the kernel's
-tracepoint kvm:kvm_entry. Two stamps come from the guest: its own clock at init's first line and at
-its reset. The option `hugepagesz=1`, which no kernel supports, makes an otherwise quiet kernel
-write one line to its console as soon as it has one.
+The files lie on a tmpfs, so that no VMM waits for a disk, or for the lab's way to the host's: the
+guest's, and those of each VMM too, be they shared libraries or a Python with its packages.
+`native/boot_driver.c` starts each VMM and takes the stamps; it sees the first KVM_RUN from outside,
+by one perf event on the kernel's tracepoint kvm:kvm_entry. Two stamps come from the guest: its own
+clock at init's first line and at its reset. The option `hugepagesz=1`, which no kernel supports,
+makes an otherwise quiet kernel write one line to its console as soon as it has one.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import sys
@@ -114,41 +116,64 @@ class Vmm:
 
     Attributes:
         name: as the rows call it.
-        program: copied to the tmpfs beside the kernel, or None where it runs from its own place.
-        command: shell text that starts it; `$N` is the number of vCPUs.
+        install: shell text that copies it into the folder on the tmpfs, which is the current one.
+        command: shell text that starts it there; `$N` is the number of vCPUs.
     """
 
     name: str
-    program: Path | None
+    install: str
     command: str
 
 
-def ours() -> str:
-    """The shell text that runs `vmm run` of this very environment."""
-    program = Path(sys.executable).with_name("vmm")
-    if not program.exists():
-        raise Skip(f"{program} is not there; install the five packages into this environment")
-    return (
-        f"{shlex.quote(str(program))} run --kernel vmlinux --initrd initrd --cpus $N "
+def ours() -> Vmm:
+    """`vmm run` of this very environment, with its interpreter and their libraries."""
+    environment = Path(sys.prefix)
+    if not (environment / "bin" / "vmm").exists():
+        raise Skip(f"{environment} has no vmm; install the five packages into this environment")
+    words = {"env": environment, "library": Path(os.__file__).parent,
+             "program": Path(sys.executable).resolve()}  # fmt: skip
+    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    install = """
+mkdir -p python/bin python/lib
+cp {program} python/bin/{version}
+cp -a {library} python/lib/{version}
+cp -a {env} env
+ln -sf $PWD/python/bin/{version} env/bin/python
+sed -i "s#^home *=.*#home = $PWD/python/bin#" env/pyvenv.cfg
+""".format(version=version, **{name: shlex.quote(str(path)) for name, path in words.items()})
+    command = (
+        "env/bin/python env/bin/vmm run --kernel vmlinux --initrd initrd --cpus $N "
         f"--memory {MEMORY}M --on-reset exit --cmdline {shlex.quote(CMDLINE)}"
     )
+    return Vmm("ours", install, command)
 
 
 def qemu(program: Path) -> Vmm:
     """QEMU's smallest machine, with the i8042 that the reset needs."""
+    # Its loader is given to it by name, for the libraries beside it; its firmware is with -L.
+    install = f"""
+mkdir -p qemu/share
+cp {shlex.quote(str(program))} qemu/program
+ldd qemu/program | sed -n 's/.* => \\(.*\\) (.*/\\1/p' | xargs -I% cp -L % qemu/
+cp -L "$(ldd qemu/program | sed -n 's/^[[:space:]]*\\(\\/.*ld-linux[^ ]*\\) .*/\\1/p')" qemu/loader
+qemu/program -L help | while read -r folder; do
+    if [ -d "$folder" ]; then cp -rL "$folder/." qemu/share; fi
+done
+"""
     command = (
-        f"{shlex.quote(str(program))} -M microvm,accel=kvm,pit=on,pic=on,rtc=on,isa-serial=on "
+        "qemu/loader --library-path qemu qemu/program -L qemu/share "
+        "-M microvm,accel=kvm,pit=on,pic=on,rtc=on,isa-serial=on "
         f"-cpu host -smp $N -m {MEMORY} -nodefaults -no-user-config -no-reboot -display none "
         "-serial stdio -device i8042 -kernel vmlinux -initrd initrd "
         f"-append {shlex.quote(CMDLINE)}"
     )
-    return Vmm("qemu", None, command)
+    return Vmm("qemu", install, command)
 
 
 def firecracker(program: Path) -> Vmm:
     """Firecracker without its API server, its log and its filter of system calls."""
     command = "./firecracker --no-api --no-seccomp --level Off --config-file firecracker$N.json"
-    return Vmm("firecracker", program, command)
+    return Vmm("firecracker", f"cp {shlex.quote(str(program))} firecracker", command)
 
 
 def firecracker_config(cpus: int) -> str:
@@ -160,13 +185,13 @@ def firecracker_config(cpus: int) -> str:
 
 def job(vmms: Sequence[Vmm], files: Mapping[str, Path], rounds: int) -> str:
     """The script that makes all boots; before each it writes a line with `== NAME CPUS ROUND`."""
-    copies = dict(files) | {vmm.name: vmm.program for vmm in vmms if vmm.program}
     lines = [
         "set -e",
         "folder=$(mktemp -d -p /dev/shm)",
         "trap 'rm -rf $folder' EXIT",
         "cd $folder",
-        *(f"cp {shlex.quote(str(source))} {name}" for name, source in copies.items()),
+        *(f"cp {shlex.quote(str(source))} {name}" for name, source in files.items()),
+        *(vmm.install for vmm in vmms),
         *(f"echo {shlex.quote(firecracker_config(n))} >firecracker{n}.json" for n in CPUS),
         f"for round in $(seq 0 {rounds}); do for N in {' '.join(map(str, CPUS))}; do",
     ]
@@ -228,7 +253,7 @@ def imports(boot: Boot, count: int = 12) -> str:
 
 def rows(bench: Bench) -> Iterator[Row]:
     """Boot all, and compare ours with each peer, stage by stage."""
-    vmms = [Vmm("ours", None, ours())]
+    vmms = [ours()]
     absent: dict[str, str] = {}
     for name, where, made in (
         ("qemu", "qemu-system-x86_64", qemu),

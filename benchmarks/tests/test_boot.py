@@ -130,7 +130,7 @@ def test_the_dearest_imports_come_first() -> None:
 
 def test_the_job_is_a_script_the_shell_accepts() -> None:
     """Whatever the paths hold, the script is well-formed and names every VMM."""
-    vmms = [boot.Vmm("ours", None, "vmm run"), boot.qemu(Path("/opt/my qemu/bin/q"))]
+    vmms = [boot.Vmm("ours", "", "vmm run"), boot.qemu(Path("/opt/my qemu/bin/q"))]
     vmms.append(boot.firecracker(Path("/a 'quoted' path/firecracker")))
     script = boot.job(vmms, {"vmlinux": Path("/with space/vmlinux")}, 2)
     shell = shutil.which("sh")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 from vmm_reference.errors import ConfigError, VmmError
@@ -16,6 +17,9 @@ def main(arguments: list[str] | None = None) -> int:
     adds those of the guest's end (see `vmm_reference.outcome`).
     """
     words = sys.argv[1:] if arguments is None else arguments
+    # The folder of the command itself: no module of ours is there, and each import would look.
+    if sys.path[:1] == [os.path.dirname(os.path.realpath(sys.argv[0]))]:  # noqa: PTH120
+        del sys.path[0]
     try:
         if words[:1] == ["run"]:
             from .run import run

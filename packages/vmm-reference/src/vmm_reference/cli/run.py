@@ -129,6 +129,15 @@ def run(arguments: list[str]) -> int:
     return status
 
 
+def _formatter(prog: str) -> argparse.HelpFormatter:
+    """As argparse makes one, for every option; it would import shutil to ask for the width."""
+    try:
+        width = os.get_terminal_size(1).columns
+    except OSError:
+        width = 80
+    return argparse.HelpFormatter(prog, width=max(width - 2, 40))
+
+
 def _parser() -> argparse.ArgumentParser:
     # argparse here, click elsewhere: click's import alone takes a third of the time from the
     # process's start to the guest's first instruction.
@@ -138,6 +147,7 @@ def _parser() -> argparse.ArgumentParser:
         "the standard streams; on a terminal, Ctrl-A x leaves.",
         epilog=STATUSES,
         allow_abbrev=False,
+        formatter_class=_formatter,
     )
     add = parser.add_argument
     add("--kernel", metavar="PATH", help="Linux image: ELF vmlinux or bzImage")
