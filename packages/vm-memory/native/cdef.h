@@ -17,6 +17,7 @@ size_t vmm_file_page_size(int fd);
 /* faults.c */
 int vmm_mapping_guard_faults(struct vmm_mapping *mapping, size_t page);
 int vmm_mapping_lost(struct vmm_mapping *mapping);
+void vmm_mapping_lose(struct vmm_mapping *mapping);
 
 /* policy.c */
 int vmm_advise(uint64_t host, size_t length, int advice);
@@ -79,6 +80,38 @@ int64_t vmm_transfer(struct vmm_table *table, uint64_t address, uint64_t length,
 
 /* owner.c */
 int vmm_own(uint64_t list, void *thing, int kind, size_t length);
+
+/* userfault.c */
+struct vmm_userfault_event {
+    uint64_t host;
+    uint64_t end;
+    uint64_t flags;
+    uint32_t kind;
+};
+int vmm_userfault_open(uint64_t features, int *error);
+int vmm_userfault_register(int fd, uint64_t host, uint64_t length, uint64_t mode);
+int vmm_userfault_unregister(int fd, uint64_t host, uint64_t length);
+int vmm_userfault_protect(int fd, uint64_t host, uint64_t length, int on);
+int vmm_userfault_wake(int fd, uint64_t host, uint64_t length);
+int64_t vmm_userfault_supply(int fd, uint64_t to, uint64_t from, uint64_t length, uint64_t mode,
+                             int *error);
+int vmm_userfault_read(int fd, struct vmm_userfault_event *events, int room, int *error);
+struct vmm_filler_status {
+    uint64_t faults;
+    uint64_t filled;
+    uint64_t pages;
+    uint64_t error_offset;
+    int error;
+    int complete;
+};
+struct vmm_filler;
+struct vmm_filler *vmm_filler_new(int uffd, int file, uint64_t page, size_t count,
+                                  const uint64_t *ranges, int *error);
+int vmm_filler_start(struct vmm_filler *filler, int background);
+int vmm_filler_retry(struct vmm_filler *filler);
+int vmm_filler_notify(struct vmm_filler *filler);
+struct vmm_filler_status *vmm_filler_look(struct vmm_filler *filler);
+void vmm_filler_free(struct vmm_filler *filler);
 
 /* scan.c */
 void vmm_fill(uint64_t host, int value, size_t length);

@@ -167,3 +167,11 @@ int vmm_mapping_lost(struct vmm_mapping *mapping)
     pthread_mutex_unlock(&lock);
     return lost;
 }
+
+void vmm_mapping_lose(struct vmm_mapping *mapping)
+{
+    pthread_mutex_lock(&lock);
+    for (int i = mapping->watch; i >= 0; i = slots[i].next)
+        __atomic_store_n(&slots[i].lost, 1, __ATOMIC_RELEASE);
+    pthread_mutex_unlock(&lock);
+}

@@ -50,6 +50,8 @@ void vmm_unwatch(struct vmm_mapping *mapping);
 int vmm_mapping_guard_faults(struct vmm_mapping *mapping, size_t page);
 /* Whether pages were lost since the mapping was made. They read as zeros. */
 int vmm_mapping_lost(struct vmm_mapping *mapping);
+/* Say that pages of a watched mapping are lost, for another reason than a signal told. */
+void vmm_mapping_lose(struct vmm_mapping *mapping);
 
 /* --- policy.c: each returns 0 or an errno --- */
 int vmm_advise(uint64_t host, size_t length, int advice);
@@ -144,6 +146,51 @@ int64_t vmm_transfer(struct vmm_table *table, uint64_t address, uint64_t length,
 enum vmm_own { VMM_OWN_MAPPING, VMM_OWN_BITMAP, VMM_OWN_TABLE };
 
 int vmm_own(uint64_t list, void *thing, int kind, size_t length);
+
+/* --- userfault.c --- */
+struct vmm_userfault_event {
+    uint64_t host; /* the page that is missing or protected, or where a removal starts */
+    uint64_t end;  /* of a removal */
+    uint64_t flags;
+    uint32_t kind;
+};
+
+/* A descriptor, or -1 with the errno. */
+int vmm_userfault_open(uint64_t features, int *error);
+/* These return 0 or an errno. */
+int vmm_userfault_register(int fd, uint64_t host, uint64_t length, uint64_t mode);
+int vmm_userfault_unregister(int fd, uint64_t host, uint64_t length);
+int vmm_userfault_protect(int fd, uint64_t host, uint64_t length, int on);
+int vmm_userfault_wake(int fd, uint64_t host, uint64_t length);
+/* Put bytes, or zeros when `from` is 0, where pages are missing; returns how many it did. */
+int64_t vmm_userfault_supply(int fd, uint64_t to, uint64_t from, uint64_t length, uint64_t mode,
+                             int *error);
+/* Read up to 16 events without waiting; returns how many. */
+int vmm_userfault_read(int fd, struct vmm_userfault_event *events, int room, int *error);
+
+struct vmm_filler_status {
+    uint64_t faults; /* that were served */
+    uint64_t filled; /* pages supplied */
+    uint64_t pages;  /* of all ranges */
+    uint64_t error_offset;
+    int error; /* errno that keeps pages missing: reading the file at error_offset failed */
+    int complete;
+};
+struct vmm_filler;
+
+/* Supplies missing pages of registered ranges from a file. `ranges`: host address, length and
+ * offset in the file of each, whole pages. Both descriptors stay the caller's. */
+struct vmm_filler *vmm_filler_new(int uffd, int file, uint64_t page, size_t count,
+                                  const uint64_t *ranges, int *error);
+/* Start serving; with `background` also fill all there is, and unregister when that is done. */
+int vmm_filler_start(struct vmm_filler *filler, int background);
+/* After a failure: forget it, and let everybody who waits ask again. */
+int vmm_filler_retry(struct vmm_filler *filler);
+/* An eventfd that becomes readable when the filler is complete or has failed. */
+int vmm_filler_notify(struct vmm_filler *filler);
+struct vmm_filler_status *vmm_filler_look(struct vmm_filler *filler);
+/* Stop and free; pages not supplied yet stay missing. */
+void vmm_filler_free(struct vmm_filler *filler);
 
 /* --- scan.c --- */
 void vmm_fill(uint64_t host, int value, size_t length);

@@ -1,0 +1,477 @@
+"""Pages supplied on demand: userfaultfd(2), and a filler that brings memory in from a file.
+
+A thread that touches a missing page, a vCPU inside KVM_RUN included, stands still until the page
+is supplied. A Python thread does so with the interpreter's lock in its hands, and no other Python
+thread runs then. So a program that supplies pages itself must do so in another process; `Filler`
+serves them by threads of C, which never need that lock.
+
+>>> import os, tempfile
+>>> from vm_memory import GuestAddress, GuestMemory
+>>> from vm_memory.userfault import Filler
+>>> memory = GuestMemory.from_ranges([(GuestAddress(0), 1 << 20)])
+>>> with tempfile.TemporaryFile() as file:
+...     _ = os.pwrite(file.fileno(), b"content", 0x7000)
+...     os.truncate(file.fileno(), 1 << 20)
+...     with Filler(memory, file.fileno()) as filler:
+...         filler.start()
+...         memory.read(GuestAddress(0x7000), 7)
+...         filler.wait(timeout=10)
+b'content'
+True
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+
+import attrs
+
+from vm_memory._mapping import ANONYMOUS, MAP_HUGETLB, PAGE
+from vm_memory._native import ffi, lib
+from vm_memory.errors import InvalidValueError, MappingError, MemoryAccessError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from typing import Any, Self
+
+    from vm_memory._native import CData
+    from vm_memory.address import GuestAddress
+    from vm_memory.memory import GuestMemory
+    from vm_memory.region import GuestRegion
+    from vm_memory.transfer import File
+
+__all__ = ["Filler", "FillerStatus", "PageFault", "Removal", "Userfault"]
+
+_EVENT_REMOVE = 1 << 3
+_MISSING, _WRITE_PROTECT = 1, 2  # modes of UFFDIO_REGISTER
+_DONT_WAKE, _COPY_PROTECTED = 1, 2  # modes of UFFDIO_COPY
+_KIND_FAULT, _KIND_REMOVE = 0x12, 0x15
+_FLAG_WRITE, _FLAG_PROTECTED = 1, 2
+
+_KNOB = "/proc/sys/vm/unprivileged_userfaultfd"
+_DEVICE = "/dev/userfaultfd"
+
+
+@attrs.frozen
+class PageFault:
+    """Somebody touched a page and waits.
+
+    Attributes:
+        address: the page's guest address.
+        write: whether it was a write.
+        protected: whether the page is there but write-protected, not missing.
+    """
+
+    address: GuestAddress
+    write: bool
+    protected: bool
+
+
+@attrs.frozen
+class Removal:
+    """Pages were thrown away: they are missing again, and mean zeros from now on.
+
+    Attributes:
+        address: where the range starts.
+        length: its bytes.
+    """
+
+    address: GuestAddress
+    length: int
+
+
+class Userfault:
+    """A userfaultfd over guest memory; what it reports and does is in guest addresses.
+
+    Memory is held, not closed. Closing this lets everybody who waits go on: with zeros where
+    pages were missing, and where they were write-protected without that.
+
+    Args:
+        memory: the guest memory; ranges of it are registered one by one.
+
+    Raises:
+        MappingError: this process may not have one; the hint says what to do.
+    """
+
+    def __init__(self, memory: GuestMemory) -> None:
+        self._regions = memory.regions
+        self._fd = -1
+        error = ffi.new("int *")
+        fd = lib.vmm_userfault_open(_EVENT_REMOVE, error)
+        if fd < 0:
+            raise MappingError("userfaultfd", error[0], _hint(error[0]))
+        self._fd = fd
+
+    def fileno(self) -> int:
+        """The descriptor, which is readable when `read` has something to give.
+
+        Raises:
+            InvalidValueError: it was closed.
+        """
+        if self._fd < 0:
+            raise InvalidValueError("userfault", self, "was closed")
+        return self._fd
+
+    def register(
+        self, address: GuestAddress, length: int, *, missing: bool = True, protect: bool = False
+    ) -> None:
+        """Report faults of a range: on missing pages, on write-protected ones, or both.
+
+        Pages that are there already are not missing; `write_protect` protects them.
+
+        Raises:
+            MemoryAccessError: the range is not all memory.
+            InvalidValueError: it is not whole pages, or neither kind of fault is asked for.
+            MappingError: the kernel refuses this kind of fault for this kind of memory.
+        """
+        mode = missing * _MISSING | protect * _WRITE_PROTECT
+        if not mode:
+            raise InvalidValueError("missing, protect", False, "one of them must be asked for")
+        for region, offset, count in self._pieces(address, length):
+            # What is not there may be anything but zeros from now on.
+            region.mapping.overlaid = True
+            self._done(
+                "UFFDIO_REGISTER",
+                lib.vmm_userfault_register(
+                    self.fileno(), region.host_address + offset, count, mode
+                ),
+            )
+
+    def unregister(self, address: GuestAddress, length: int) -> None:
+        """Report faults of a range no more: pages still missing there are zeros from now on.
+
+        Raises:
+            MemoryAccessError, InvalidValueError, MappingError: as for `register`.
+        """
+        for region, offset, count in self._pieces(address, length):
+            host = region.host_address + offset
+            self._done(
+                "UFFDIO_UNREGISTER", lib.vmm_userfault_unregister(self.fileno(), host, count)
+            )
+
+    def copy(
+        self,
+        address: GuestAddress,
+        data: bytes | bytearray | memoryview,
+        *,
+        wake: bool = True,
+        protect: bool = False,
+    ) -> None:
+        """Supply missing pages (UFFDIO_COPY), each in one step, and wake who waits for them.
+
+        Args:
+            address: of the first.
+            data: whole pages.
+            wake: False leaves that to `wake`.
+            protect: write-protect them at once.
+
+        Raises:
+            MemoryAccessError, InvalidValueError: as for `register`.
+            MappingError: EEXIST: a page is there already, which is as it was; the pages before
+                it are supplied.
+        """
+        source = ffi.from_buffer(data)
+        host = int(ffi.cast("uintptr_t", source))
+        mode = (not wake) * _DONT_WAKE | protect * _COPY_PROTECTED
+        for region, offset, count in self._pieces(address, len(data)):
+            self._supply("UFFDIO_COPY", region.host_address + offset, host, count, mode)
+            host += count
+
+    def zero(self, address: GuestAddress, length: int, *, wake: bool = True) -> None:
+        """Supply missing pages as zeros (UFFDIO_ZEROPAGE), which costs no memory.
+
+        Raises:
+            MemoryAccessError, InvalidValueError, MappingError: as for `copy`.
+        """
+        for region, offset, count in self._pieces(address, length):
+            host = region.host_address + offset
+            self._supply("UFFDIO_ZEROPAGE", host, 0, count, (not wake) * _DONT_WAKE)
+
+    def write_protect(self, address: GuestAddress, length: int, protect: bool = True) -> None:
+        """Report the next write to each page of a range, or let all writers go on.
+
+        Raises:
+            MemoryAccessError, InvalidValueError, MappingError: as for `register`.
+        """
+        for region, offset, count in self._pieces(address, length):
+            host = region.host_address + offset
+            self._done(
+                "UFFDIO_WRITEPROTECT",
+                lib.vmm_userfault_protect(self.fileno(), host, count, protect),
+            )
+
+    def wake(self, address: GuestAddress, length: int) -> None:
+        """Let everybody who waits for a page of the range look again.
+
+        Raises:
+            MemoryAccessError, InvalidValueError, MappingError: as for `register`.
+        """
+        for region, offset, count in self._pieces(address, length):
+            host = region.host_address + offset
+            self._done("UFFDIO_WAKE", lib.vmm_userfault_wake(self.fileno(), host, count))
+
+    def read(self, timeout: float | None = None) -> list[PageFault | Removal]:
+        """What happened since, at most 16 events, after waiting for the first.
+
+        Args:
+            timeout: seconds; then the list is empty. None waits without limit.
+
+        Raises:
+            MappingError: the kernel refuses.
+        """
+        from vm_memory.address import GuestAddress
+
+        poll = select.poll()
+        poll.register(self.fileno(), select.POLLIN)
+        if not poll.poll(None if timeout is None else timeout * 1000):
+            return []
+        events, error = ffi.new("struct vmm_userfault_event[]", 16), ffi.new("int *")
+        count = lib.vmm_userfault_read(self.fileno(), events, 16, error)
+        self._done("read of userfaultfd", error[0])
+        found: list[PageFault | Removal] = []
+        for number in range(count):
+            event: Any = events[number]
+            address = GuestAddress(self._guest(event.host))
+            if event.kind == _KIND_FAULT:
+                write, protected = event.flags & _FLAG_WRITE, event.flags & _FLAG_PROTECTED
+                found.append(PageFault(address, bool(write), bool(protected)))
+            elif event.kind == _KIND_REMOVE:
+                found.append(Removal(address, event.end - event.host))
+        return found
+
+    def close(self) -> None:
+        """Close the descriptor. Idempotent."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+    def _pieces(self, address: GuestAddress, length: int) -> Iterator[tuple[GuestRegion, int, int]]:
+        """The range, by region; refused whole before anything is done."""
+        found, start, end = [], int(address), address + length
+        for region in self._regions:
+            first = region.guest_address
+            if length > 0 and first <= start < first + region.size:
+                count = min(end, first + region.size) - start
+                if (start - first) % region.page_size or count % region.page_size:
+                    rule = f"must be whole pages of {region.page_size} bytes"
+                    raise InvalidValueError("range", (address, length), rule)
+                found.append((region, start - first, count))
+                start += count
+        if start != end or length <= 0:
+            raise MemoryAccessError(address, length, "is not all memory")
+        return iter(found)
+
+    def _guest(self, host: int) -> int:
+        for region in self._regions:
+            if 0 <= host - region.host_address < region.size:
+                return host - region.host_address + region.guest_address
+        raise MemoryAccessError(host, 1, "is no memory of this, as a host address")
+
+    def _supply(self, what: str, to: int, from_: int, length: int, mode: int) -> None:
+        error = ffi.new("int *")
+        lib.vmm_userfault_supply(self.fileno(), to, from_, length, mode, error)
+        self._done(what, error[0])
+
+    def _done(self, what: str, error: int) -> None:
+        if error:
+            raise MappingError(what, error, _HINTS.get(error, ""))
+
+
+_HINTS = {
+    errno.EEXIST: "a page is there already",
+    errno.ENOENT: "the range is not registered",
+    errno.EAGAIN: "read the events first",
+}
+
+
+def _hint(error: int) -> str:
+    if error == errno.ENOSYS:
+        return "the kernel was built without userfaultfd"
+    if error == errno.EINVAL:
+        return "the kernel is too old: events of removed pages came with Linux 4.11"
+    try:
+        with open(_KNOB, encoding="ascii") as file:  # noqa: PTH123
+            knob = file.read().strip()
+    except OSError:
+        knob = "not there"
+    return (
+        f"give this user access to {_DEVICE} (Linux 6.1 or later), or write 1 to {_KNOB}, which "
+        f"is {knob}; faults inside KVM need one of these, or CAP_SYS_PTRACE"
+    )
+
+
+@attrs.frozen
+class FillerStatus:
+    """How far a filler is.
+
+    Attributes:
+        faults: how often somebody had to wait for a page.
+        filled: pages supplied.
+        pages: pages in all; those that the file has a hole for are never supplied.
+        complete: everything is there, and nothing is served any more.
+        error: the errno that keeps pages missing, 0 if none; ENODATA if the file ends too early.
+        error_offset: where in the file.
+    """
+
+    faults: int
+    filled: int
+    pages: int
+    complete: bool
+    error: int
+    error_offset: int
+
+
+class Filler:
+    """Brings memory in from a file: at once what somebody waits for, the rest in the background.
+
+    What cannot be read from the file stays missing: who needs it waits, nobody sees anything
+    invented. `status` tells, `fileno` becomes readable, and `retry` goes on when the file can be
+    read again. Pages that are thrown away meanwhile become zeros; `GuestMemory.discard` clears them
+    without giving them back until `status` or `wait` has told that all is there.
+
+    Args:
+        memory: new anonymous memory of whole pages that nobody has touched.
+        file: what to fill it with, laid out as `looking.export_sparse` does; it stays the
+            caller's and must not be changed before the filler is complete.
+        offset: where in the file the first region begins.
+
+    Raises:
+        InvalidValueError: memory of another kind, or of different page sizes.
+        MappingError: no userfaultfd; the hint says what to do.
+    """
+
+    def __init__(self, memory: GuestMemory, file: File, *, offset: int = 0) -> None:
+        self._handle: CData | None = None
+        self._regions = memory.regions
+        pages = {region.page_size for region in self._regions}
+        kinds = {region.mapping.flags & ~MAP_HUGETLB & 0xFFFFF for region in self._regions}
+        if kinds != {ANONYMOUS} or len(pages) != 1:
+            rule = "must be anonymous, with pages of one size"
+            raise InvalidValueError("memory", self._regions, rule)
+        (page,) = pages
+        self._file = os.dup(file if isinstance(file, int) else file.fileno())
+        self._closed = False
+        try:
+            self._userfault = Userfault(memory)
+            rows: list[int] = []
+            for region in self._regions:
+                length = -(-region.size // page) * page
+                rows += region.host_address, length, offset
+                offset += -(-region.size // PAGE) * PAGE
+                region.mapping.watch()  # so that what stays missing can be told as lost
+                self._userfault.register(region.guest_address, length)
+            error = ffi.new("int *")
+            handle = lib.vmm_filler_new(
+                self._userfault.fileno(), self._file, page, len(rows) // 3,
+                ffi.new("uint64_t[]", rows), error,
+            )  # fmt: skip
+            if not handle:
+                raise MappingError("threads that fill memory", error[0])
+            self._handle = handle
+        except BaseException:
+            self._release()
+            raise
+
+    def start(self, *, background: bool = True) -> None:
+        """Begin. Without `background`, pages come only when somebody waits for them.
+
+        Raises:
+            MappingError: the host gives no thread.
+        """
+        error = lib.vmm_filler_start(self._open(), background)
+        if error:
+            raise MappingError("starting threads that fill memory", error)
+
+    @property
+    def status(self) -> FillerStatus:
+        """How far it is; after `close`, how far it came."""
+        if self._handle is not None:
+            look = lib.vmm_filler_look(self._handle)
+            self._last = FillerStatus(
+                look.faults, look.filled, look.pages, bool(look.complete), look.error,
+                look.error_offset,
+            )  # fmt: skip
+            if look.complete:  # what is not there now is zeros, as it ever is
+                for region in self._regions:
+                    region.mapping.overlaid = False
+        return self._last
+
+    def fileno(self) -> int:
+        """An eventfd that becomes readable when all is there, or when something fails."""
+        return lib.vmm_filler_notify(self._open())
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until everything is there; False if that takes longer.
+
+        Args:
+            timeout: seconds, or None without limit.
+
+        Raises:
+            MappingError: what the file could not give, `status` says where.
+        """
+        poll = select.poll()
+        poll.register(self.fileno(), select.POLLIN)
+        poll.poll(None if timeout is None else timeout * 1000)
+        status = self.status
+        if status.error:
+            where = f"reading the memory's file at {status.error_offset:#x}"
+            hint = "what needs the page waits; mend the file and call retry()"
+            raise MappingError(where, status.error, hint)
+        return status.complete
+
+    def retry(self) -> None:
+        """After a failure: try again whatever is still missing.
+
+        Raises:
+            MappingError: the host gives no thread.
+        """
+        error = lib.vmm_filler_retry(self._open())
+        if error:
+            raise MappingError("starting threads that fill memory", error)
+
+    def close(self) -> None:
+        """End serving. Idempotent.
+
+        Memory that is not complete then is lost: what is still missing reads as zeros, and
+        `GuestMemory.lost_regions` and transfers say so. No vCPU may run on it any more.
+        """
+        if self._handle is None:
+            return
+        complete = self.status.complete
+        handle, self._handle = self._handle, None
+        lib.vmm_filler_free(handle)
+        if not complete:
+            for region in self._regions:
+                lib.vmm_mapping_lose(region.mapping.handle)
+        self._release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+    def _open(self) -> CData:
+        if self._handle is None:
+            raise InvalidValueError("filler", self, "was closed")
+        return self._handle
+
+    def _release(self) -> None:
+        if hasattr(self, "_userfault"):
+            self._userfault.close()
+        os.close(self._file)
