@@ -38,15 +38,10 @@ VMM = str(ENV / "bin" / "vmm")
 
 # What a session may need from the system: how to see whether it is there, and Debian's package.
 SYSTEM = {
-    "gcc": "gcc libc6-dev",
-    "qemu-system-x86_64": "qemu-system-x86",
-    "iasl": "acpica-tools",
-    "dtc": "device-tree-compiler",
-    "mkfs.ext4": "e2fsprogs",
-    "cpio": "cpio",
-    "as": "binutils",
-    "depmod": "kmod",
-}
+    "gcc": "gcc libc6-dev", "as": "binutils", "qemu-system-x86_64": "qemu-system-x86",
+    "iasl": "acpica-tools", "dtc": "device-tree-compiler", "mkfs.ext4": "e2fsprogs",
+    "cpio": "cpio", "depmod": "kmod",
+}  # fmt: skip
 
 
 def system(session: nox.Session, *commands: str) -> None:
@@ -64,9 +59,8 @@ def system(session: nox.Session, *commands: str) -> None:
     if shutil.which("apt-get") is None or (root and shutil.which("sudo") is None):
         session.error(f"install them, as root: {shlex.join(install)}")
     session.run(*root, "apt-get", "update", "-q", external=True, silent=True)
-    session.run(
-        *root, "env", "DEBIAN_FRONTEND=noninteractive", *install, external=True, silent=True
-    )
+    quiet = ("env", "DEBIAN_FRONTEND=noninteractive")
+    session.run(*root, *quiet, *install, external=True, silent=True)
 
 
 def digest(paths: list[Path]) -> str:
@@ -163,7 +157,6 @@ def alone(session: nox.Session) -> None:
     """Each package in an empty environment, its tests in an empty folder: `-- PACKAGE...`."""
     environment(session)
     system(session, "as", "iasl", "dtc", "mkfs.ext4", "cpio", "depmod", "qemu-system-x86_64")
-    chosen = session.posargs or PACKAGES
     with tempfile.TemporaryDirectory(prefix="alone-") as scratch:
         Path(scratch).chmod(0o755)  # a test becomes another user, who needs the interpreter too
         wheels = Path(scratch, "wheels")
@@ -172,7 +165,7 @@ def alone(session: nox.Session) -> None:
             "--no-build-isolation", "--no-index", "--wheel-dir", str(wheels),
             *(str(ROOT / "packages" / name) for name in PACKAGES), external=True,
         )  # fmt: skip
-        for name in chosen:
+        for name in session.posargs or PACKAGES:
             # Siblings are named by their files, so that no registry is asked for them.
             files = [next(wheels.glob(f"{item.replace('-', '_')}-*.whl"))
                      for item in (name, *SIBLINGS.get(name, ()))]  # fmt: skip
@@ -214,11 +207,18 @@ def coverage(session: nox.Session) -> None:
 
 
 @nox.session
+def asan(session: nox.Session) -> None:
+    """The tests of the packages with C, compiled with AddressSanitizer: `-- PACKAGE...`."""
+    environment(session)
+    session.run(sys.executable, "tests/asan.py", PYTHON, *session.posargs, external=True)
+
+
+@nox.session
 def docs(session: nox.Session) -> None:
     """The documentation of all packages as one site, every reference resolved."""
     environment(session)
-    session.run(PYTHON, "-m", "sphinx", "-n", "-W", "-q", "-b", "html", "docs", "docs/_build",
-                external=True)  # fmt: skip
+    arguments = ["-n", "-W", "-q", "-b", "html", "docs", "docs/_build"]
+    session.run(PYTHON, "-m", "sphinx", *arguments, external=True)
 
 
 @nox.session

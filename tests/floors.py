@@ -20,10 +20,12 @@ from pathlib import Path
 PACKAGES = Path(__file__).parents[1] / "packages"
 
 
-def install(python: str, package: Path, scratch: Path) -> dict[str, str]:
-    """Build a package that counts its lines, and return an environment that finds it first."""
+def install(
+    python: str, package: Path, scratch: Path, flags: str = "--coverage -O0"
+) -> dict[str, str]:
+    """Build a package with other C flags, and return an environment that finds it first."""
     build = [
-        "--config-settings=cmake.define.CMAKE_C_FLAGS=--coverage -O0",
+        f"--config-settings=cmake.define.CMAKE_C_FLAGS={flags}",
         f"--config-settings=build-dir={scratch / 'build'}",
     ]
     native = build if (package / "native").is_dir() else []
