@@ -12,6 +12,8 @@ import time
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
+import attrs
+
 from linux_loader import E820Entry, E820Type, Protocol, load
 from linux_loader.cache import default_folder
 from virtio_queue.device import VirtioDevice
@@ -31,18 +33,22 @@ from .devices.pvpanic import Pvpanic
 from .devices.rng import Rng
 from .devices.rtc import Rtc
 from .devices.serial import Serial
+from .errors import HostError
 from .loop import READ
 from .outcome import Outcome
 from .vcpu import VcpuThread
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
+    from typing import Any
 
     from kvm_ioctls import Kvm, Vm
+    from kvm_ioctls.state import ClockData
     from linux_loader import EntryState
 
     from .config import MachineConfig
     from .loop import Loop
+    from .state.snapshot import Restored, Tracking
 
 __all__ = ["Board"]
 
@@ -77,20 +83,24 @@ class Board:
         room: Callable[[], None],
         ended: Callable[[Outcome, str], None],
         timeline: dict[str, float],
+        restored: Restored | None = None,
     ) -> None:
+        self.tracking: Tracking | None = None
+        self.clock: ClockData | None = None  # while the guest stands still
         self._loop = loop
         self._ended = ended
         self._timeline = timeline
-        self._virtio: list[VirtioDevice] = []
+        self._virtio: list[tuple[Block | Rng, VirtioDevice, MmioTransport]] = []
+        self._kicks: list[int] = []
         self._ports = Bus(0x10000)
         self._mmio = Bus()
         self._rtc_deadline: float | None = None
         with ExitStack() as stack:
-            self._memory = GuestMemory.from_ranges(
-                [(GuestAddress(a), size) for a, size in layout.ram_ranges(config.memory)]
-            )
-            stack.callback(self._memory.close)
-            self._vm = stack.enter_context(kvm.create_vm())
+            self.memory = self._get_memory(config, restored)
+            stack.callback(self.memory.close)
+            if restored is not None and restored.filler is not None:
+                stack.callback(restored.filler.close)
+            self.vm = stack.enter_context(kvm.create_vm())
             self._create_platform()
             self.serial = Serial(self._line(layout.SERIAL_IRQ), transmit, room=room)
             self._add_legacy_devices()
@@ -99,13 +109,16 @@ class Board:
                 backend = FileBackend(drive.path, read_only=drive.read_only)
                 stack.callback(backend.close)
                 self._add_virtio(stack, Block(backend))
-            entry = self._load(config)
-            policy = CpuPolicy(kvm, config.cpus)
+            entry = policy = None
+            if restored is None:
+                entry = self._load(config)
+                policy = CpuPolicy(kvm, config.cpus)
             self._vcpus = []
             for number in range(config.cpus):
-                vcpu = stack.enter_context(self._vm.create_vcpu(number))
-                policy.apply(vcpu)
-                if number == 0:
+                vcpu = stack.enter_context(self.vm.create_vcpu(number))
+                if policy is not None:
+                    policy.apply(vcpu)
+                if number == 0 and entry is not None:
                     set_entry_state(vcpu, entry)
                 self._vcpus.append(
                     VcpuThread(
@@ -116,10 +129,59 @@ class Board:
                         self._first_run if number == 0 else None,
                     )
                 )
+            if restored is not None:
+                self._restore(restored)
             self._resources = stack.pop_all()
+
+    def parts(self) -> dict[str, Any]:
+        """Devices that have state, by name, in the order in which they are restored."""
+        found: dict[str, Any] = {
+            "serial": self.serial,
+            "rtc": self._rtc,
+            "i8042": self._i8042,
+            "power": self.power,
+            "pvpanic": self._pvpanic,
+        }
+        for number, (model, device, transport) in enumerate(self._virtio):
+            if hasattr(model, "save"):
+                found[f"virtio{number}-model"] = model
+            found[f"virtio{number}"] = device
+            found[f"virtio{number}-transport"] = transport
+        return found
+
+    def save(self) -> Iterator[tuple[str, object]]:
+        """All states but memory, by name; the guest is paused, and this is the loop's thread."""
+        assert self.clock is not None
+        yield "vm", attrs.evolve(self.vm.save(), clock=self.clock)
+        for thread in self._vcpus:
+            yield f"vcpu{thread.vcpu.id}", thread.vcpu.save()
+        for name, part in self.parts().items():
+            yield name, part.save()
+
+    def _restore(self, restored: Restored) -> None:
+        """Become what was saved; the guest goes on with `start`."""
+        self.tracking = restored.tracking
+        if self.tracking is not None:
+            from .state.snapshot import log_dirty_pages
+
+            log_dirty_pages(self, on=True)
+        if restored.filler is not None:
+            restored.filler.start()
+        for thread, state in zip(self._vcpus, restored.vcpus, strict=True):
+            thread.vcpu.restore(state)
+        self.vm.restore(attrs.evolve(restored.vm, clock=attrs.evolve(restored.vm.clock, flags=0)))
+        self.clock = restored.vm.clock
+        restored.apply(self.parts())
+        for kick in self._kicks:  # one that was on its way is in no state
+            os.eventfd_write(kick, 1)
+        restored.close()
 
     def start(self) -> None:
         """Let the vCPUs run."""
+        if self.clock is not None:
+            from .state.snapshot import start_clock
+
+            start_clock(self)
         for vcpu in self._vcpus:
             vcpu.start()
 
@@ -141,9 +203,15 @@ class Board:
         for vcpu in self._vcpus:
             if not vcpu.wait_parked(_PARK_SECONDS):
                 raise TimeoutError(f"vCPU {vcpu.vcpu.id} did not stop in {_PARK_SECONDS:g} s")
+        if self.clock is None:
+            self.clock = self.vm.get_clock()
 
     def resume(self) -> None:
-        """Let parked vCPUs run on."""
+        """Let parked vCPUs run on; for the guest no time has passed."""
+        if self.clock is not None:
+            from .state.snapshot import start_clock
+
+            start_clock(self)
         for vcpu in self._vcpus:
             vcpu.resume()
 
@@ -162,21 +230,30 @@ class Board:
         with self._ports.lock(self.serial):
             self.serial.transmitted(count)
 
+    def _get_memory(self, config: MachineConfig, restored: Restored | None) -> GuestMemory:
+        ranges = [(GuestAddress(a), size) for a, size in layout.ram_ranges(config.memory)]
+        if restored is None:
+            return GuestMemory.from_ranges(ranges, dirty_page_size=4096)
+        found = [(region.guest_address, region.size) for region in restored.memory.regions]
+        if found != ranges:
+            raise HostError("memory", f"{found} was saved", f"this machine has it at {ranges}")
+        return restored.memory
+
     def _create_platform(self) -> None:
         """Interrupt controllers, timer and RAM: what KVM itself emulates."""
-        vm = self._vm
+        vm = self.vm
         vm.set_identity_map_addr(layout.IDENTITY_MAP)
         vm.set_tss_addr(layout.TSS)
         vm.create_irqchip()
         vm.create_pit2(_PIT_SPEAKER_DUMMY)
-        for slot, region in enumerate(self._memory.regions):
+        for slot, region in enumerate(self.memory.regions):
             vm.set_user_memory_region(
                 slot=slot, guest_phys_addr=region.guest_address, memory=region.buffer
             )
 
     def _line(self, gsi: int) -> Callable[[bool], None]:
         """An interrupt line of a PC's own device."""
-        vm: Vm = self._vm
+        vm: Vm = self.vm
         return lambda level: vm.irq_line(gsi, level)
 
     def _add_legacy_devices(self) -> None:
@@ -184,16 +261,17 @@ class Board:
         ports.add(layout.SERIAL_PORT, 8, self.serial)
         self._rtc = Rtc(time.time, self._line(tables.RTC_GSI), timer=self._rtc_timer)
         ports.add(tables.RTC_PORT, 2, self._rtc)
-        i8042 = I8042(lambda: self._ended(Outcome.RESET, ""))
-        ports.add(0x60, 1, i8042)
-        ports.add(0x64, 1, i8042, offset=4)
+        self._i8042 = I8042(lambda: self._ended(Outcome.RESET, ""))
+        ports.add(0x60, 1, self._i8042)
+        ports.add(0x64, 1, self._i8042, offset=4)
         self.power = PowerManagement(
             power_off=lambda: self._ended(Outcome.POWER_OFF, ""),
             reset=lambda: self._ended(Outcome.RESET, ""),
             interrupt=self._line(tables.POWER_GSI),
         )
         ports.add(pm.PORT, pm.SIZE, self.power)
-        ports.add(tables.PVPANIC_PORT, 1, Pvpanic(self._panicked))
+        self._pvpanic = Pvpanic(self._panicked)
+        ports.add(tables.PVPANIC_PORT, 1, self._pvpanic)
 
     def _rtc_timer(self, when: float | None) -> None:
         """Call the clock's `expire` at that time; a deadline that has moved meanwhile is stale."""
@@ -217,15 +295,17 @@ class Board:
         index = len(self._virtio)
         window = layout.virtio_mmio_window(index)
         interrupt = _eventfd(stack)
-        device = VirtioDevice(model, self._memory, lambda: os.eventfd_write(interrupt, 1))
-        self._vm.irqfd(interrupt, layout.virtio_gsi(index))
+        device = VirtioDevice(model, self.memory, lambda: os.eventfd_write(interrupt, 1))
+        self.vm.irqfd(interrupt, layout.virtio_gsi(index))
         for number in range(len(device.queues)):
             kick = _eventfd(stack)
-            self._vm.ioeventfd(kick, window + _QUEUE_NOTIFY, 4, datamatch=number)
+            self._kicks.append(kick)
+            self.vm.ioeventfd(kick, window + _QUEUE_NOTIFY, 4, datamatch=number)
             self._loop.add(kick, READ, _kicked(device, model, kick, number))
             stack.callback(self._loop.remove, kick)
-        self._mmio.add(window, layout.VIRTIO_MMIO_SIZE, MmioTransport(device, _unheard))
-        self._virtio.append(device)
+        transport = MmioTransport(device, _unheard)
+        self._mmio.add(window, layout.VIRTIO_MMIO_SIZE, transport)
+        self._virtio.append((model, device, transport))
 
     def _load(self, config: MachineConfig) -> EntryState:
         """Put ACPI tables, kernel, initrd and boot parameters into memory, which is fresh."""
@@ -234,10 +314,10 @@ class Board:
             for n in range(len(self._virtio))
         ]
         acpi = tables.build(cpus=config.cpus, virtio_mmio=windows)
-        self._memory.write(GuestAddress(layout.ACPI_TABLES), acpi)
-        self._memory.write(GuestAddress(layout.RESET_VECTOR), pm.RESET_CODE)
+        self.memory.write(GuestAddress(layout.ACPI_TABLES), acpi)
+        self.memory.write(GuestAddress(layout.RESET_VECTOR), pm.RESET_CODE)
         loaded = load(
-            self._memory,
+            self.memory,
             config.kernel,
             memory_map=[
                 E820Entry(address, size, E820Type.RAM if usable else E820Type.RESERVED)

@@ -70,6 +70,34 @@ class Loop:
             if len(self._soon) == 1:
                 os.eventfd_write(self._wake, 1)
 
+    def call(self, callback: Callable[[], None]) -> None:
+        """Run `callback` on the loop's thread and wait for its end; from another thread.
+
+        Raises:
+            RuntimeError: the loop does not run.
+            Exception: what the callback raises.
+        """
+        done = threading.Event()
+        errors: list[BaseException] = []
+
+        def run() -> None:
+            try:
+                callback()
+            except BaseException as error:
+                errors.append(error)
+            finally:
+                done.set()
+
+        thread = self._thread
+        if self._closed or thread is None:
+            raise RuntimeError("the I/O loop does not run")
+        self.call_soon(run)
+        while not done.wait(1):
+            if not thread.is_alive():
+                raise RuntimeError("the I/O loop has ended")
+        if errors:
+            raise errors[0]
+
     def call_later(self, seconds: float, callback: Callable[[], None]) -> None:
         """Run `callback` after `seconds`. Only from the loop's own thread."""
         self._timers.append((time.monotonic() + seconds, callback))

@@ -14,16 +14,20 @@ from typing import TYPE_CHECKING
 from kvm_ioctls import Kvm
 
 from .board import Board
+from .errors import ConfigError, HostError
 from .loop import Loop
 from .outcome import Outcome
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Callable
     from types import TracebackType
+    from typing import Any
 
     from .backends.console import Console
     from .backends.stream import StreamInput, StreamOutput
     from .config import MachineConfig
+    from .state.snapshot import Restored
 
 __all__ = ["Machine"]
 
@@ -60,7 +64,8 @@ class Machine:
         self.detail = ""
         self.timeline: dict[str, float] = {}
         self.resets = 0
-        self._lock = threading.RLock()
+        self._lock = threading.RLock()  # held for moments: a vCPU that ends the machine takes it
+        self._standstill = threading.RLock()  # held by who pauses, resumes or saves
         self._done = threading.Event()
         self._board: Board | None = None
         self._started = False
@@ -70,6 +75,8 @@ class Machine:
         self._input: StreamInput | None = None
         self._output: StreamOutput | None = None
         self._console: Console | None = None
+        self._restored: Restored | None = None  # until the first power-on
+        self._paused = False
         if console is None:
             from .backends.console import Console
 
@@ -131,15 +138,113 @@ class Machine:
         Raises:
             TimeoutError: a vCPU does not come back from the kernel.
         """
-        with self._lock:
+        with self._standstill:
             if self._board is not None:
+                self._paused = True
                 self._board.pause()
 
     def resume(self) -> None:
         """Let parked vCPUs run on."""
-        with self._lock:
+        with self._standstill:
             if self._board is not None:
+                self._paused = False
                 self._board.resume()
+
+    def snapshot(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        base: str | os.PathLike[str] | None = None,
+        track: bool = False,
+    ) -> str:
+        """Save the machine to a folder; it goes on afterwards, or stays paused if it was.
+
+        Most of the memory is written while the guest runs. Whatever goes wrong, what the folder
+        held before stays whole.
+
+        Args:
+            folder: of the snapshot; one that is there already is replaced.
+            base: the folder of the latest snapshot, taken or restored with `track`: only what has
+                changed since is written.
+            track: let the next snapshot be a difference to this one. Until then the guest's first
+                write to each page costs it an exit to KVM.
+
+        Returns:
+            The snapshot's identity, the digest of its manifest.
+
+        Raises:
+            HostError: the folder can't be written, `base` is not the latest snapshot, or the
+                machine does not run.
+            TimeoutError: a vCPU does not come back from the kernel.
+        """
+        from .state.snapshot import Saving
+
+        def alive() -> None:
+            if self._board is None or self._ending is not None:
+                raise HostError(f"snapshot {folder}", "the machine does not run", "start it first")
+
+        def save() -> None:
+            alive()
+            saving.paused()
+
+        with self._standstill:
+            alive()
+            assert self._board is not None
+            saving = Saving(self._board, self.config, folder, base=base, track=track)
+            was_paused = self._paused
+            try:
+                if not was_paused:
+                    saving.running()
+                    self.pause()
+                try:
+                    self._loop.call(save)
+                finally:
+                    if not was_paused:
+                        self.resume()
+                return saving.commit()
+            except BaseException:
+                saving.abandon()
+                raise
+
+    @classmethod
+    def restore(
+        cls,
+        folder: str | os.PathLike[str],
+        how: str = "copy-on-write",
+        *,
+        console: tuple[int, int] | None = None,
+        track: bool = False,
+        **overrides: Any,
+    ) -> Machine:
+        """A machine from a snapshot; `start`, or entering it, lets it go on.
+
+        Args:
+            folder: of the snapshot.
+            how: `eager` reads and proves all memory first; `copy-on-write` maps the file, which
+                must stay as it is; `on-demand` reads what the guest touches at once and the rest
+                in the background.
+            console: as for a new machine.
+            track: let the next snapshot be a difference to this one.
+            overrides: fields of `MachineConfig` that are others here, such as `drives`.
+
+        Raises:
+            FormatError: something in the folder is not what was written; it is named.
+            ConfigError: what the configuration names is not there.
+            HostError: the folder can't be read, or this host can't continue the machine.
+        """
+        from .state.snapshot import Restore, open_snapshot
+
+        known = [way.value for way in Restore]
+        if how not in known:
+            raise ConfigError("how", how, f"must be one of {', '.join(known)}")
+        restored = open_snapshot(folder, Restore(how), overrides, track=track)
+        try:
+            machine = cls(restored.config, console=console)
+        except BaseException:
+            restored.discard()
+            raise
+        machine._restored = restored
+        return machine
 
     def close(self) -> None:
         """Stop the machine if it runs, and give everything back. Idempotent."""
@@ -154,6 +259,9 @@ class Machine:
         if self._board is not None:
             self._board.close()
             self._board = None
+        if self._restored is not None:
+            self._restored.discard()
+            self._restored = None
 
     @property
     def dropped_output(self) -> int:
@@ -180,6 +288,7 @@ class Machine:
     # From here on: what the board, the loop and the console's other end call.
 
     def _power_on(self) -> None:
+        restored, self._restored = self._restored, None
         with Kvm() as kvm:
             self._board = Board(
                 self.config,
@@ -189,6 +298,7 @@ class Machine:
                 room=self._room,
                 ended=self._ended,
                 timeline=self.timeline,
+                restored=restored,
             )
         try:
             self._board.start()

@@ -49,6 +49,7 @@ class VcpuThread:
         self._ended = ended
         self._first_run = first_run
         self._stopping = False
+        self._finished = False
         self._running = threading.Event()  # cleared while the vCPU is to be parked
         self._running.set()
         self._parked = threading.Event()
@@ -62,6 +63,8 @@ class VcpuThread:
         """Ask the vCPU to stop between two instructions; `wait_parked` waits until it has."""
         self._parked.clear()
         self._running.clear()
+        if self._finished:  # its thread does not run, and nothing would ever say so again
+            self._parked.set()
         self.vcpu.kick()
 
     def wait_parked(self, timeout: float) -> bool:
@@ -92,6 +95,7 @@ class VcpuThread:
             # A defect of ours or a host that fails: the machine ends and says so.
             self._ended(Outcome.HOST_FAILURE, f"vCPU {self.vcpu.id}: {error!r}")
         finally:
+            self._finished = True
             self._parked.set()
 
     def _loop(self) -> None:

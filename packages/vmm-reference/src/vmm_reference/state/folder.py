@@ -27,7 +27,7 @@ import attrs
 
 from vmm_reference.errors import HostError
 
-from .format import MAX_SIZE, FormatError, decode, encode
+from .format import MAX_SIZE, FormatError, decode, encode, fields
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -174,7 +174,17 @@ class SnapshotWriter:
         Raises:
             HostError: it can't be written.
         """
-        data = encode(state)
+        self._add(name, encode(state))
+
+    def copy(self, name: str, other: SnapshotReader) -> None:
+        """Take over a part of another snapshot as it is.
+
+        Raises:
+            HostError, FormatError: it can't be read there, or written here.
+        """
+        self._add(name, other.read(name))
+
+    def _add(self, name: str, data: bytes) -> None:
         with _told(f"snapshot {self.folder}, {name}"):
             _write(self._path / f"{name}.json", data)
         self._parts.append(Part(name, len(data), hashlib.sha256(data).hexdigest()))
@@ -270,6 +280,23 @@ class SnapshotReader:
                 state than `kind`.
             HostError: its file can't be read.
         """
+        return decode(self.read(name), kind, name)
+
+    def table(self, name: str) -> dict[str, Any]:
+        """The fields of the state in one part, as plain JSON values.
+
+        Raises:
+            FormatError, HostError: as for `state`.
+        """
+        return fields(self.read(name), name)
+
+    def read(self, name: str) -> bytes:
+        """One part as it was written.
+
+        Raises:
+            FormatError: the part is not there, or has other content than was written.
+            HostError: its file can't be read.
+        """
         part = next((part for part in self.manifest.parts if part.name == name), None)
         if part is None:
             raise FormatError(MANIFEST, name, f"is no part of this; there are {self.names()}")
@@ -280,7 +307,7 @@ class SnapshotReader:
         digest = hashlib.sha256(data).hexdigest()
         if digest != part.sha256:
             raise FormatError(f"{name}: sha256", digest, f"must be {part.sha256}: it was changed")
-        return decode(data, kind, name)
+        return data
 
     def base(self) -> SnapshotReader | None:
         """The snapshot that this one tells the changes to, or None.

@@ -34,7 +34,7 @@ from vmm_reference.errors import VmmError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["MAX_SIZE", "FormatError", "decode", "encode"]
+__all__ = ["MAX_SIZE", "FormatError", "decode", "encode", "fields"]
 
 MAX_SIZE = 64 << 20
 """Bytes that a written state may have."""
@@ -93,10 +93,28 @@ def decode(data: bytes, kind: type[T], name: str) -> T:
     Raises:
         FormatError: it is anything else. Validators of the class itself count as well.
     """
+    plain = _plain(data, name)
+    value: T = _form(kind).read(plain, name)
+    return value
+
+
+def fields(data: bytes, name: str) -> dict[str, Any]:
+    """The fields of a written state as plain JSON values, for who checks them elsewhere.
+
+    Raises:
+        FormatError: these are no fields.
+    """
+    plain = _plain(data, name)
+    if not isinstance(plain, dict):
+        raise FormatError(name, plain, "must be fields")
+    return plain
+
+
+def _plain(data: bytes, name: str) -> object:
     if len(data) > MAX_SIZE:
         raise FormatError(name, len(data), f"bytes are too many; at most {MAX_SIZE}")
     try:
-        plain = json.loads(
+        plain: object = json.loads(
             data.decode(),
             object_pairs_hook=lambda pairs: _object(pairs, name),
             parse_constant=lambda word: _refuse_word(word, name),
@@ -105,8 +123,7 @@ def decode(data: bytes, kind: type[T], name: str) -> T:
         raise
     except (ValueError, RecursionError) as error:
         raise FormatError(name, data[:40], f"is no JSON: {error}") from None
-    value: T = _form(kind).read(plain, name)
-    return value
+    return plain
 
 
 def _object(pairs: list[tuple[str, object]], name: str) -> dict[str, object]:

@@ -1,0 +1,284 @@
+"""Guest memory to a sparse file and back: whole or only what changed, with a digest a MiB.
+
+The file has the regions one behind the other. Pages that are zero are holes in a whole one; in a
+difference the ranges say which pages count, and everything else is the base's. Digests are those
+of the memory as it was, whatever part of it a file holds, so that they also prove a chain of
+differences. Two threads write, read and compute digests: none of that holds Python's lock.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from bisect import bisect_right
+from typing import TYPE_CHECKING
+
+import attrs
+
+from vm_memory import GuestAddress, GuestMemory
+from vm_memory.looking import data_ranges
+
+from .format import FormatError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+
+__all__ = ["CHUNK", "MemoryDigests", "MemoryState", "RegionState", "Source", "load", "store"]
+
+CHUNK = 1 << 20
+PAGE = 4096
+_THREADS = 2
+_ZEROS = hashlib.sha256(bytes(CHUNK)).hexdigest()
+
+
+def _whole(_state: object, field: attrs.Attribute[int], value: int) -> None:
+    if not 0 <= value < 1 << 63 or value % PAGE:
+        raise ValueError(f"{field.name} is {value:#x}, must be whole pages")
+
+
+@attrs.frozen
+class RegionState:
+    """Where a region of RAM lies.
+
+    Attributes:
+        guest_address: of its first byte.
+        size: bytes.
+        file_offset: where the memory's file has it.
+    """
+
+    guest_address: int = attrs.field(validator=_whole)
+    size: int = attrs.field(validator=_whole)
+    file_offset: int = attrs.field(validator=_whole)
+
+
+@attrs.frozen
+class MemoryState:
+    """What of the memory is in the file.
+
+    Attributes:
+        regions: all RAM.
+        ranges: (guest address, bytes) of what counts, sorted; None if all does.
+    """
+
+    regions: tuple[RegionState, ...]
+    ranges: tuple[tuple[int, int], ...] | None = None
+    version: int = 1
+
+    def __attrs_post_init__(self) -> None:
+        end = place = 0
+        for region in self.regions:
+            if region.guest_address < end or region.file_offset != place or not region.size:
+                raise ValueError("regions must be sorted, one behind the other in the file")
+            end = region.guest_address + region.size
+            place += region.size
+        end = 0
+        for address, length in self.ranges or ():
+            inside = any(
+                r.guest_address <= address < address + length <= r.guest_address + r.size
+                for r in self.regions
+            )
+            if address < end or (address | length) % PAGE or not inside:
+                raise ValueError(f"the range {address:#x}+{length:#x} is no pages of a region")
+            end = address + length
+
+
+@attrs.frozen
+class MemoryDigests:
+    """SHA-256 of each MiB of each region in turn; empty text for one that is all zero."""
+
+    sha256: tuple[str, ...]
+    version: int = 1
+
+
+@attrs.frozen
+class Source:
+    """A memory's file and what it holds."""
+
+    fd: int
+    state: MemoryState
+
+
+def describe(memory: GuestMemory) -> tuple[RegionState, ...]:
+    """The regions as they lie in a file."""
+    found, place = [], 0
+    for region in memory.regions:
+        found.append(RegionState(region.guest_address, region.size, place))
+        place += region.size
+    return tuple(found)
+
+
+def store(
+    memory: GuestMemory,
+    fd: int,
+    digests: list[str] | None = None,
+    ranges: Iterable[tuple[int, int]] | None = None,
+) -> list[str]:
+    """Write memory to a file, which gets the size of all regions.
+
+    Args:
+        memory: what to write.
+        fd: the file, where what is not written is a hole, or was written by an earlier call.
+        digests: what an earlier call or snapshot gave; those of what is written now are replaced.
+        ranges: sorted, whole pages, to write whatever they hold; None writes all but zeros.
+
+    Returns:
+        The digests of all memory.
+
+    Raises:
+        OSError: the file can't be written, in whole.
+    """
+    regions = describe(memory)
+    chunks = list(_chunks(regions))
+    starts = [start for start, _, _ in chunks]
+    os.ftruncate(fd, sum(region.size for region in regions))
+    found = list(digests) if digests is not None else [""] * len(chunks)
+
+    def work(item: tuple[int, list[tuple[int, int]]]) -> None:
+        number, pieces = item
+        start, length, place = chunks[number]
+        for address, count in pieces:
+            memory.write_all_to_file(GuestAddress(address), fd, count, place + address - start)
+        found[number] = _digest(memory, start, length)
+
+    _all(work, _by_chunk(chunks, starts, data_ranges(memory) if ranges is None else ranges))
+    return found
+
+
+def load(
+    memory: GuestMemory, sources: Sequence[Source], digests: MemoryDigests | None = None
+) -> None:
+    """Read memory, which is new, from a whole file and the differences to it, oldest first.
+
+    Args:
+        memory: of the regions that all sources have.
+        sources: the first may lack ranges, or not: what comes later counts.
+        digests: of the result; None does not look.
+
+    Raises:
+        FormatError: a chunk's digest is another.
+        OSError: a file can't be read, or ends too early.
+    """
+    chunks = list(_chunks(describe(memory)))
+    if digests is not None and len(digests.sha256) != len(chunks):
+        rule = f"must be {len(chunks)} for this memory"
+        raise FormatError("digests.sha256", len(digests.sha256), rule)
+    tables = [None if s.state.ranges is None else list(s.state.ranges) for s in sources]
+
+    def work(number: int) -> None:
+        start, length, place = chunks[number]
+        filled = False
+        for source, table in zip(sources, tables, strict=True):
+            pieces = (
+                _data(source.fd, start, length, place)
+                if table is None
+                else _clip(table, start, length)
+            )
+            for address, count in pieces:
+                filled = True
+                memory.read_exact_from_file(
+                    GuestAddress(address), source.fd, count, place + address - start
+                )
+        if digests is None:
+            return
+        wanted = digests.sha256[number]
+        if wanted or filled:
+            digest = _digest(memory, start, length)
+            if digest != (wanted or _zeros(length)):
+                raise FormatError(f"memory at {start:#x}", digest, f"must be {wanted or 'zeros'}")
+
+    _all(work, range(len(chunks)))
+
+
+def _chunks(regions: Iterable[RegionState]) -> Iterator[tuple[int, int, int]]:
+    """Guest address, length and place in the file of each chunk."""
+    for region in regions:
+        for start in range(0, region.size, CHUNK):
+            length = min(CHUNK, region.size - start)
+            yield region.guest_address + start, length, region.file_offset + start
+
+
+def _by_chunk(
+    chunks: list[tuple[int, int, int]], starts: list[int], ranges: Iterable[tuple[int, int]]
+) -> Iterator[tuple[int, list[tuple[int, int]]]]:
+    """Sorted ranges, cut at chunks' borders: number of each chunk that has any, and which."""
+    current, pieces = -1, list[tuple[int, int]]()
+    for first, count in ranges:
+        address, end = int(first), first + count
+        while address < end:
+            number = bisect_right(starts, address) - 1
+            start, length, _ = chunks[number]
+            until = min(end, start + length)
+            if number != current:
+                if pieces:
+                    yield current, pieces
+                current, pieces = number, []
+            pieces.append((address, until - address))
+            address = until
+    if pieces:
+        yield current, pieces
+
+
+def _clip(ranges: list[tuple[int, int]], start: int, length: int) -> Iterator[tuple[int, int]]:
+    """The parts of sorted ranges that lie within one chunk."""
+    index = max(bisect_right(ranges, (start, 0)) - 1, 0)
+    for address, count in ranges[index:]:
+        if address >= start + length:
+            return
+        low, high = max(address, start), min(address + count, start + length)
+        if low < high:
+            yield low, high - low
+
+
+def _data(fd: int, start: int, length: int, place: int) -> Iterator[tuple[int, int]]:
+    """The parts of a chunk that the file has data for; a file that is too short is told."""
+    position, end = place, place + length
+    while position < end:
+        try:
+            position = os.lseek(fd, position, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno != 6 or os.fstat(fd).st_size < end:  # ENXIO: a hole up to the end
+                raise
+            return
+        if position >= end:
+            return
+        until = min(os.lseek(fd, position, os.SEEK_HOLE), end)
+        yield start + position - place, until - position
+        position = until
+
+
+def _digest(memory: GuestMemory, start: int, length: int) -> str:
+    region = memory.find_region(GuestAddress(start))
+    assert region is not None
+    offset = start - region.guest_address
+    return hashlib.sha256(region.buffer[offset : offset + length]).hexdigest()
+
+
+def _zeros(length: int) -> str:
+    return _ZEROS if length == CHUNK else hashlib.sha256(bytes(length)).hexdigest()
+
+
+def _all(work: Callable[..., None], items: Iterable[object]) -> None:
+    """Do all of them, on two threads; the first error ends both and is raised."""
+    waiting, lock = iter(items), threading.Lock()
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            while not errors:
+                with lock:
+                    item = next(waiting, None)
+                if item is None:
+                    return
+                work(item)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run) for _ in range(_THREADS - 1)]
+    for thread in threads:
+        thread.start()
+    run()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]

@@ -1,0 +1,302 @@
+"""Machines that are saved and come back: the guest can't tell, and neither can who compares."""
+
+import hashlib
+import os
+import random
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import attrs
+import pytest
+
+from kvm_ioctls.state import Regs
+from vm_memory import GuestMemory
+from vm_memory.looking import compare
+from vmm_reference.config import Drive, MachineConfig
+from vmm_reference.errors import HostError
+from vmm_reference.machine import Machine
+from vmm_reference.outcome import Outcome
+from vmm_reference.state import memory as pages
+from vmm_reference.state import snapshot
+from vmm_reference.state.folder import SnapshotReader
+from vmm_reference.state.format import FormatError
+from vmm_reference.testing import tiny_kernel
+
+pytestmark = pytest.mark.kvm
+
+WAYS = ("eager", "copy-on-write", "on-demand")
+
+# Writes pseudo-random words all over 4 MiB and reads some back; tells the host how far it is.
+COMPUTE = """
+    movl $12345, %eax
+    xorl %esi, %esi
+    xorl %ebp, %ebp
+1:  imull $1103515245, %eax
+    addl $12345, %eax
+    movl %eax, %ebx
+    shrl $8, %ebx
+    andl $0x3ffffc, %ebx
+    addl 0x200000(%ebx), %ebp
+    movl %eax, 0x200000(%ebx)
+    incl %esi
+    testl $0x7ff, %esi
+    jnz 1b
+    movl %eax, %edi
+    movl %esi, %eax
+    shrl $11, %eax
+    movw $0x3f8, %dx
+    outb %al, %dx
+    movl %edi, %eax
+    cmpl $0xC000, %esi
+    jb 1b
+    POWER_OFF
+"""
+FOREVER = "1: incl 0x300000; jmp 1b"
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Callable[..., MachineConfig]:
+    def build(source: str, **fields: object) -> MachineConfig:
+        path = tmp_path / "kernel"
+        path.write_bytes(tiny_kernel(source))
+        values = {"kernel": str(path), "memory": "32M", "on_reset": "exit"} | fields
+        return MachineConfig(**values)  # type: ignore[arg-type]
+
+    return build
+
+
+def remains(machine: Machine) -> tuple[GuestMemory, Regs]:
+    """Memory and registers of a machine that has ended and is not closed."""
+    board = machine._board
+    assert board is not None
+    # The end comes from outside, before or behind the last `hlt`.
+    return board.memory, attrs.evolve(board.vm.vcpus[0].get_regs(), rip=0)
+
+
+def digest(memory: GuestMemory) -> str:
+    """Of all memory, which takes in what no page table shows."""
+    found = hashlib.sha256()
+    for region in memory.regions:
+        found.update(region.buffer)
+    return found.hexdigest()
+
+
+@pytest.fixture(scope="module")
+def twin(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Regs, bytes]:
+    """What the computation leaves when nothing interrupts it."""
+    path = tmp_path_factory.mktemp("twin") / "kernel"
+    path.write_bytes(tiny_kernel(COMPUTE))
+    with Machine(MachineConfig(kernel=str(path), memory="32M", on_reset="exit")) as machine:
+        assert machine.wait(60) is Outcome.POWER_OFF
+        memory, regs = remains(machine)
+        return digest(memory), regs, bytes(machine.console._output)
+
+
+def interrupted(
+    config: MachineConfig, folder: Path, how: str, rounds: int, *, differences: bool, live: bool
+) -> tuple[str, Regs, bytes, int]:
+    """Run with a snapshot, the end of the machine and a restore, again and again.
+
+    With `live` the guest runs while it is saved, and what it does behind that never happened.
+    """
+    chance = random.Random(rounds * 8 + WAYS.index(how) * 4 + differences * 2 + live)
+    machine, output, done = Machine(config), b"", 0
+    base: Path | None = None
+    while True:
+        with machine:
+            try:
+                machine.wait(chance.uniform(0, 0.02) if done < rounds else 60)
+            except TimeoutError:
+                if not live:
+                    machine.pause()
+                target = folder / str(done)
+                try:
+                    machine.snapshot(target, base=base, track=differences)
+                except HostError:  # it has just ended, or else it runs for ever
+                    machine.wait(60)
+            if machine.outcome is not None or not (folder / str(done)).exists():
+                assert machine.wait(60) is Outcome.POWER_OFF
+                memory, regs = remains(machine)
+                return digest(memory), regs, bytes(output + machine.console._output), done
+            output += machine.console._output
+        base = target if differences else None
+        done += 1
+        machine = Machine.restore(target, how, track=differences)
+
+
+@pytest.mark.parametrize("live", [False, True], ids=["paused", "live"])
+@pytest.mark.parametrize("differences", [False, True], ids=["whole", "differences"])
+@pytest.mark.parametrize("how", WAYS)
+def test_the_end_is_that_of_an_uninterrupted_twin(
+    config: Callable[..., MachineConfig],
+    twin: tuple[str, Regs, bytes],
+    tmp_path: Path,
+    how: str,
+    differences: bool,
+    live: bool,
+) -> None:
+    """Memory and registers, after many snapshots; and what came out, none lost, none twice."""
+    memory, regs, output = twin
+    found = interrupted(config(COMPUTE), tmp_path, how, 8, differences=differences, live=live)
+    assert found[0] == memory
+    assert found[1] == regs
+    if not live:
+        assert found[2] == output
+    assert found[3] > 0
+
+
+def test_all_ways_give_the_same_memory(
+    config: Callable[..., MachineConfig], tmp_path: Path
+) -> None:
+    """Compared page by page, before the guest runs on; and every digest fits."""
+    with Machine(config(COMPUTE)) as machine:
+        time.sleep(0.05)
+        machine.pause()
+        machine.snapshot(tmp_path / "a", track=True)
+        machine.resume()
+        time.sleep(0.02)
+        machine.pause()
+        machine.snapshot(tmp_path / "b", base=tmp_path / "a")
+        board = machine._board
+        assert board is not None
+        snapshot.verify(tmp_path / "b")
+        snapshot.merge(tmp_path / "b", tmp_path / "c")
+        for folder in ("b", "c"):
+            for how in WAYS:
+                restored = snapshot.open_snapshot(tmp_path / folder, snapshot.Restore(how), {})
+                if restored.filler is not None:
+                    restored.filler.start()
+                assert list(compare(board.memory, restored.memory)) == []
+                restored.discard()
+    with pytest.raises(HostError, match="does not run"):
+        machine.snapshot(tmp_path / "d")
+
+
+def test_a_difference_is_small_and_a_whole_one_sparse(
+    config: Callable[..., MachineConfig], tmp_path: Path
+) -> None:
+    """Neither holds what is zero or unchanged."""
+    fill = "movl $0x400000, %edi; movl $0x40000, %ecx; movl $1, %eax; rep stosl; PUT 'x';"
+    with Machine(config(fill + FOREVER)) as machine:
+        machine.console.expect("x", 30)
+        machine.snapshot(tmp_path / "a", track=True)
+        machine.snapshot(tmp_path / "b", base=tmp_path / "a", track=True)
+        whole, difference = (
+            sum(path.stat().st_blocks for path in (tmp_path / name).rglob("memory")) * 512
+            for name in "ab"
+        )
+        assert difference <= 64 << 10 < 1 << 20 < whole < 2 << 20
+        with pytest.raises(HostError, match="what changed is known since"):
+            machine.snapshot(tmp_path / "c", base=tmp_path / "a")
+        with pytest.raises(HostError, match="the base itself"):
+            machine.snapshot(tmp_path / "b", base=tmp_path / "b")
+        machine.snapshot(tmp_path / "c", base=tmp_path / "b")
+        with pytest.raises(HostError, match="track=True"):
+            machine.snapshot(tmp_path / "d", base=tmp_path / "c")
+    for name in "abc":
+        snapshot.verify(tmp_path / name)
+
+
+def test_a_machine_goes_on_after_a_snapshot(
+    config: Callable[..., MachineConfig], twin: tuple[str, Regs, bytes], tmp_path: Path
+) -> None:
+    """Many while it runs: it ends as if there had been none, and each is whole."""
+    with Machine(config(COMPUTE)) as machine:
+        taken = 0
+        try:
+            while machine.outcome is None:
+                machine.snapshot(tmp_path / "a")
+                snapshot.verify(tmp_path / "a")
+                taken += 1
+        except HostError:
+            machine.wait(60)
+        assert machine.wait(60) is Outcome.POWER_OFF
+        memory, regs = remains(machine)
+        assert (digest(memory), regs, bytes(machine.console._output)) == twin
+        assert taken > 3
+
+
+def test_what_is_corrupt_is_refused_before_anything_starts(
+    config: Callable[..., MachineConfig], tmp_path: Path
+) -> None:
+    """A bit of the memory, a part that is gone, a part of another machine."""
+    with Machine(config(COMPUTE)) as machine:
+        time.sleep(0.02)
+        machine.snapshot(tmp_path / "a")
+    (path,) = (tmp_path / "a").rglob("memory")
+    chance = random.Random(1)
+    with path.open("r+b") as file:
+        for _ in range(20):
+            place = chance.randrange(path.stat().st_size)
+            sound = os.pread(file.fileno(), 1, place)
+            os.pwrite(file.fileno(), bytes([sound[0] ^ 1 << chance.randrange(8)]), place)
+            with pytest.raises(FormatError, match="memory at 0x"):
+                Machine.restore(tmp_path / "a", "eager")
+            os.pwrite(file.fileno(), sound, place)
+    snapshot.verify(tmp_path / "a")
+    (part,) = (tmp_path / "a").rglob("vcpu0.json")
+    part.unlink()
+    with pytest.raises(HostError, match="vcpu0"):
+        Machine.restore(tmp_path / "a")
+
+
+def test_another_machines_devices_are_refused(
+    config: Callable[..., MachineConfig], tmp_path: Path
+) -> None:
+    """An override that adds a device: the states fit no more, and the error names the devices."""
+    image = tmp_path / "disk"
+    image.write_bytes(bytes(1 << 20))
+    with Machine(config(FOREVER)) as machine:
+        machine.snapshot(tmp_path / "a")
+    more = Machine.restore(tmp_path / "a", drives=[Drive(str(image))])
+    with pytest.raises(FormatError, match=r"manifest\.parts.*virtio1"), more:
+        pass
+
+
+def test_a_full_disk_leaves_the_old_snapshot_and_the_guest(
+    config: Callable[..., MachineConfig], tmp_path: Path
+) -> None:
+    """The error says so; the machine runs on, and the snapshot before can be restored."""
+    with Machine(config(FOREVER)) as machine:
+        machine.snapshot(tmp_path / "a")
+        with SnapshotReader(tmp_path / "a") as reader:
+            before = reader.digest
+
+        def full(*_: object) -> None:
+            raise OSError(28, "No space left on device")
+
+        for name in ("store", "describe"):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(pages, name, full)
+                with pytest.raises(OSError, match="No space left"):
+                    machine.snapshot(tmp_path / "a")
+        assert machine.outcome is None
+        machine.pause()
+        machine.resume()
+    snapshot.verify(tmp_path / "a")
+    with SnapshotReader(tmp_path / "a") as reader:
+        assert reader.digest == before
+    assert len(list((tmp_path / "a").iterdir())) == 2
+
+
+def test_nothing_is_left_open(config: Callable[..., MachineConfig], tmp_path: Path) -> None:
+    """Descriptors and threads after ten snapshots and restores, used or only made."""
+
+    def count() -> tuple[int, int]:
+        return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))  # noqa: PTH208
+
+    def once(how: str) -> None:
+        with Machine(config(FOREVER)) as machine:
+            machine.snapshot(tmp_path / "a")
+        Machine.restore(tmp_path / "a", how).close()
+        with Machine.restore(tmp_path / "a", how) as machine:
+            machine.snapshot(tmp_path / "b")
+        shutil.rmtree(tmp_path / "a")
+
+    once("eager")
+    before = count()
+    for number in range(9):
+        once(WAYS[number % 3])
+    assert count() == before
