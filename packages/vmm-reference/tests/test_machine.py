@@ -1,5 +1,6 @@
 """Whole machines with kernels of a few instructions: how they run, end, pause and start again."""
 
+import gc
 import os
 import signal
 import subprocess
@@ -211,6 +212,7 @@ def test_machines_come_and_go_without_a_trace(kernel: Callable[[str], str]) -> N
             machine.wait(30)
         return descriptors(), threading.active_count()
 
+    gc.collect()  # what tests before have left
     first = once()
     assert [once() for _ in range(10)] == [first] * 10
 

@@ -90,7 +90,8 @@ class Board:
         self._loop = loop
         self._ended = ended
         self._timeline = timeline
-        self._virtio: list[tuple[Block | Rng, VirtioDevice, MmioTransport]] = []
+        self._virtio: list[VirtioDevice] = []
+        self._transports: list[MmioTransport] = []
         self._kicks: list[int] = []
         self._ports = Bus(0x10000)
         self._mmio = Bus()
@@ -142,11 +143,11 @@ class Board:
             "power": self.power,
             "pvpanic": self._pvpanic,
         }
-        for number, (model, device, transport) in enumerate(self._virtio):
-            if hasattr(model, "save"):
-                found[f"virtio{number}-model"] = model
+        for number, device in enumerate(self._virtio):
+            if hasattr(device.model, "save"):  # the model before the device that activates it
+                found[f"virtio{number}-model"] = device.model
             found[f"virtio{number}"] = device
-            found[f"virtio{number}-transport"] = transport
+            found[f"virtio{number}-transport"] = self._transports[number]
         return found
 
     def save(self) -> Iterator[tuple[str, object]]:
@@ -242,14 +243,15 @@ class Board:
     def _create_platform(self) -> None:
         """Interrupt controllers, timer and RAM: what KVM itself emulates."""
         vm = self.vm
-        vm.set_identity_map_addr(layout.IDENTITY_MAP)
-        vm.set_tss_addr(layout.TSS)
-        vm.create_irqchip()
-        vm.create_pit2(_PIT_SPEAKER_DUMMY)
+        # Memory first: once there are interrupt controllers, each slot costs some 8 ms.
         for slot, region in enumerate(self.memory.regions):
             vm.set_user_memory_region(
                 slot=slot, guest_phys_addr=region.guest_address, memory=region.buffer
             )
+        vm.set_identity_map_addr(layout.IDENTITY_MAP)
+        vm.set_tss_addr(layout.TSS)
+        vm.create_irqchip()
+        vm.create_pit2(_PIT_SPEAKER_DUMMY)
 
     def _line(self, gsi: int) -> Callable[[bool], None]:
         """An interrupt line of a PC's own device."""
@@ -305,7 +307,8 @@ class Board:
             stack.callback(self._loop.remove, kick)
         transport = MmioTransport(device, _unheard)
         self._mmio.add(window, layout.VIRTIO_MMIO_SIZE, transport)
-        self._virtio.append((model, device, transport))
+        self._transports.append(transport)
+        self._virtio.append(device)
 
     def _load(self, config: MachineConfig) -> EntryState:
         """Put ACPI tables, kernel, initrd and boot parameters into memory, which is fresh."""

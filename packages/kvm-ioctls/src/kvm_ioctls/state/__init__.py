@@ -18,9 +18,11 @@ if TYPE_CHECKING:
     from kvm_ioctls.state.lapic import LapicState
     from kvm_ioctls.state.mp import MpState
     from kvm_ioctls.state.msrs import MsrReport
+    from kvm_ioctls.state.nested import NestedState
     from kvm_ioctls.state.pit import PitChannelState, PitState2
     from kvm_ioctls.state.regs import Regs
-    from kvm_ioctls.state.routing import IrqchipRoute, MsiRoute
+    from kvm_ioctls.state.routing import HvSintRoute, IrqchipRoute, MsiRoute, XenEvtchnRoute
+    from kvm_ioctls.state.snapshot import VcpuState, VmState
     from kvm_ioctls.state.sregs import DescriptorTable, Segment, Sregs, Sregs2
     from kvm_ioctls.state.xsave import Xcrs, Xsave
 
@@ -30,12 +32,14 @@ _HOMES = {
     "DebugRegs": "debugregs",
     "DescriptorTable": "sregs",
     "Fpu": "fpu",
+    "HvSintRoute": "routing",
     "IoapicState": "irqchip",
     "IrqchipRoute": "routing",
     "LapicState": "lapic",
     "MpState": "mp",
     "MsiRoute": "routing",
     "MsrReport": "msrs",
+    "NestedState": "nested",
     "PicState": "irqchip",
     "PitChannelState": "pit",
     "PitState2": "pit",
@@ -45,15 +49,42 @@ _HOMES = {
     "Sregs": "sregs",
     "Sregs2": "sregs",
     "VcpuEvents": "events",
+    "VcpuState": "snapshot",
+    "VmState": "snapshot",
     "Xcrs": "xsave",
+    "XenEvtchnRoute": "routing",
     "Xsave": "xsave",
 }
 
 __all__ = [
-    "ClockData", "CpuidEntry", "DebugRegs", "DescriptorTable", "Fpu", "IoapicState", "IrqchipRoute",
-    "LapicState", "MpState", "MsiRoute", "MsrReport", "PicState", "PitChannelState", "PitState2",
-    "Redirection", "Regs", "Segment", "Sregs", "Sregs2", "VcpuEvents", "Xcrs", "Xsave",
-]  # fmt: skip
+    "ClockData",
+    "CpuidEntry",
+    "DebugRegs",
+    "DescriptorTable",
+    "Fpu",
+    "HvSintRoute",
+    "IoapicState",
+    "IrqchipRoute",
+    "LapicState",
+    "MpState",
+    "MsiRoute",
+    "MsrReport",
+    "NestedState",
+    "PicState",
+    "PitChannelState",
+    "PitState2",
+    "Redirection",
+    "Regs",
+    "Segment",
+    "Sregs",
+    "Sregs2",
+    "VcpuEvents",
+    "VcpuState",
+    "VmState",
+    "Xcrs",
+    "XenEvtchnRoute",
+    "Xsave",
+]
 
 
 def __getattr__(name: str) -> object:

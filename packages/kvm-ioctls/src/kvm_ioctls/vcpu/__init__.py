@@ -14,6 +14,9 @@ from kvm_ioctls.vcpu.registers import VcpuRegisters
 from kvm_ioctls.vcpu.shared import VcpuShared
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from kvm_ioctls.state.snapshot import VcpuState
     from kvm_ioctls.vm import Vm
 
 __all__ = ["Vcpu"]
@@ -38,3 +41,30 @@ class Vcpu(VcpuShared, VcpuRegisters, VcpuInterrupts, VcpuCpu, VcpuDebug, VcpuEx
         self.vm = vm
         self._init_run(fd, mmap_size)
         Descriptor.__init__(self, fd)
+
+    def save(self, msr_indices: Iterable[int] | None = None) -> VcpuState:
+        """Everything that KVM knows of this vCPU, between two runs.
+
+        After an exit for I/O, run once more with a kick pending, so that KVM completes it.
+
+        Args:
+            msr_indices: the MSRs to save, usually Kvm.get_msr_index_list(), which None asks for.
+        """
+        from kvm_ioctls.state.snapshot import save_vcpu
+
+        if msr_indices is None:
+            from kvm_ioctls.kvm import Kvm
+
+            with Kvm() as kvm:
+                msr_indices = kvm.get_msr_index_list()
+        return save_vcpu(self, tuple(msr_indices))
+
+    def restore(self, state: VcpuState) -> None:
+        """Put back what save() gave, into a new vCPU of a VM that was made alike.
+
+        Raises:
+            KvmError: this host cannot continue it.
+        """
+        from kvm_ioctls.state.snapshot import restore_vcpu
+
+        restore_vcpu(self, state)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from typing import Self
 
     from kvm_ioctls.device import Device
+    from kvm_ioctls.state.snapshot import VmState
     from kvm_ioctls.stats import Stats
     from kvm_ioctls.vcpu import Vcpu
 
@@ -95,6 +96,18 @@ class Vm(VmPages, VmIrq, VmEvents, VmPlatform, VmGuests, Attributes):
         from kvm_ioctls.stats import Stats
 
         return Stats(self._value(lib.KVM_GET_STATS_FD))
+
+    def save(self) -> VmState:
+        """What KVM knows of the VM as a whole, while no vCPU runs: without memory and vCPUs."""
+        from kvm_ioctls.state.snapshot import save_vm
+
+        return save_vm(self)
+
+    def restore(self, state: VmState) -> None:
+        """Put back what save() gave, into a VM made with the same controllers, before it runs."""
+        from kvm_ioctls.state.snapshot import restore_vm
+
+        restore_vm(self, state)
 
     def close(self) -> None:
         """Close the vCPUs, then the VM, then let go of the memory."""

@@ -20,6 +20,16 @@ __all__ = ["VmIrq"]
 class VmIrq(Descriptor):
     """The part of a VM that deals with interrupts."""
 
+    _routing: tuple[RoutingEntry, ...] | None = None
+
+    @property
+    def gsi_routing(self) -> tuple[RoutingEntry, ...] | None:
+        """The table last set through this object, which the kernel does not give back.
+
+        None is the table that create_irqchip() makes.
+        """
+        return self._routing
+
     def create_irqchip(self) -> None:
         """KVM_CREATE_IRQCHIP (KVM_CAP_IRQCHIP): PICs, IOAPIC and a local APIC for each vCPU.
 
@@ -79,12 +89,14 @@ class VmIrq(Descriptor):
         Args:
             entries: values of kvm_ioctls.state.routing, at most KVM_CAP_IRQ_ROUTING (4096) of them.
         """
-        rows = [entry.to_bytes() for entry in entries]
+        table = tuple(entries)
+        rows = [entry.to_bytes() for entry in table]
         self._write(
             lib.KVM_SET_GSI_ROUTING,
             pack("<II", len(rows), 0) + b"".join(rows),
             nr=len(rows),
         )
+        self._routing = table
 
     def get_irqchip(self, chip_id: int) -> PicState | IoapicState:
         """KVM_GET_IRQCHIP: the registers of one interrupt controller.

@@ -1,4 +1,4 @@
-"""Memory beyond plain slots: guest_memfd, private memory, dirty logs in detail, coalesced writes."""
+"""Memory beyond plain slots: guest_memfd, private memory, dirty logs, coalesced writes."""
 
 from __future__ import annotations
 
@@ -128,17 +128,15 @@ class VmPages(VmMemory):
         shown = {"slot": slot, "first_page": first_page, "num_pages": num_pages}
         known = self._slots.get(slot)
         if known is None:
-            raise refuse(
-                "KVM_CLEAR_DIRTY_LOG", 2, shown, "no such slot was set through this object"
-            )
+            raise refuse("KVM_CLEAR_DIRTY_LOG", 2, shown, "no such slot was set here")
         pages = known.size // PAGE
         count = pages - first_page if num_pages is None else num_pages
         if not (0 <= first_page < pages and 0 < count <= pages - first_page):
             raise refuse("KVM_CLEAR_DIRTY_LOG", 22, shown, f"slot {slot} has {pages} pages")
         wanted = -(-count // 64) * 8
         if bitmap is not None and len(bitmap) < wanted:
-            raise refuse("KVM_CLEAR_DIRTY_LOG", 22, shown,
-                         f"the bitmap has {len(bitmap)} bytes of the {wanted} it takes")  # fmt: skip
+            why = f"the bitmap has {len(bitmap)} bytes of the {wanted} it takes"
+            raise refuse("KVM_CLEAR_DIRTY_LOG", 22, shown, why)
         held = ffi.from_buffer(bitmap if bitmap is not None else b"\xff" * wanted)
         self._write(
             lib.KVM_CLEAR_DIRTY_LOG,

@@ -202,9 +202,12 @@ class SnapshotWriter:
             manifest = Manifest(writer, self._generation, tuple(self._parts), size, base)
             data = seal(manifest)
             os.fsync(self.memory)
+            for part in self._parts:
+                _sync(self._path / f"{part.name}.json")
             _sync(self._path)
             new = self._path / MANIFEST
             _write(new, data)
+            _sync(new)
             _sync(self.folder)  # the generation's own name
             new.replace(self.folder / MANIFEST)
             self._committed = True
@@ -372,13 +375,12 @@ def _locked(folder: Path) -> int:
 
 
 def _write(path: Path, data: bytes) -> None:
-    """A new file whose content is on the disk when this returns."""
+    """A new file."""
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         view = memoryview(data)
         while view:
             view = view[os.write(fd, view) :]
-        os.fsync(fd)
     finally:
         os.close(fd)
 
@@ -391,8 +393,9 @@ def _read(path: Path, limit: int) -> bytes:
         return data
 
 
-def _sync(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+def _sync(path: Path) -> None:
+    """A file's content, or a folder's names, on the disk when this returns."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
     finally:

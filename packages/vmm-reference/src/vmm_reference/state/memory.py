@@ -3,7 +3,7 @@
 The file has the regions one behind the other. Pages that are zero are holes in a whole one; in a
 difference the ranges say which pages count, and everything else is the base's. Digests are those
 of the memory as it was, whatever part of it a file holds, so that they also prove a chain of
-differences. Two threads write, read and compute digests: none of that holds Python's lock.
+differences. Threads write, read and compute digests: none of that holds Python's lock.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ __all__ = ["CHUNK", "MemoryDigests", "MemoryState", "RegionState", "Source", "lo
 CHUNK = 1 << 20
 PAGE = 4096
 _THREADS = 2
+_MANY = 64  # chunks; for less the disk is not asked before the end
 _ZEROS = hashlib.sha256(bytes(CHUNK)).hexdigest()
 
 
@@ -134,14 +135,32 @@ def store(
     os.ftruncate(fd, sum(region.size for region in regions))
     found = list(digests) if digests is not None else [""] * len(chunks)
 
-    def work(item: tuple[int, list[tuple[int, int]]]) -> None:
-        number, pieces = item
-        start, length, place = chunks[number]
-        for address, count in pieces:
-            memory.write_all_to_file(GuestAddress(address), fd, count, place + address - start)
-        found[number] = _digest(memory, start, length)
+    changed = list(_by_chunk(chunks, starts, data_ranges(memory) if ranges is None else ranges))
 
-    _all(work, _by_chunk(chunks, starts, data_ranges(memory) if ranges is None else ranges))
+    written = threading.Event()
+
+    def write(failed: list[BaseException]) -> None:
+        try:
+            for number, pieces in changed:
+                if failed:
+                    return
+                start, _, place = chunks[number]
+                for address, count in pieces:
+                    at = GuestAddress(address)
+                    memory.write_all_to_file(at, fd, count, place + address - start)
+        finally:
+            written.set()
+
+    def flush(_failed: list[BaseException]) -> None:
+        while not written.wait(0.05):  # the disk works while there is more to write
+            os.fdatasync(fd)
+
+    def digest(item: tuple[int, object]) -> None:
+        start, length, _ = chunks[item[0]]
+        found[item[0]] = _digest(memory, start, length)
+
+    # One thread alone writes: two would wait for each other at the file's lock.
+    _all(digest, changed, write, *([flush] if len(changed) > _MANY else []))
     return found
 
 
@@ -159,6 +178,8 @@ def load(
         FormatError: a chunk's digest is another.
         OSError: a file can't be read, or ends too early.
     """
+    if not sources:
+        return
     chunks = list(_chunks(describe(memory)))
     if digests is not None and len(digests.sha256) != len(chunks):
         rule = f"must be {len(chunks)} for this memory"
@@ -258,26 +279,37 @@ def _zeros(length: int) -> str:
     return _ZEROS if length == CHUNK else hashlib.sha256(bytes(length)).hexdigest()
 
 
-def _all(work: Callable[..., None], items: Iterable[object]) -> None:
-    """Do all of them, on two threads; the first error ends both and is raised."""
+def _all(
+    work: Callable[..., None],
+    items: Iterable[object],
+    *beside: Callable[[list[BaseException]], None],
+) -> None:
+    """Do all items on two threads, and each of `beside` on its own; the first error ends all.
+
+    `beside` are given the list that has the error then. It is raised in the end.
+    """
     waiting, lock = iter(items), threading.Lock()
     errors: list[BaseException] = []
 
-    def run() -> None:
+    def work_off(failed: list[BaseException]) -> None:
+        while not failed:
+            with lock:
+                item = next(waiting, None)
+            if item is None:
+                return
+            work(item)
+
+    def run(job: Callable[[list[BaseException]], None]) -> None:
         try:
-            while not errors:
-                with lock:
-                    item = next(waiting, None)
-                if item is None:
-                    return
-                work(item)
+            job(errors)
         except BaseException as error:
             errors.append(error)
 
-    threads = [threading.Thread(target=run) for _ in range(_THREADS - 1)]
+    jobs = [*beside, *[work_off] * (_THREADS - 1)]
+    threads = [threading.Thread(target=run, args=(job,)) for job in jobs]
     for thread in threads:
         thread.start()
-    run()
+    run(work_off)
     for thread in threads:
         thread.join()
     if errors:

@@ -1,0 +1,186 @@
+"""Snapshots and restores: writing against raw writing, and how soon a guest runs again.
+
+A restore is measured from the call, in a process that has made one before, to the first byte that
+the guest sends: two exits after its first instruction. The floor makes every ioctl that ours made,
+recorded from ours, in bare C with the memory mapped, read, or supplied in the same way; it proves
+no digests. Memory holds random bytes in the share that the row's name says; the file is in the
+page cache.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import struct
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness import CACHE, Bench, Goal, Row, Skip
+from kvm_ioctls import Kvm, Vcpu, Vm
+from kvm_ioctls._fd import Descriptor
+from vm_memory import GuestAddress
+from vmm_reference import Machine, MachineConfig
+from vmm_reference.state.folder import SnapshotReader
+from vmm_reference.state.memory import MemoryState
+from vmm_reference.testing import tiny_kernel
+
+HERE = Path(__file__).parent
+MIB = 1 << 20
+WAYS = ("copy-on-write", "on-demand", "eager")
+# Size of the guest and how many MiB of it hold data.
+GUESTS = ((128, 128), (1024, 1024), (8192, 1024))
+_RECORD = struct.Struct("<IIQQII")
+FLOOD = """
+1:  movw $0x3fd, %dx
+2:  inb %dx, %al
+    testb $0x20, %al
+    jz 2b
+    movw $0x3f8, %dx
+    outb %al, %dx
+    jmp 1b
+"""
+
+
+def rows(bench: Bench) -> Iterator[Row]:
+    """Each row in turn; see the module's text."""
+    if not os.access("/dev/kvm", os.R_OK | os.W_OK):
+        raise Skip("no /dev/kvm that this user may open")
+    floor = bench.compile(HERE / "native" / "state_floor.c", "-pthread")
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=CACHE, prefix="state-") as name:
+        folder = Path(name)
+        for size, data in GUESTS:
+            with machine_of(folder, size) as machine:
+                machine.pause()
+                fill(machine, size, data)
+                if size == 1024:
+                    yield bench.compare(
+                        f"snapshot, {size} MiB of {data} data", "MB/s",
+                        ours=partial(written, machine, folder),
+                        floor=partial(raw, machine, folder, data),
+                        goal=Goal.floor_rate(0.9),
+                    )  # fmt: skip
+                machine.snapshot(folder / "snapshot")
+            for way in WAYS:
+                script = folder / "script"
+                script.write_bytes(recorded(folder / "snapshot", way))
+                yield bench.compare(
+                    f"restore {way}, {size} MiB of {data} data", "ms",
+                    ours=partial(restored, folder / "snapshot", way),
+                    floor=partial(bare, floor, script, folder / "snapshot", way),
+                    goal=Goal.floor_plus(5) if way == "copy-on-write" else (),
+                )  # fmt: skip
+            shutil.rmtree(folder / "snapshot")
+
+
+def machine_of(folder: Path, size: int) -> Machine:
+    """A machine of so many MiB whose guest sends bytes for ever."""
+    kernel = folder / "kernel"
+    kernel.write_bytes(tiny_kernel(FLOOD))
+    return Machine(MachineConfig(kernel=str(kernel), memory=size * MIB))
+
+
+def fill(machine: Machine, size: int, data: int) -> None:
+    """Let so many MiB of its memory hold random bytes, evenly spread."""
+    board = machine._board
+    assert board is not None
+    block = random.Random(1).randbytes(MIB)
+    for number in range(2, data):
+        at = number * size // data * MIB
+        board.memory.write(GuestAddress(at if at < 3 << 30 else at + (1 << 30)), block)
+
+
+def written(machine: Machine, folder: Path) -> float:
+    """Write a snapshot of a paused machine; MB/s of its data."""
+    target = folder / "written"
+    start = time.perf_counter()
+    machine.snapshot(target)
+    took = time.perf_counter() - start
+    (file,) = target.rglob("memory")
+    rate = file.stat().st_blocks * 512 / took / 1e6
+    shutil.rmtree(target)
+    return rate
+
+
+def raw(machine: Machine, folder: Path, data: int) -> float:
+    """Write as much of the same memory in blocks of a MiB to a file, and sync it; MB/s."""
+    board = machine._board
+    assert board is not None
+    region = board.memory.regions[0]
+    start = time.perf_counter()
+    with open(folder / "raw", "wb", buffering=0) as file:  # noqa: PTH123
+        for at in range(0, min(data * MIB, region.size), MIB):
+            file.write(region.buffer[at : at + MIB])
+        os.fsync(file.fileno())
+    took = time.perf_counter() - start
+    size = (folder / "raw").stat().st_size
+    (folder / "raw").unlink()
+    return size / took / 1e6
+
+
+def restored(folder: Path, way: str) -> float:
+    """Restore a machine; milliseconds to its first byte of output."""
+    start = time.monotonic()
+    machine = Machine.restore(folder, way)
+    with machine:
+        while "first_output" not in machine.timeline:
+            time.sleep(0.0002)
+        took = machine.timeline["first_output"] - start
+    return took * 1e3
+
+
+def bare(program: Path, script: Path, folder: Path, way: str) -> float:
+    """The same by the floor's program."""
+    (memory,) = folder.rglob("memory")
+    with SnapshotReader(folder) as reader:
+        regions = reader.state("memory", MemoryState).regions
+    command = [str(program), str(script), str(memory), way]
+    command += [f"{r.guest_address}:{r.size}:{r.file_offset}" for r in regions]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    if done.returncode:
+        raise Skip(done.stderr.strip())
+    return int(done.stdout) / 1e6
+
+
+def recorded(folder: Path, way: str) -> bytes:
+    """Every ioctl of a restore in its order, for the floor's program."""
+    script: list[bytes] = []
+    real = {name: getattr(Descriptor, name) for name in ("_value", "_read", "_write", "_try")}
+    targets = {Kvm: 0, Vm: 1, Vcpu: 2}
+
+    def record(name: str, owner: Any, request: int, argument: Any) -> None:
+        target = targets.get(type(owner))
+        if target is None:
+            return
+        if name == "_value":
+            script.append(_RECORD.pack(target, 0, request, argument, 0, 0))
+            return
+        data = bytes(argument)  # as many zeros, where the kernel fills them in
+        script.append(_RECORD.pack(target, 1, request, 0, len(data), 0))
+        script.append(data.ljust(-(-len(data) // 8) * 8, b"\0"))
+
+    def recorder(name: str) -> Any:
+        def call(owner: Any, request: int, argument: Any = 0, /, **named: Any) -> Any:
+            record(name, owner, request, argument)
+            return real[name](owner, request, argument, **named)
+
+        return call
+
+    for name in real:
+        setattr(Descriptor, name, recorder(name))
+    try:
+        machine = Machine.restore(folder, way)
+        machine.start()
+        machine.pause()
+        end = len(script)
+    finally:
+        for name, method in real.items():
+            setattr(Descriptor, name, method)
+    machine.close()
+    return b"".join(script[:end])

@@ -1,0 +1,195 @@
+"""All that must be saved of a vCPU and of a VM, and the order in which KVM wants it back."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import attrs
+
+from kvm_ioctls.errors import KvmError
+from kvm_ioctls.state.clock import ClockData
+from kvm_ioctls.state.cpuid import CpuidEntry
+from kvm_ioctls.state.debugregs import DebugRegs
+from kvm_ioctls.state.events import VcpuEvents
+from kvm_ioctls.state.irqchip import IoapicState, PicState
+from kvm_ioctls.state.lapic import LapicState
+from kvm_ioctls.state.mp import MpState
+from kvm_ioctls.state.nested import NestedState
+from kvm_ioctls.state.pit import PitState2
+from kvm_ioctls.state.regs import Regs
+from kvm_ioctls.state.routing import RoutingEntry
+from kvm_ioctls.state.sregs import Sregs
+from kvm_ioctls.state.xsave import Xcrs, Xsave
+
+if TYPE_CHECKING:
+    from kvm_ioctls.vcpu import Vcpu
+    from kvm_ioctls.vm import Vm
+
+__all__ = ["VcpuState", "VmState"]
+
+_ENXIO, _EINVAL = 6, 22
+_TSC_DEADLINE = 0x6E0
+_REALTIME = 4
+
+
+@attrs.frozen
+class VcpuState:
+    """A vCPU between two runs.
+
+    Attributes:
+        cpuid: the leaves the guest sees.
+        tsc_khz: its TSC's rate.
+        sregs: and regs, xcrs, xsave, debugregs, events, mp_state: as the ioctls give them.
+        msrs: the MSRs that KVM saves, by index.
+        lapic: None without a controller in the kernel.
+        nested: None where KVM runs no nested guests.
+        version: of this form; 1.
+    """
+
+    cpuid: tuple[CpuidEntry, ...]
+    tsc_khz: int
+    sregs: Sregs
+    regs: Regs
+    xcrs: Xcrs
+    xsave: Xsave
+    debugregs: DebugRegs
+    msrs: tuple[tuple[int, int], ...]
+    events: VcpuEvents
+    mp_state: MpState
+    lapic: LapicState | None = None
+    nested: NestedState | None = None
+    version: int = attrs.field(default=1, kw_only=True)
+
+
+@attrs.frozen
+class VmState:
+    """A VM whose vCPUs all stand still, without its memory and without the vCPUs.
+
+    Attributes:
+        clock: the guest's kvmclock.
+        pic_master: and pic_slave, ioapic: None without controllers in the kernel.
+        pit: None without a timer in the kernel.
+        routing: the interrupt routing table, or None if it was never set.
+        version: of this form; 1.
+    """
+
+    clock: ClockData
+    pic_master: PicState | None = None
+    pic_slave: PicState | None = None
+    ioapic: IoapicState | None = None
+    pit: PitState2 | None = None
+    routing: tuple[RoutingEntry, ...] | None = None
+    version: int = attrs.field(default=1, kw_only=True)
+
+
+def save_vcpu(vcpu: Vcpu, msr_indices: tuple[int, ...]) -> VcpuState:
+    """Read everything. The run state comes first, because asking for it settles INIT and SIPI."""
+    mp_state = vcpu.get_mp_state()
+    nested = None
+    if vcpu.vm.check_extension(157):
+        nested = vcpu.get_nested_state()
+    try:
+        lapic = vcpu.get_lapic()
+    except KvmError as error:
+        if error.errno != _EINVAL:
+            raise
+        lapic = None
+    return VcpuState(
+        cpuid=vcpu.get_cpuid2(),
+        tsc_khz=vcpu.get_tsc_khz(),
+        regs=vcpu.get_regs(),
+        sregs=vcpu.get_sregs(),
+        xcrs=vcpu.get_xcrs(),
+        xsave=vcpu.get_xsave2(),
+        debugregs=vcpu.get_debugregs(),
+        lapic=lapic,
+        msrs=tuple(vcpu.get_msrs(msr_indices).values.items()),
+        nested=nested,
+        events=vcpu.get_vcpu_events(),
+        mp_state=mp_state,
+    )
+
+
+def restore_vcpu(vcpu: Vcpu, state: VcpuState) -> None:
+    """Write everything, in the order in which each part is legal.
+
+    CPUID decides which bits the others may have. The special registers carry the APIC's base, which
+    the local APIC wants; the APIC's timer mode, which the TSC deadline wants. Events and the run
+    state come last, because the others would wake or change them.
+    """
+    if state.cpuid:
+        vcpu.set_cpuid2(state.cpuid)
+    if state.tsc_khz and vcpu.get_tsc_khz() != state.tsc_khz:
+        vcpu.set_tsc_khz(state.tsc_khz)
+    vcpu.set_sregs(state.sregs)
+    vcpu.set_regs(state.regs)
+    vcpu.set_xcrs(state.xcrs)
+    vcpu.set_xsave(state.xsave)
+    vcpu.set_debugregs(state.debugregs)
+    if state.lapic is not None:
+        vcpu.set_lapic(state.lapic)
+    _restore_msrs(vcpu, dict(state.msrs))
+    if state.nested is not None and state.nested.data:
+        vcpu.set_nested_state(state.nested)
+    vcpu.set_vcpu_events(state.events)
+    if state.mp_state != vcpu.get_mp_state():
+        vcpu.set_mp_state(state.mp_state)
+
+
+def _restore_msrs(vcpu: Vcpu, msrs: dict[int, int]) -> None:
+    deadline = msrs.pop(_TSC_DEADLINE, 0)
+    refused = vcpu.set_msrs(msrs).refused
+    # Some MSRs only state what the host is: refusing these is fine if it states the same.
+    now = vcpu.get_msrs(refused).values
+    wrong = [index for index in refused if now.get(index) != msrs[index]]
+    if wrong:
+        raise KvmError(
+            "KVM_SET_MSRS",
+            _EINVAL,
+            {"index": wrong[0], "value": msrs[wrong[0]]},
+            f"this host refuses {len(wrong)} of the saved MSRs: it differs from the one that saved",
+        )
+    if deadline:
+        vcpu.set_msrs({_TSC_DEADLINE: deadline})
+
+
+def save_vm(vm: Vm) -> VmState:
+    """Read what belongs to the VM as a whole."""
+    chips: list[PicState | IoapicState | None] = []
+    for chip in range(3):
+        try:
+            chips.append(vm.get_irqchip(chip))
+        except KvmError as error:
+            if error.errno != _ENXIO:
+                raise
+            chips.append(None)
+    try:
+        pit = vm.get_pit2()
+    except KvmError as error:
+        if error.errno != _ENXIO:
+            raise
+        pit = None
+    master, slave, ioapic = chips
+    assert not isinstance(master, IoapicState)
+    assert not isinstance(slave, IoapicState)
+    assert not isinstance(ioapic, PicState)
+    return VmState(
+        clock=vm.get_clock(),
+        pic_master=master,
+        pic_slave=slave,
+        ioapic=ioapic,
+        pit=pit,
+        routing=vm.gsi_routing,
+    )
+
+
+def restore_vm(vm: Vm, state: VmState) -> None:
+    """Write it to a VM that was made alike; the clock last, since it goes on at once."""
+    if state.routing is not None:
+        vm.set_gsi_routing(state.routing)
+    for chip, saved in enumerate((state.pic_master, state.pic_slave, state.ioapic)):
+        if saved is not None:
+            vm.set_irqchip(chip, saved)
+    if state.pit is not None:
+        vm.set_pit2(state.pit)
+    vm.set_clock(attrs.evolve(state.clock, flags=state.clock.flags & _REALTIME))
