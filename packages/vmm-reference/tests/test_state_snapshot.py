@@ -148,6 +148,24 @@ def test_the_end_is_that_of_an_uninterrupted_twin(
     assert found[3] > 0
 
 
+@pytest.mark.soak
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("differences", [False, True], ids=["whole", "differences"])
+@pytest.mark.parametrize("how", WAYS)
+def test_a_thousand_restores_change_nothing(
+    config: Callable[..., MachineConfig], tmp_path: Path, how: str, differences: bool
+) -> None:
+    """The same with a longer computation, and a snapshot each moment."""
+    source = COMPUTE.replace("$0xC000", "$0xC00000")
+    with Machine(config(source)) as machine:
+        assert machine.wait(600) is Outcome.POWER_OFF
+        memory, regs = remains(machine)
+        wanted = digest(memory), regs, bytes(machine.console._output)
+    found = interrupted(config(source), tmp_path, how, 1000, differences=differences, live=False)
+    assert found[:3] == wanted
+    assert found[3] > 100
+
+
 def test_all_ways_give_the_same_memory(
     config: Callable[..., MachineConfig], tmp_path: Path
 ) -> None:
