@@ -66,8 +66,8 @@ def encode(state: object) -> bytes:
     """A state as text, one field a line; equal states give equal text.
 
     Example:
-        >>> from kvm_ioctls.state import MpState, Xcrs
-        >>> print(encode(Xcrs()).decode())
+        >>> from kvm_ioctls.state import Xcrs
+        >>> print(encode(Xcrs()).decode(), end="")
         {
          "xcrs": [[0, 1]],
          "flags": 0,
