@@ -94,6 +94,18 @@ class ByteAccess:
             MemoryAccessError: when the range is not all memory; the buffer is unchanged then.
             BackingLostError: when pages of it are lost.
         """
+        if isinstance(buffer, (memoryview, bytearray)):
+            length = len(buffer)
+            region = self._recent
+            offset = address - region.guest_address
+            end = offset + length
+            if 0 <= offset <= end <= region.size and length < _LONG:
+                try:
+                    buffer[:] = region.buffer[offset:end]
+                except (TypeError, ValueError, NotImplementedError):
+                    pass  # not a flat buffer of bytes: below it is made one
+                else:
+                    return
         view = _flat(buffer)
         length = len(view)
         pieces = self._pieces(address, length)

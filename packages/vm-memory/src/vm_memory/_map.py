@@ -268,6 +268,10 @@ the end of the region in front of it, 0x1000
 
     def _pieces(self, address: int, length: int, *, write: bool = False) -> list[Piece]:
         """All pieces of a range, or an exception."""
+        region = self._recent
+        offset = address - region.guest_address
+        if 0 <= offset < offset + length <= region.size:
+            return [(region, offset, length)]  # type: ignore[list-item]  # _Nowhere has no size
         if length < 0:
             raise InvalidValueError("length", length, "must not be negative")
         pieces = list(self._walk(address, length, write=write))

@@ -13,6 +13,8 @@ Rules that hold for every access:
 
 from __future__ import annotations
 
+from os import preadv, pwritev
+
 from vm_memory._atomics import AtomicAccess
 from vm_memory._map import MemoryMap
 from vm_memory.permissions import Permissions
@@ -32,6 +34,9 @@ if TYPE_CHECKING:
     T = TypeVar("T")
 
 __all__ = ["GuestMemory"]
+
+# What the kernel moves in one call, and a transfer at a place of its own may be done again.
+_ONE_CALL = 1 << 30
 
 
 class GuestMemory(MemoryMap, AtomicAccess):
@@ -183,6 +188,21 @@ class GuestMemory(MemoryMap, AtomicAccess):
             TransferError: when a system call fails.
             BackingLostError: when pages of the range are lost.
         """
+        region = self._recent
+        start = address - region.guest_address
+        end = start + length
+        if offset is not None and 0 <= start < end <= region.size and length <= _ONE_CALL:
+            # One piece at a place of its own: what this leaves undone is done again below.
+            fd = file if isinstance(file, int) else file.fileno()
+            try:
+                count = preadv(fd, [region.buffer[start:end]], offset)
+            except (OSError, OverflowError):
+                pass  # what is wrong is found out and told below
+            else:
+                if region.dirty is not None:
+                    region.dirty.mark(start, count)
+                if count == length:
+                    return
         from vm_memory.transfer import transfer
 
         self._pieces(address, length)
@@ -213,6 +233,19 @@ class GuestMemory(MemoryMap, AtomicAccess):
             TransferError: when a system call fails.
             BackingLostError: when pages of the range are lost.
         """
+        region = self._recent
+        start = address - region.guest_address
+        end = start + length
+        if offset is not None and 0 <= start < end <= region.size and length <= _ONE_CALL:
+            # One piece at a place of its own: what this leaves undone is done again below.
+            fd = file if isinstance(file, int) else file.fileno()
+            try:
+                count = pwritev(fd, [region.buffer[start:end]], offset)
+            except (OSError, OverflowError):
+                pass  # what is wrong is found out and told below
+            else:
+                if count == length:
+                    return
         from vm_memory.transfer import transfer
 
         self._pieces(address, length)
