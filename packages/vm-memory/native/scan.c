@@ -14,6 +14,11 @@ void vmm_copy(uint64_t target, uint64_t source, size_t length)
     memmove((void *)target, (const void *)source, length);
 }
 
+void vmm_copy_out(void *target, uint64_t source, size_t length)
+{
+    memcpy(target, (const void *)source, length);
+}
+
 int64_t vmm_find(uint64_t host, size_t length, const void *needle, size_t needle_length)
 {
     const uint8_t *found = memmem((const void *)host, length, needle, needle_length);

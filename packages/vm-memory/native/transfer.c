@@ -4,6 +4,7 @@
 
 #include <errno.h>
 #include <sys/uio.h>
+#include <unistd.h>
 
 #define PIECES 64
 
@@ -75,4 +76,14 @@ int64_t vmm_transfer(struct vmm_table *table, uint64_t address, uint64_t length,
             break;
     }
     return (int64_t)done;
+}
+
+int64_t vmm_pread(int fd, uint64_t host, size_t length, int64_t offset)
+{
+    return pread(fd, (void *)host, length, offset);
+}
+
+int64_t vmm_pwrite(int fd, uint64_t host, size_t length, int64_t offset)
+{
+    return pwrite(fd, (const void *)host, length, offset);
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import array
+import itertools
 import os
 import signal
 import socket
@@ -96,6 +98,48 @@ def test_transfers_that_cannot_be_complete(memory: GuestMemory, file: IO[bytes])
     assert refused.value.errno == 9
     with pytest.raises(TransferError):
         memory.write_to_file(A(0), os.open(os.devnull, os.O_RDONLY), 1)
+
+
+def test_places_in_a_file_are_checked(memory: GuestMemory, file: IO[bytes]) -> None:
+    """A negative place is refused, and never taken for the file's own position."""
+    calls = (memory.read_from_file, memory.read_exact_from_file, memory.write_to_file,
+             memory.write_all_to_file)  # fmt: skip
+    for call, offset in itertools.product(
+        calls, (-1, -(1 << 63), -(1 << 64), (1 << 63) - 1, 1 << 64)
+    ):
+        with pytest.raises(InvalidValueError, match="offset"):
+            call(A(0), file, 8, offset)
+
+
+def test_only_what_arrived_is_marked_at_a_place_too(file: IO[bytes]) -> None:
+    """A file that ends early leaves the pages behind its end clean."""
+    memory = GuestMemory.from_ranges([(A(0), 16 * 4096)], dirty_page_size=4096)
+    file.truncate(0)
+    os.pwrite(file.fileno(), b"x" * 5000, 0)
+    memory.read(A(0), 1)
+    with pytest.raises(ShortTransferError):
+        memory.read_exact_from_file(A(4096), file, 4 * 4096, 0)
+    assert list(memory.harvest_dirty()) == [(4096, 2 * 4096)]
+    memory.read_exact_from_file(A(0), file, 5000, 0)
+    assert memory.read(A(0), 5001) == b"x" * 4999 + b"xx"
+    assert list(memory.harvest_dirty()) == [(0, 2 * 4096)]
+
+
+@pytest.mark.parametrize("size", [64, 256 << 10])
+def test_any_writable_buffer_can_be_filled(size: int) -> None:
+    """Whatever its items and its shape, a buffer gets the bytes; what is none is refused."""
+    memory = GuestMemory.from_ranges([(A(0), 1 << 20)])
+    content = bytes(range(256)) * (size // 64)
+    memory.write(A(0), content)
+    wide = array.array("I", bytes(size))
+    square = memoryview(bytearray(size)).cast("B", (8, size // 8))
+    signed = memoryview(bytearray(size)).cast("b")
+    for buffer in (wide, square, signed, bytearray(size)):
+        memory.read_into(A(0), buffer)  # type: ignore[arg-type]
+        assert memoryview(buffer).tobytes() == content[:size]
+    for wrong in ([0] * size, memoryview(bytes(size)), "x" * size):
+        with pytest.raises((TypeError, BufferError)):
+            memory.read_into(A(0), wrong)  # type: ignore[arg-type]
 
 
 def test_a_signal_does_not_end_an_exact_transfer(memory: GuestMemory) -> None:

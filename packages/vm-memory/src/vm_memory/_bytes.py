@@ -21,6 +21,7 @@ __all__ = ["ByteAccess"]
 
 _fill = lib.vmm_fill
 _copy = lib.vmm_copy
+_copy_out = lib.vmm_copy_out
 _READ = Permissions.READ
 
 # From here on a copy is worth a C call, which lets other Python threads run meanwhile.
@@ -94,7 +95,7 @@ class ByteAccess:
             MemoryAccessError: when the range is not all memory; the buffer is unchanged then.
             BackingLostError: when pages of it are lost.
         """
-        if isinstance(buffer, (memoryview, bytearray)):
+        if type(buffer) is memoryview:
             length = len(buffer)
             region = self._recent
             offset = address - region.guest_address
@@ -112,9 +113,9 @@ class ByteAccess:
         done = 0
         for region, start, count in pieces:
             if count >= _LONG:
-                target = ffi.from_buffer(view[done : done + count], require_writable=True)
-                source = region.host_address + start
-                _copy(int(ffi.cast("uintptr_t", target)), source, count)
+                part = view if count == length else view[done : done + count]
+                target = ffi.from_buffer(part, require_writable=True)
+                _copy_out(target, region.host_address + start, count)
             else:
                 view[done : done + count] = region.buffer[start : start + count]
             done += count
@@ -208,6 +209,10 @@ class ByteAccess:
 
     def _available(self, address: int, length: int, *, write: bool = False) -> int:
         """How many bytes of a range lie in front of the first hole; at least one."""
+        region = self._recent
+        offset = address - region.guest_address
+        if 0 <= offset < offset + length <= region.size:
+            return length
         if length < 0:
             raise InvalidValueError("length", length, "must not be negative")
         found = sum(count for _, _, count in self._walk(address, length, write=write))

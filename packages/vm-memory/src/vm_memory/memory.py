@@ -13,10 +13,9 @@ Rules that hold for every access:
 
 from __future__ import annotations
 
-from os import preadv, pwritev
-
 from vm_memory._atomics import AtomicAccess
 from vm_memory._map import MemoryMap
+from vm_memory._native import lib
 from vm_memory.permissions import Permissions
 
 TYPE_CHECKING = False
@@ -34,6 +33,9 @@ if TYPE_CHECKING:
     T = TypeVar("T")
 
 __all__ = ["GuestMemory"]
+
+_pread = lib.vmm_pread
+_pwrite = lib.vmm_pwrite
 
 # What the kernel moves in one call, and a transfer at a place of its own may be done again.
 _ONE_CALL = 1 << 30
@@ -195,11 +197,11 @@ class GuestMemory(MemoryMap, AtomicAccess):
             # One piece at a place of its own: what this leaves undone is done again below.
             fd = file if isinstance(file, int) else file.fileno()
             try:
-                count = preadv(fd, [region.buffer[start:end]], offset)
-            except (OSError, OverflowError):
+                count = _pread(fd, region.host_address + start, length, offset)
+            except OverflowError:
                 pass  # what is wrong is found out and told below
             else:
-                if region.dirty is not None:
+                if region.dirty is not None and count > 0:
                     region.dirty.mark(start, count)
                 if count == length:
                     return
@@ -240,8 +242,8 @@ class GuestMemory(MemoryMap, AtomicAccess):
             # One piece at a place of its own: what this leaves undone is done again below.
             fd = file if isinstance(file, int) else file.fileno()
             try:
-                count = pwritev(fd, [region.buffer[start:end]], offset)
-            except (OSError, OverflowError):
+                count = _pwrite(fd, region.host_address + start, length, offset)
+            except OverflowError:
                 pass  # what is wrong is found out and told below
             else:
                 if count == length:

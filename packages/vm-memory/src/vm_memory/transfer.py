@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 from vm_memory._native import ffi, lib
-from vm_memory.errors import BackingLostError, ShortTransferError, TransferError
+from vm_memory.errors import (
+    BackingLostError,
+    InvalidValueError,
+    ShortTransferError,
+    TransferError,
+)
 from vm_memory.permissions import Permissions
 
 TYPE_CHECKING = False
@@ -26,6 +31,7 @@ __all__ = ["receive_message", "send_message", "transfer"]
 
 _EINTR = 4
 _EFAULT = 14
+_LAST = (1 << 63) - 1
 
 
 def transfer(
@@ -53,10 +59,13 @@ def transfer(
         The bytes moved.
 
     Raises:
+        InvalidValueError: when the offset is negative or past any file's end.
         ShortTransferError: when an exact transfer meets the end of the file.
         TransferError: when a system call fails.
         BackingLostError: when pages of the range are lost.
     """
+    if offset is not None and not 0 <= offset <= _LAST - length:
+        raise InvalidValueError("offset", offset, "must be 0 to 2**63 less the length")
     fd = file if isinstance(file, int) else file.fileno()
     table = memory._native()
     error = ffi.new("int *")
