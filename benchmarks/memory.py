@@ -186,7 +186,7 @@ def transfers(bench: Bench, floors: ctypes.CDLL) -> Iterator[Row]:
         memory.write_all_to_file(A(0), file, size)
         fd = file.fileno()
         for length, bound in ((64 << 10, 0.80), (1 << 20, 0.95), (16 << 20, 0.95)):
-            calls = max((32 << 20) // length, 2)
+            calls = (512 << 20) // length  # 10 ms and more
             scope = {"memory": memory, "view": memoryview(target)[:length], "fd": fd}
             copy = per_call("memory.read_into(0, view)", calls=calls, scope=scope)
             load = per_call(f"memory.read_exact_from_file(0, fd, {length}, 0)", calls=calls,

@@ -127,6 +127,11 @@ class ByteAccess:
         Raises:
             MemoryAccessError: when there is no memory at `address` itself.
         """
+        region = self._recent
+        offset = address - region.guest_address
+        end = offset + length
+        if 0 <= offset <= end <= region.size:
+            return region.buffer[offset:end].tobytes()
         return self.read(address, self._available(address, length))
 
     def write_partial(self, address: GuestAddress, data: Buffer) -> int:
@@ -135,6 +140,14 @@ class ByteAccess:
         Raises:
             MemoryAccessError: when there is no memory at `address` itself.
         """
+        region = self._recent
+        offset = address - region.guest_address
+        end = offset + len(data)
+        if type(data) is bytes and 0 <= offset <= end <= region.size:
+            region.buffer[offset:end] = data
+            if region.dirty is not None:
+                region.dirty.mark(offset, len(data))
+            return len(data)
         view = _flat(data)
         length = self._available(address, len(view), write=True)
         self.write(address, view[:length])
