@@ -22,6 +22,7 @@ __all__ = ["ByteAccess"]
 _fill = lib.vmm_fill
 _copy = lib.vmm_copy
 _copy_out = lib.vmm_copy_out
+_from_buffer = ffi.from_buffer
 _READ = Permissions.READ
 
 # From here on a copy is worth a C call, which lets other Python threads run meanwhile.
@@ -100,13 +101,18 @@ class ByteAccess:
             region = self._recent
             offset = address - region.guest_address
             end = offset + length
-            if 0 <= offset <= end <= region.size and length < _LONG:
-                try:
-                    buffer[:] = region.buffer[offset:end]
-                except (TypeError, ValueError, NotImplementedError):
-                    pass  # not a flat buffer of bytes: below it is made one
+            if 0 <= offset <= end <= region.size:
+                if length >= _LONG:
+                    if buffer.nbytes == length and buffer.c_contiguous:
+                        target = _from_buffer(buffer, require_writable=True)
+                        return _copy_out(target, region.host_address + offset, length)
                 else:
-                    return
+                    try:
+                        buffer[:] = region.buffer[offset:end]
+                    except (TypeError, ValueError, NotImplementedError):
+                        pass  # not a flat buffer of bytes: below it is made one
+                    else:
+                        return None
         view = _flat(buffer)
         length = len(view)
         pieces = self._pieces(address, length)
@@ -120,6 +126,7 @@ class ByteAccess:
                 view[done : done + count] = region.buffer[start : start + count]
             done += count
         self._check_lost(address, length, pieces)
+        return None
 
     def read_partial(self, address: GuestAddress, length: int) -> bytes:
         """Up to `length` bytes: what there is in front of the first hole.
