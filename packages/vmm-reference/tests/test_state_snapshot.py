@@ -5,6 +5,8 @@ import hashlib
 import os
 import random
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -261,6 +263,22 @@ def test_what_is_corrupt_is_refused_before_anything_starts(
         Machine.restore(tmp_path / "a")
 
 
+def test_memory_that_cannot_be_had_ends_the_machine(
+    config: Callable[..., MachineConfig], tmp_path: Path
+) -> None:
+    """Restored on demand, and then the file is cut: the outcome says so, nothing hangs."""
+    with Machine(config(FOREVER)) as machine:
+        machine.console.send("x")
+        time.sleep(0.02)
+        machine.snapshot(tmp_path / "a")
+    (path,) = (tmp_path / "a").rglob("memory")
+    machine = Machine.restore(tmp_path / "a", "on-demand")
+    os.truncate(path, 1 << 16)
+    with machine:
+        assert machine.wait(30) is Outcome.HOST_FAILURE
+        assert "memory's file at 0x" in machine.detail
+
+
 def test_another_machines_devices_are_refused(
     config: Callable[..., MachineConfig], tmp_path: Path
 ) -> None:
@@ -298,6 +316,37 @@ def test_a_full_disk_leaves_the_old_snapshot_and_the_guest(
     with SnapshotReader(tmp_path / "a") as reader:
         assert reader.digest == before
     assert len(list((tmp_path / "a").iterdir())) == 2
+
+
+SAVE_FOR_EVER = """
+import sys
+from pathlib import Path
+from vmm_reference import Machine, MachineConfig
+with Machine(MachineConfig(kernel=sys.argv[1], memory="32M")) as machine:
+    number = 0
+    while True:
+        machine.snapshot(sys.argv[2])
+        print(number, flush=True)
+        number += 1
+"""
+
+
+def test_a_process_that_is_killed_leaves_a_whole_snapshot(
+    config: Callable[..., MachineConfig], tmp_path: Path
+) -> None:
+    """At moments that nobody chose: what is there is proved, and goes on elsewhere."""
+    kernel, chance = config(FOREVER).kernel, random.Random(3)
+    for _ in range(8):
+        command = [sys.executable, "-c", SAVE_FOR_EVER, kernel, str(tmp_path / "a")]
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"0\n"
+            time.sleep(chance.uniform(0, 0.05))
+            process.kill()
+        snapshot.verify(tmp_path / "a")
+        with Machine.restore(tmp_path / "a", chance.choice(WAYS)) as machine:
+            machine.snapshot(tmp_path / "a")
+        assert len(list((tmp_path / "a").iterdir())) == 2
 
 
 def test_nothing_is_left_open(config: Callable[..., MachineConfig], tmp_path: Path) -> None:

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from kvm_ioctls import Kvm, Vm
     from kvm_ioctls.state import ClockData
     from linux_loader import EntryState
+    from vm_memory.userfault import Filler
 
     from .config import MachineConfig
     from .loop import Loop
@@ -87,6 +88,7 @@ class Board:
     ) -> None:
         self.tracking: Tracking | None = None
         self.clock: ClockData | None = None  # while the guest stands still
+        self._filler: Filler | None = None  # where memory comes on demand
         self._loop = loop
         self._ended = ended
         self._timeline = timeline
@@ -101,6 +103,7 @@ class Board:
             stack.callback(self.memory.close)
             if restored is not None and restored.filler is not None:
                 stack.callback(restored.filler.close)
+                stack.callback(loop.remove, restored.filler.fileno())
             self.vm = stack.enter_context(kvm.create_vm())
             self._create_platform()
             self.serial = Serial(self._line(layout.SERIAL_IRQ), transmit, room=room)
@@ -166,8 +169,11 @@ class Board:
             from .state.snapshot import log_dirty_pages
 
             log_dirty_pages(self, on=True)
-        if restored.filler is not None:
-            restored.filler.start()
+        self._filler = restored.filler
+        if self._filler is not None:
+            self._filler.start()
+            fd = self._filler.fileno()
+            self._loop.add(fd, READ, lambda _: self._filled(fd))
         for thread, state in zip(self._vcpus, restored.vcpus, strict=True):
             thread.vcpu.restore(state)
         self.vm.restore(attrs.evolve(restored.vm, clock=attrs.evolve(restored.vm.clock, flags=0)))
@@ -176,6 +182,15 @@ class Board:
         for kick in self._kicks:  # one that was on its way is in no state
             os.eventfd_write(kick, 1)
         restored.close()
+
+    def _filled(self, fd: int) -> None:
+        """All memory is there, or some of it can't be had: the guest waits for it, and ends."""
+        assert self._filler is not None
+        self._loop.remove(fd)
+        status = self._filler.status
+        if status.error:
+            where = f"reading the memory's file at {status.error_offset:#x}"
+            self._ended(Outcome.HOST_FAILURE, f"{where}: {os.strerror(status.error)}")
 
     def start(self) -> None:
         """Let the vCPUs run."""
@@ -190,6 +205,8 @@ class Board:
         """End the vCPU threads and wait for them; not from one of them. Idempotent."""
         for vcpu in self._vcpus:
             vcpu.stop()
+        if self._filler is not None and self._filler.status.error:
+            self._filler.close()  # whoever waits for a page that never comes
         for vcpu in self._vcpus:
             vcpu.join()
 
