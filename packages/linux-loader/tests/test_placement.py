@@ -12,7 +12,7 @@ from linux_loader import E820Entry, Format, ImageError, Placement, PlacementErro
 from linux_loader.entry import TableState, protected_mode
 from linux_loader.placement import FileRange, checked, highest_fit, lowest_fit
 from linux_loader.source import Source
-from vm_memory import GuestAddress, GuestMemory, Memfd
+from vm_memory import Anonymous, GuestAddress, GuestMemory, Memfd
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -139,7 +139,7 @@ def test_mapped_and_copied_files_read_the_same(
     size = 150_001
     with (
         GuestMemory.from_ranges(
-            [(GuestAddress(0), SIZE)], **({} if anonymous else {"backing": Memfd()})
+            [(GuestAddress(0), SIZE)], backing=Anonymous() if anonymous else Memfd()
         ) as guest,
         Source.open(path) as source,
     ):

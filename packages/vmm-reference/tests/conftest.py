@@ -28,6 +28,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 MARKS = (
     "kvm: needs a /dev/kvm that this user may open, of any kind",
     "linux: needs a KVM that runs an unmodified kernel: the host's own, or the lab",
+    "soak: takes long; left out unless a mark expression names it",
     "timeout(seconds): how long the test may take",
 )
 
@@ -37,7 +38,11 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("markers", mark)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if "soak" not in config.option.markexpr:
+        soaked = [item for item in items if item.get_closest_marker("soak")]
+        config.hook.pytest_deselected(items=soaked)
+        items[:] = [item for item in items if item not in soaked]
     for item in items:
         if item.get_closest_marker("timeout") is None:
             item.add_marker(pytest.mark.timeout(TIME_LIMIT))
