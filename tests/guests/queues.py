@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from virtio_queue.constants import F_EVENT_IDX, F_INDIRECT_DESC, F_RING_PACKED
-from vmm_reference import board
 from vmm_reference.config import Drive, MachineConfig
+from vmm_reference.devices import blk, rng
 from vmm_reference.devices.blk import Block
 from vmm_reference.devices.rng import Rng
 from vmm_reference.machine import Machine
@@ -137,8 +137,9 @@ class Guest:
             self.devices.append(make(len(self.devices), backend))
             return self.devices[-1]
 
-        # What the board makes its devices with.
-        vars(board).update(Rng=entropy, Block=disk)
+        # What the factories make their devices with.
+        vars(rng).update(Rng=entropy)
+        vars(blk).update(Block=disk)
         config = MachineConfig(
             kernel=kernel, initrd=initrd, drives=drives, cpus=2, memory="256M",
             cmdline="console=ttyS0 pci=off panic=-1 quiet",
@@ -172,7 +173,10 @@ class Guest:
 
     def findings(self, wishes: list[Wish], devices: list[Any]) -> list[dict[str, Any]]:
         """What became of each ring."""
-        of_model = {id(device.model): device for device in self.machine._board._virtio}  # type: ignore[union-attr]
+        board = self.machine._board
+        assert board is not None
+        slots = [wiring.slot for wiring in board.devices.values() if wiring.slot is not None]
+        of_model = {id(slot.device.model): slot.device for slot in slots}
         found = []
         for wish, model in zip(wishes, devices, strict=True):
             device = of_model[id(model)]

@@ -22,6 +22,10 @@ needs_iasl = pytest.mark.skipif(
 )
 
 
+def terms(count: int) -> list[bytes]:
+    return [tables.virtio_mmio(number, *window) for number, window in enumerate(windows(count))]
+
+
 def windows(count: int) -> list[tuple[int, int, int]]:
     return [
         (layout.virtio_mmio_window(n), layout.VIRTIO_MMIO_SIZE, layout.virtio_gsi(n))
@@ -67,28 +71,26 @@ def entries(madt: bytes) -> Iterator[bytes]:
 def test_a_kernel_finds_every_table(cpus: int, devices: int) -> None:
     """From the RSDP on every pointer, length and checksum is right, wherever the tables lie."""
     expected = {"XSDT", "FACP", "APIC", "DSDT"}
-    assert set(found(tables.build(cpus=cpus, virtio_mmio=windows(devices)))) == expected
-    moved = tables.build(cpus=cpus, virtio_mmio=windows(devices), address=0x7FF0000)
+    assert set(found(tables.build(cpus=cpus, devices=terms(devices)))) == expected
+    moved = tables.build(cpus=cpus, devices=terms(devices), address=0x7FF0000)
     assert set(found(moved, 0x7FF0000)) == expected
 
 
 def test_tables_are_a_function_of_their_arguments() -> None:
     """The same machine gets the same bytes, so that a saved one finds what it knew."""
-    assert tables.build(cpus=3, virtio_mmio=windows(2)) == tables.build(
-        cpus=3, virtio_mmio=windows(2)
-    )
+    assert tables.build(cpus=3, devices=terms(2)) == tables.build(cpus=3, devices=terms(2))
 
 
 def test_tables_fit_their_place() -> None:
     """The largest machine's tables end before 1 MiB; a larger one is refused, not cut."""
-    assert BASE + len(tables.build(cpus=255, virtio_mmio=windows(15))) <= 0x100000
+    assert BASE + len(tables.build(cpus=255, devices=terms(15))) <= 0x100000
     with pytest.raises(ValueError, match="must fit into 131056"):
-        tables.build(cpus=4000, virtio_mmio=[])
+        tables.build(cpus=4000)
 
 
 def test_fadt_names_the_power_registers() -> None:
     """Sleep control, sleep status and reset are where the device has them, one byte of I/O each."""
-    fadt = found(tables.build(cpus=1, virtio_mmio=[]))["FACP"]
+    fadt = found(tables.build(cpus=1))["FACP"]
     assert len(fadt) == 276
     registers = {116: pm.RESET, 244: pm.SLEEP_CONTROL, 256: pm.SLEEP_STATUS}
     for offset, register in registers.items():
@@ -105,7 +107,7 @@ def test_fadt_names_the_power_registers() -> None:
 @pytest.mark.parametrize("cpus", [1, 2, 32, 254, 255, 256, 300])
 def test_madt_has_every_processor_once(cpus: int) -> None:
     """Identifiers up to 254 are local APICs, those from 255 on x2APICs; all are enabled."""
-    madt = list(entries(found(tables.build(cpus=cpus, virtio_mmio=[]))["APIC"]))
+    madt = list(entries(found(tables.build(cpus=cpus))["APIC"]))
     small = [e for e in madt if e[0] == 0]
     large = [struct.unpack("<BBHIII", e) for e in madt if e[0] == 9]
     assert [(e[2], e[3], e[4]) for e in small] == [(n, n, 1) for n in range(min(cpus, 255))]
@@ -117,7 +119,7 @@ def test_madt_has_every_processor_once(cpus: int) -> None:
 
 def test_madt_describes_kvms_interrupt_controllers() -> None:
     """One IOAPIC from interrupt 0 on, the timer on its pin 2, NMI on LINT1 of every processor."""
-    madt = list(entries(found(tables.build(cpus=1, virtio_mmio=[]))["APIC"]))
+    madt = list(entries(found(tables.build(cpus=1))["APIC"]))
     assert struct.pack("<BBBBII", 1, 12, 0, 0, layout.IOAPIC, 0) in madt
     assert struct.pack("<BBBBIH", 2, 10, 0, 0, 2, 0) in madt
     assert struct.pack("<BBBHB", 4, 6, 0xFF, 0, 1) in madt
@@ -141,7 +143,7 @@ def disassembled(path: Path, table: bytes) -> str:
 @pytest.mark.parametrize(("cpus", "devices"), [(1, 0), (4, 15), (300, 1)])
 def test_iasl_reads_and_writes_the_same_tables(tmp_path: Path, cpus: int, devices: int) -> None:
     """Every table, disassembled and compiled again, is the same but for who compiled it."""
-    for name, table in found(tables.build(cpus=cpus, virtio_mmio=windows(devices))).items():
+    for name, table in found(tables.build(cpus=cpus, devices=terms(devices))).items():
         disassembled(tmp_path / f"{name}.aml", table)
         answer = subprocess.run(
             ["iasl", "-p", f"again-{name}", f"{name}.dsl"],
@@ -160,7 +162,7 @@ def test_iasl_reads_and_writes_the_same_tables(tmp_path: Path, cpus: int, device
 def test_dsdt_says_what_the_machine_has(tmp_path: Path) -> None:
     """Each device stands in the DSDT with its identifier, ports, memory and interrupt."""
     text = disassembled(
-        tmp_path / "dsdt.aml", found(tables.build(cpus=2, virtio_mmio=windows(2)))["DSDT"]
+        tmp_path / "dsdt.aml", found(tables.build(cpus=2, devices=terms(2)))["DSDT"]
     )
     text = " ".join(re.sub(r"/\*.*?\*/|//.*", "", text).split())
     devices = dict(re.findall(r"Device \((\w+)\) \{ (.*?)(?= \} Device| \} \} $|$)", text))

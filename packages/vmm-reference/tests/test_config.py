@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmm_reference.config import MAX_DRIVES, Drive, MachineConfig, parse_size
+from vmm_reference.config import MAX_DEVICES, Drive, MachineConfig, parse_size
+from vmm_reference.devices.rng import Entropy
 from vmm_reference.errors import ConfigError
 
 
@@ -50,7 +51,14 @@ def test_a_kernel_is_enough(kernel: str) -> None:
         ({"drives": ["root.img"]}, "drives[0]"),
         ({"drives": [Drive("/no/such/image")]}, "drives[0]"),
         ({"drives": [Drive("/dev/null")]}, "drives[0]"),
-        ({"drives": [Drive("/dev/null")] * (MAX_DRIVES + 1)}, "drives"),
+        ({"devices": ["rng"]}, "devices[0]"),
+        ({"devices": [Entropy()] * (MAX_DEVICES["mmio"] + 1)}, "devices"),
+        ({"devices": [Entropy()] * (MAX_DEVICES["pci"] + 1), "transport": "pci"}, "devices"),
+        ({"devices": [Entropy(id="a b")]}, "devices[0].id"),
+        ({"devices": [Entropy(id="a"), Entropy(id="a")]}, "devices"),
+        ({"devices": [Entropy(slot=0)]}, "devices[0].slot"),
+        ({"devices": [Entropy(slot=4), Entropy(slot=4)]}, "devices"),
+        ({"transport": "isa"}, "transport"),
     ],
 )
 def test_each_mistake_is_named(kernel: str, change: dict[str, object], field: str) -> None:

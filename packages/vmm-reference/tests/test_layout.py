@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vmm_reference import layout
-from vmm_reference.config import MAX_DRIVES
+from vmm_reference.config import MAX_DEVICES
 from vmm_reference.layout import MIB, e820_ranges, ram_ranges
 
 sizes = st.one_of(
@@ -41,7 +41,7 @@ def test_the_map_is_sorted_and_disjoint(size: int) -> None:
 
 def test_virtio_devices_have_their_own_windows_and_interrupts() -> None:
     """As many devices as a machine may have differ in window and in interrupt line."""
-    count = MAX_DRIVES + 1
+    count = MAX_DEVICES["mmio"]
     windows = {layout.virtio_mmio_window(index) for index in range(count)}
     lines = {layout.virtio_gsi(index) for index in range(count)}
     assert len(windows) == len(lines) == count

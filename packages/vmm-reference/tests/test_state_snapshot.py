@@ -287,7 +287,7 @@ def test_another_machines_devices_are_refused(
     with Machine(config(FOREVER)) as machine:
         machine.snapshot(tmp_path / "a")
     more = Machine.restore(tmp_path / "a", drives=[Drive(str(image))])
-    with pytest.raises(FormatError, match=r"manifest\.parts.*virtio1"), more:
+    with pytest.raises(FormatError, match=r"manifest\.parts.*drive0"), more:
         pass
 
 

@@ -16,27 +16,23 @@ import attrs
 
 from linux_loader import E820Entry, E820Type, Protocol, load
 from linux_loader.cache import default_folder
-from virtio_queue.device import VirtioDevice
-from virtio_queue.mmio import MmioTransport
 from vm_memory import GuestAddress, GuestMemory
 
 from . import layout
 from .acpi import tables
-from .backends.file import FileBackend
 from .bus import Bus
 from .cpu.state import CpuPolicy, set_entry_state
-from .devices import pm
-from .devices.blk import Block
+from .devices import factory, pm
 from .devices.i8042 import I8042
 from .devices.pm import PowerManagement
 from .devices.pvpanic import Pvpanic
-from .devices.rng import Rng
 from .devices.rtc import Rtc
 from .devices.serial import Serial
 from .errors import HostError
 from .loop import READ
 from .outcome import Outcome
 from .vcpu import VcpuThread
+from .wiring import Wiring
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -54,7 +50,6 @@ if TYPE_CHECKING:
 __all__ = ["Board"]
 
 _PIT_SPEAKER_DUMMY = 1
-_QUEUE_NOTIFY = 0x50  # virtio 1.3, 4.2.2: the register whose writes are kicks
 _PARK_SECONDS = 10.0
 
 
@@ -89,14 +84,14 @@ class Board:
         self.tracking: Tracking | None = None
         self.clock: ClockData | None = None  # while the guest stands still
         self._filler: Filler | None = None  # where memory comes on demand
-        self._loop = loop
+        self.loop = loop
         self._ended = ended
         self._timeline = timeline
-        self._virtio: list[VirtioDevice] = []
-        self._transports: list[MmioTransport] = []
-        self._kicks: list[int] = []
-        self._ports = Bus(0x10000)
-        self._mmio = Bus()
+        self.ports = Bus(0x10000)
+        self.mmio = Bus()
+        self.announced: list[bytes] = []
+        self.devices: dict[str, Wiring] = {}
+        self._mmio_devices = 0
         self._rtc_deadline: float | None = None
         with ExitStack() as stack:
             self.memory = self._get_memory(config, restored)
@@ -108,11 +103,10 @@ class Board:
             self._create_platform()
             self.serial = Serial(self._line(layout.SERIAL_IRQ), transmit, room=room)
             self._add_legacy_devices()
-            self._add_virtio(stack, Rng(os.getrandom))
-            for drive in config.drives:
-                backend = FileBackend(drive.path, read_only=drive.read_only)
-                stack.callback(backend.close)
-                self._add_virtio(stack, Block(backend))
+            for name, device in config.named_devices().items():
+                wiring = self.devices[name] = Wiring(self, name)
+                stack.callback(wiring.close)
+                wiring.control = factory(device.kind)(device, wiring)
             entry = policy = None
             if restored is None:
                 entry = self._load(config)
@@ -127,8 +121,8 @@ class Board:
                 self._vcpus.append(
                     VcpuThread(
                         vcpu,
-                        self._ports,
-                        self._mmio,
+                        self.ports,
+                        self.mmio,
                         ended,
                         self._first_run if number == 0 else None,
                     )
@@ -146,11 +140,8 @@ class Board:
             "power": self.power,
             "pvpanic": self._pvpanic,
         }
-        for number, device in enumerate(self._virtio):
-            if hasattr(device.model, "save"):  # the model before the device that activates it
-                found[f"virtio{number}-model"] = device.model
-            found[f"virtio{number}"] = device
-            found[f"virtio{number}-transport"] = self._transports[number]
+        for wiring in self.devices.values():
+            found |= wiring.parts
         return found
 
     def save(self) -> Iterator[tuple[str, object]]:
@@ -173,20 +164,22 @@ class Board:
         if self._filler is not None:
             self._filler.start()
             fd = self._filler.fileno()
-            self._loop.add(fd, READ, lambda _: self._filled(fd))
+            self.loop.add(fd, READ, lambda _: self._filled(fd))
         for thread, state in zip(self._vcpus, restored.vcpus, strict=True):
             thread.vcpu.restore(state)
         self.vm.restore(attrs.evolve(restored.vm, clock=attrs.evolve(restored.vm.clock, flags=0)))
         self.clock = restored.vm.clock
         restored.apply(self.parts())
-        for kick in self._kicks:  # one that was on its way is in no state
-            os.eventfd_write(kick, 1)
+        for wiring in self.devices.values():
+            if wiring.slot is not None:
+                for queue in range(len(wiring.slot.kicks)):
+                    wiring.slot.kick(queue)  # one that was on its way is in no state
         restored.close()
 
     def _filled(self, fd: int) -> None:
         """All memory is there, or some of it can't be had: the guest waits for it, and ends."""
         assert self._filler is not None
-        self._loop.remove(fd)
+        self.loop.remove(fd)
         status = self._filler.status
         if status.error:
             where = f"reading the memory's file at {status.error_offset:#x}"
@@ -222,6 +215,8 @@ class Board:
             if not vcpu.wait_parked(_PARK_SECONDS):
                 raise TimeoutError(f"vCPU {vcpu.vcpu.id} did not stop in {_PARK_SECONDS:g} s")
         if self.clock is None:
+            for wiring in self.devices.values():
+                wiring.pause()
             self.clock = self.vm.get_clock()
 
     def resume(self) -> None:
@@ -230,6 +225,8 @@ class Board:
             from .state.snapshot import start_clock
 
             start_clock(self)
+            for wiring in self.devices.values():
+                wiring.resume()
         for vcpu in self._vcpus:
             vcpu.resume()
 
@@ -240,12 +237,12 @@ class Board:
 
     def receive(self, data: bytes) -> int:
         """Input for the serial port; says how many bytes it took."""
-        with self._ports.lock(self.serial):
+        with self.ports.lock(self.serial):
             return self.serial.receive(data)
 
     def transmitted(self, count: int) -> None:
         """So many bytes of the serial port's output are gone. Not from within `transmit`."""
-        with self._ports.lock(self.serial):
+        with self.ports.lock(self.serial):
             self.serial.transmitted(count)
 
     def _get_memory(self, config: MachineConfig, restored: Restored | None) -> GuestMemory:
@@ -276,7 +273,7 @@ class Board:
         return lambda level: vm.irq_line(gsi, level)
 
     def _add_legacy_devices(self) -> None:
-        ports = self._ports
+        ports = self.ports
         ports.add(layout.SERIAL_PORT, 8, self.serial)
         self._rtc = Rtc(time.time, self._line(tables.RTC_GSI), timer=self._rtc_timer)
         ports.add(tables.RTC_PORT, 2, self._rtc)
@@ -296,44 +293,27 @@ class Board:
         """Call the clock's `expire` at that time; a deadline that has moved meanwhile is stale."""
         self._rtc_deadline = when
         if when is not None:
-            self._loop.call_soon(
-                lambda: self._loop.call_later(when - time.time(), lambda: self._rtc_expired(when))
+            self.loop.call_soon(
+                lambda: self.loop.call_later(when - time.time(), lambda: self._rtc_expired(when))
             )
 
     def _rtc_expired(self, when: float) -> None:
         if self._rtc_deadline == when:
-            with self._ports.lock(self._rtc):
+            with self.ports.lock(self._rtc):
                 self._rtc.expire()
 
     def _panicked(self, event: int) -> None:
         if event & 1:
             self._ended(Outcome.GUEST_PANIC, "")
 
-    def _add_virtio(self, stack: ExitStack, model: Block | Rng) -> None:
-        """Give a device its window, its interrupt and one eventfd a queue for kicks."""
-        index = len(self._virtio)
-        window = layout.virtio_mmio_window(index)
-        interrupt = _eventfd(stack)
-        device = VirtioDevice(model, self.memory, lambda: os.eventfd_write(interrupt, 1))
-        self.vm.irqfd(interrupt, layout.virtio_gsi(index))
-        for number in range(len(device.queues)):
-            kick = _eventfd(stack)
-            self._kicks.append(kick)
-            self.vm.ioeventfd(kick, window + _QUEUE_NOTIFY, 4, datamatch=number)
-            self._loop.add(kick, READ, _kicked(device, model, kick, number))
-            stack.callback(self._loop.remove, kick)
-        transport = MmioTransport(device, _unheard)
-        self._mmio.add(window, layout.VIRTIO_MMIO_SIZE, transport)
-        self._transports.append(transport)
-        self._virtio.append(device)
+    def take_mmio_index(self) -> int:
+        """The place of the next virtio-mmio device."""
+        self._mmio_devices += 1
+        return self._mmio_devices - 1
 
     def _load(self, config: MachineConfig) -> EntryState:
         """Put ACPI tables, kernel, initrd and boot parameters into memory, which is fresh."""
-        windows = [
-            (layout.virtio_mmio_window(n), layout.VIRTIO_MMIO_SIZE, layout.virtio_gsi(n))
-            for n in range(len(self._virtio))
-        ]
-        acpi = tables.build(cpus=config.cpus, virtio_mmio=windows)
+        acpi = tables.build(cpus=config.cpus, devices=self.announced)
         self.memory.write(GuestAddress(layout.ACPI_TABLES), acpi)
         self.memory.write(GuestAddress(layout.RESET_VECTOR), pm.RESET_CODE)
         loaded = load(
@@ -358,24 +338,3 @@ class Board:
 
     def _first_run(self) -> None:
         self._timeline["first_run"] = time.monotonic()
-
-
-def _unheard(_queue: int) -> None:
-    """A kick that reached the register file: never, since KVM has an eventfd for each queue."""
-
-
-def _eventfd(stack: ExitStack) -> int:
-    fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-    stack.callback(os.close, fd)
-    return fd
-
-
-def _kicked(device: VirtioDevice, model: Block | Rng, fd: int, queue: int) -> Callable[[int], None]:
-    """What the loop does when a driver has kicked a queue."""
-
-    def serve(_events: int) -> None:
-        os.eventfd_read(fd)
-        if device.process(queue) and model.unfinished:
-            os.eventfd_write(fd, 1)  # the other descriptors have their turn first
-
-    return serve

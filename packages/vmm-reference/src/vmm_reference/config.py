@@ -9,20 +9,22 @@ from __future__ import annotations
 
 import os
 import stat
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import attrs
 
+from .deviceconfig import MAX_SLOT, DeviceConfig, device_from_mapping, to_mapping
+from .devices import config_class
 from .errors import ConfigError
-from .layout import MIB
+from .layout import MIB, VIRTIO_MMIO_DEVICES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-__all__ = ["MAX_CPUS", "MAX_DRIVES", "Drive", "MachineConfig", "parse_size"]
+__all__ = ["MAX_CPUS", "MAX_DEVICES", "Drive", "MachineConfig", "parse_size"]
 
 MAX_CPUS = 254  # local APIC identifiers of eight bits, 255 being the broadcast
-MAX_DRIVES = 14  # interrupt lines left for virtio, less that of the entropy device
+MAX_DEVICES = {"mmio": VIRTIO_MMIO_DEVICES, "pci": MAX_SLOT}
 MIN_MEMORY = 16 * MIB
 MAX_MEMORY = 1 << 40
 
@@ -52,7 +54,7 @@ def parse_size(text: str | int, field: str = "size") -> int:
     raise ConfigError(field, text, "must be a size such as 256M or 2G")
 
 
-def _drives(value: Iterable[Drive]) -> tuple[Drive, ...]:
+def _tuple(value: Iterable[Any]) -> tuple[Any, ...]:
     return tuple(value)
 
 
@@ -84,26 +86,21 @@ def _file(field: str, path: object, *, block: bool = False) -> str:
 
 
 @attrs.frozen
-class Drive:
+class Drive(DeviceConfig):
     """A disk image in raw format: a regular file or a block device, never guessed."""
+
+    kind: ClassVar[str] = "drive"
+    positional: ClassVar[str] = "path"
+    flags: ClassVar[dict[str, str]] = {"ro": "read_only"}
 
     path: str
     read_only: bool = False
 
-    @classmethod
-    def parse(cls, text: str) -> Drive:
-        """A drive from `PATH` or `PATH,ro`.
-
-        Example:
-            >>> Drive.parse("root.img,ro")
-            Drive(path='root.img', read_only=True)
-        """
-        if text.endswith(",ro"):
-            return cls(text.removesuffix(",ro"), read_only=True)
-        return cls(text)
-
     def check(self, field: str) -> None:
         """Raise `ConfigError` unless the image exists, may be opened and has a legal size."""
+        super().check(field)
+        if not isinstance(self.read_only, bool):
+            raise ConfigError(f"{field}.read_only", self.read_only, "must be true or false")
         name = _file(field, self.path, block=True)
         if not self.read_only and not os.access(name, os.W_OK):
             raise ConfigError(field, name, "can't be written; add ',ro' or change its permissions")
@@ -127,6 +124,9 @@ class MachineConfig:
         cpus: number of vCPUs, 1 to 254.
         memory: RAM in bytes (an int, or text such as `256M`), 16 MiB to 1 TiB, whole MiB.
         drives: virtio-blk disks in order: /dev/vda, /dev/vdb, ...
+        devices: what else there is, configurations of any kind in `vmm_reference.devices.REGISTRY`.
+            An entropy device is there in any case.
+        transport: how the guest finds virtio devices: `mmio`, at most 15, or `pci`, at most 31.
         on_reset: `restart` boots the machine anew when the guest resets it, `exit` ends the run.
         protocol: how the kernel is entered: `auto`, `linux64` or `pvh`.
         kaslr: start a bzImage in its own decompressor, which randomizes the kernel's address.
@@ -140,7 +140,9 @@ class MachineConfig:
     cmdline: str = ""
     cpus: int = 1
     memory: int = attrs.field(default=256 * MIB, converter=_memory)
-    drives: tuple[Drive, ...] = attrs.field(default=(), converter=_drives)
+    drives: tuple[Drive, ...] = attrs.field(default=(), converter=_tuple)
+    devices: tuple[DeviceConfig, ...] = attrs.field(default=(), converter=_tuple)
+    transport: str = "mmio"
     on_reset: str = "restart"
     protocol: str = "auto"
     kaslr: bool = False
@@ -156,23 +158,56 @@ class MachineConfig:
         _whole("memory", self.memory, MIN_MEMORY, MAX_MEMORY, "bytes")
         if self.memory % MIB:
             raise ConfigError("memory", self.memory, f"must be a multiple of 1M ({MIB} bytes)")
-        if len(self.drives) > MAX_DRIVES:
-            raise ConfigError("drives", len(self.drives), f"at most {MAX_DRIVES} fit this machine")
         for number, drive in enumerate(self.drives):
             if not isinstance(drive, Drive):
                 raise ConfigError(f"drives[{number}]", drive, "must be a Drive")
             drive.check(f"drives[{number}]")
+        for number, device in enumerate(self.devices):
+            if not isinstance(device, DeviceConfig):
+                raise ConfigError(f"devices[{number}]", device, "must be a device's configuration")
+            device.check(f"devices[{number}]")
+        _one_of("transport", self.transport, ("mmio", "pci"))
+        self._check_places()
         _one_of("on_reset", self.on_reset, ("restart", "exit"))
         _one_of("protocol", self.protocol, ("auto", "linux64", "pvh"))
         if not isinstance(self.kaslr, bool):
             raise ConfigError("kaslr", self.kaslr, "must be true or false")
 
+    def named_devices(self) -> dict[str, DeviceConfig]:
+        """All devices by their names, in the order in which the guest finds them."""
+        every: list[DeviceConfig] = [*self.drives, *self.devices]
+        if not any(device.kind == "rng" for device in every):
+            every.insert(0, config_class("rng")())
+        taken = {device.id for device in every}
+        named: dict[str, DeviceConfig] = {}
+        for device in every:
+            name, number = device.id, 0
+            while not name:
+                name, number = f"{device.kind}{number}", number + 1
+                if name in taken or name in named:
+                    name = ""
+            if name in named:
+                raise ConfigError("devices", name, "is the id of two devices")
+            named[name] = device
+        return named
+
+    def _check_places(self) -> None:
+        devices = self.named_devices()
+        most = MAX_DEVICES[self.transport]
+        if len(devices) > most:
+            other = ", 31 with transport pci" if self.transport == "mmio" else ""
+            raise ConfigError("devices", len(devices), f"are too many; at most {most} fit{other}")
+        slots = [device.slot for device in devices.values() if device.slot is not None]
+        for slot in slots:
+            if slots.count(slot) > 1:
+                raise ConfigError("devices", f"slot {slot}", "is given to two devices")
+
     @classmethod
     def from_mapping(cls, table: Mapping[str, Any], source: str = "config") -> MachineConfig:
         """A machine from the keys of a TOML file; a key that is not known is refused.
 
-        `drives` is an array of paths (`"root.img"`, `"root.img,ro"`) or of tables with `path` and
-        `read_only`.
+        `drives` is an array of paths (`"root.img"`, `"root.img,ro"`) or of tables with the fields
+        of `Drive`, `devices` one of tables with a `kind` and the fields of that kind.
         """
         known = [field.name for field in attrs.fields(cls)]
         for key in table:
@@ -183,11 +218,28 @@ class MachineConfig:
                 "kernel", "(none)", "must be given; a machine has nothing else to run"
             )
         values = dict(table)
-        if "drives" in values:
-            if not isinstance(values["drives"], list | tuple):
-                raise ConfigError("drives", values["drives"], "must be an array")
-            values["drives"] = [_drive(n, item) for n, item in enumerate(values["drives"])]
+        for name, kind in (("drives", "drive"), ("devices", "")):
+            if name in values:
+                if not isinstance(values[name], list | tuple):
+                    raise ConfigError(name, values[name], "must be an array")
+                values[name] = [
+                    Drive.parse(item)
+                    if kind and isinstance(item, str)
+                    else device_from_mapping(item, f"{name}[{number}]", kind)
+                    for number, item in enumerate(values[name])
+                ]
         return cls(**values)
+
+    def to_mapping(self) -> dict[str, Any]:
+        """The table that `from_mapping` makes the same machine of: plain values alone."""
+        table = {field.name: getattr(self, field.name) for field in attrs.fields(type(self))}
+        table["drives"] = [_without_kind(to_mapping(drive)) for drive in self.drives]
+        table["devices"] = [to_mapping(device) for device in self.devices]
+        return table
+
+
+def _without_kind(table: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in table.items() if name != "kind"}
 
 
 def _kernel(path: object) -> None:
@@ -196,25 +248,6 @@ def _kernel(path: object) -> None:
         head = image.read(1024)
     if not head.startswith(b"\x7fELF") and head[0x202:0x206] != b"HdrS":
         raise ConfigError("kernel", name, "is neither an ELF vmlinux nor a bzImage")
-
-
-def _drive(number: int, item: object) -> Drive:
-    field = f"drives[{number}]"
-    if isinstance(item, Drive):
-        return item
-    if isinstance(item, str):
-        return Drive.parse(item)
-    if not isinstance(item, dict):
-        raise ConfigError(field, item, "must be a path or a table with path and read_only")
-    for key in item:
-        if key not in ("path", "read_only"):
-            raise ConfigError(field, key, "unknown key; known are path, read_only")
-    read_only = item.get("read_only", False)
-    if not isinstance(read_only, bool):
-        raise ConfigError(f"{field}.read_only", read_only, "must be true or false")
-    if not isinstance(item.get("path"), str):
-        raise ConfigError(f"{field}.path", item.get("path"), "must be the path of a file")
-    return Drive(item["path"], read_only)
 
 
 def _text(field: str, value: object) -> None:

@@ -21,6 +21,7 @@ __all__ = [
     "SERIAL_IRQ",
     "SERIAL_PORT",
     "TSS",
+    "VIRTIO_MMIO_DEVICES",
     "VIRTIO_MMIO_SIZE",
     "VIRTIO_MMIO_START",
     "e820_ranges",
@@ -58,6 +59,7 @@ SERIAL_PORT, SERIAL_IRQ = 0x3F8, 4
 # The IOAPIC of KVM has 24 pins. What a PC's own devices use is left to them (0 timer, 1 keyboard,
 # 2 cascade, 3 and 4 serial, 8 RTC, 9 SCI, 12 mouse, 13 FPU).
 _VIRTIO_GSIS = (5, 6, 7, 10, 11, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23)
+VIRTIO_MMIO_DEVICES = len(_VIRTIO_GSIS)
 
 
 def virtio_gsi(index: int) -> int:

@@ -25,7 +25,7 @@ from . import aml
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["POWER_GSI", "PVPANIC_PORT", "RTC_GSI", "RTC_PORT", "build"]
+__all__ = ["POWER_GSI", "PVPANIC_PORT", "RTC_GSI", "RTC_PORT", "build", "virtio_mmio"]
 
 RTC_PORT, RTC_GSI = 0x70, 8
 PVPANIC_PORT = pvpanic.PORT
@@ -43,21 +43,19 @@ _PIT_GSI = 2  # KVM wires the timer, IRQ 0 of the 8259, to this pin of the IOAPI
 _FIRST_X2APIC = 255  # the broadcast identifier of xAPIC: from here on identifiers have 32 bits
 
 
-def build(
-    *, cpus: int, virtio_mmio: Sequence[tuple[int, int, int]], address: int = ACPI_TABLES
-) -> bytes:
-    """All tables as one piece of memory, in which the RSDP is first.
+def build(*, cpus: int, devices: Sequence[bytes] = (), address: int = ACPI_TABLES) -> bytes:
+    r"""All tables as one piece of memory, in which the RSDP is first.
 
     Args:
         cpus: number of processors, whose APIC identifiers count from 0.
-        virtio_mmio: address, size in bytes and global system interrupt of each device's window.
+        devices: terms that the DSDT has in `\_SB` beside the machine's own.
         address: where the piece will lie, a multiple of 16 below 4 GiB.
 
     Raises:
         ValueError: the tables do not fit into the space that the layout has for them.
 
     Example:
-        >>> build(cpus=2, virtio_mmio=[(0xC0000000, 0x1000, 5)])[:8]
+        >>> build(cpus=2)[:8]
         b'RSD PTR '
     """
     blob = bytearray(_RSDP_SIZE)  # to be filled in last
@@ -69,7 +67,7 @@ def build(
         blob.extend(table)
         return start
 
-    fadt = append(_fadt(append(_dsdt(cpus, virtio_mmio))))
+    fadt = append(_fadt(append(_dsdt(cpus, devices))))
     madt = append(_madt(cpus))
     blob[:_RSDP_SIZE] = _rsdp(append(_table(b"XSDT", 1, pack("<QQ", fadt, madt))))
     if len(blob) > RESET_VECTOR - ACPI_TABLES:
@@ -77,6 +75,17 @@ def build(
             f"ACPI tables of {len(blob)} bytes: must fit into {RESET_VECTOR - ACPI_TABLES}"
         )
     return bytes(blob)
+
+
+def virtio_mmio(number: int, address: int, size: int, gsi: int) -> bytes:
+    """The term that announces a virtio-mmio device's window and interrupt."""
+    return aml.device(
+        f"VR{number:02X}",
+        aml.name("_HID", aml.string("LNRO0005")),
+        aml.name("_UID", aml.integer(number)),
+        aml.name("_CCA", aml.integer(1)),
+        aml.name("_CRS", aml.resources(aml.memory32(address, size), aml.interrupt(gsi))),
+    )
 
 
 def _checksum(data: bytes | bytearray) -> int:
@@ -144,18 +153,8 @@ def _madt(cpus: int) -> bytes:
     return _table(b"APIC", 5, b"".join(entries))
 
 
-def _dsdt(cpus: int, virtio_mmio: Sequence[tuple[int, int, int]]) -> bytes:
+def _dsdt(cpus: int, devices: Sequence[bytes]) -> bytes:
     """What kernels can't find by themselves: devices with their ports, windows and interrupts."""
-    virtio = [
-        aml.device(
-            f"VR{number:02X}",
-            aml.name("_HID", aml.string("LNRO0005")),
-            aml.name("_UID", aml.integer(number)),
-            aml.name("_CCA", aml.integer(1)),
-            aml.name("_CRS", aml.resources(aml.memory32(address, size), aml.interrupt(gsi))),
-        )
-        for number, (address, size, gsi) in enumerate(virtio_mmio)
-    ]
     processors = [
         aml.device(
             f"C{number:03X}",
@@ -166,7 +165,7 @@ def _dsdt(cpus: int, virtio_mmio: Sequence[tuple[int, int, int]]) -> bytes:
     ]
     content = (
         aml.name("_S5", aml.package(*map(aml.integer, (pm.SLEEP_TYPE_S5, 0, 0, 0)))),
-        aml.scope("_SB", *processors, *_legacy(), *_power(), *virtio),
+        aml.scope("_SB", *processors, *_legacy(), *_power(), *devices),
     )
     return _table(b"DSDT", 2, b"".join(content))
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from attrs import evolve
 
 from vmm_reference.config import Drive, MachineConfig
+from vmm_reference.deviceconfig import parse_device
 from vmm_reference.errors import ConfigError
 from vmm_reference.machine import Machine
 from vmm_reference.outcome import Outcome
@@ -117,6 +118,7 @@ def run(arguments: list[str]) -> int:
         text = options["cpus"]
         options["cpus"] = int(text) if text.isascii() and text.isdigit() else text
     options["drives"] = tuple(Drive.parse(text) for text in options["drives"])
+    options["devices"] = tuple(parse_device(text) for text in options["devices"])
     machine = Machine(configuration(path, options), console=(0, 1))
     status = run_on_terminal(machine)
     if machine.outcome is not Outcome.POWER_OFF and machine.outcome is not None:
@@ -155,6 +157,9 @@ def _parser() -> argparse.ArgumentParser:
         "modules beside the kernel the default is one that mounts the root disk")  # fmt: skip
     add("--drive", dest="drives", metavar="PATH[,ro]", action="append", default=[],
         help="raw disk image or block device; the first is /dev/vda; may be repeated")  # fmt: skip
+    add("--device", dest="devices", metavar="KIND[,FIELD=VALUE...]", action="append", default=[],
+        help="another device, such as `rng`; see the documentation; may be repeated")  # fmt: skip
+    add("--transport", metavar="mmio|pci", help="how the guest finds virtio devices (default mmio)")
     add("--cpus", metavar="N", help="number of vCPUs (default 1)")
     add("--memory", metavar="SIZE", help="RAM, such as 256M or 2G (default 256M)")
     add("--cmdline", metavar="TEXT", help="the kernel's command line (default console=ttyS0, and "

@@ -1,4 +1,4 @@
-"""The devices of the machine, one file each, all sans I/O.
+"""The devices of the machine, one file each, all sans I/O, and the one registry of them.
 
 A device is a state machine: register accesses, queue kicks and backend completions go in, interrupt
 levels, used buffers and bytes come out through callables handed to it. It knows no thread, no file
@@ -7,8 +7,57 @@ thread at a time: whoever wires it holds its lock (`vmm_reference.bus.Bus.lock`)
 
 Nothing that a guest does can make a device raise. Every device with state has `save`, which gives
 a value of `vmm_reference.devices.states`, and `restore`, which checks one and takes it.
+
+A device that a configuration may ask for is a line of `REGISTRY`: where its configuration class is,
+and the factory that makes the device and its backend out of one. Nothing else names it.
 """
 
 from __future__ import annotations
 
-__all__: list[str] = []
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from vmm_reference.deviceconfig import DeviceConfig
+    from vmm_reference.wiring import Wiring
+
+__all__ = ["REGISTRY", "Kind", "config_class", "factory"]
+
+
+class Kind(NamedTuple):
+    """Where a kind of device comes from: `module:name` below `vmm_reference`, loaded on use.
+
+    Attributes:
+        config: the configuration class, a `DeviceConfig` whose `kind` is the registry's key.
+        build: the factory, called with the configuration and a `Wiring`; it may return what the
+            owner of the machine controls the running device by.
+    """
+
+    config: str
+    build: str
+
+
+REGISTRY = {
+    "drive": Kind("config:Drive", "devices.blk:build"),
+    "rng": Kind("devices.rng:Entropy", "devices.rng:build"),
+}
+"""Every kind of device, by the name that a configuration gives it."""
+
+
+def config_class(kind: str) -> type[DeviceConfig]:
+    """The class that a device of this kind is configured by."""
+    found: type[DeviceConfig] = _named(REGISTRY[kind].config)
+    return found
+
+
+def factory(kind: str) -> Callable[[DeviceConfig, Wiring], object]:
+    """What makes a device of this kind."""
+    found: Callable[[DeviceConfig, Wiring], object] = _named(REGISTRY[kind].build)
+    return found
+
+
+def _named(place: str) -> Any:
+    module, _, name = place.partition(":")
+    return getattr(import_module(f"vmm_reference.{module}"), name)

@@ -23,10 +23,12 @@ if TYPE_CHECKING:
 
     from virtio_queue import DescriptorChain, Queue, Reader, Writer
     from vm_memory import GuestMemory
+    from vmm_reference.config import Drive
+    from vmm_reference.wiring import Wiring
 
     from .states import BlockState
 
-__all__ = ["Backend", "Block"]
+__all__ = ["Backend", "Block", "build"]
 
 SECTOR = 512
 
@@ -290,3 +292,12 @@ class Block:
     def _written(self) -> None:
         if not self._writeback:
             self._backend.flush()
+
+
+def build(config: Drive, wiring: Wiring) -> None:
+    """A disk on the file or block device that the configuration names."""
+    from vmm_reference.backends.file import FileBackend
+
+    backend = FileBackend(config.path, read_only=config.read_only)
+    wiring.on_close(backend.close)
+    wiring.virtio(Block(backend))

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import os
+from typing import TYPE_CHECKING, ClassVar
+
+import attrs
 
 from virtio_queue.constants import DEFAULT_QUEUE_FEATURES
+from vmm_reference.deviceconfig import DeviceConfig
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from virtio_queue import DescriptorChain, Queue
     from vm_memory import GuestMemory
+    from vmm_reference.wiring import Wiring
 
-__all__ = ["MAX_REQUEST", "Rng"]
+__all__ = ["MAX_REQUEST", "Entropy", "Rng", "build"]
 
 MAX_REQUEST = 64 << 10
 """The most a single request gets, in bytes: a guest that asks for gigabytes gets this much."""
@@ -76,3 +81,15 @@ class Rng:
         if length:
             self.served += writer.write(self._entropy(length)[:length])
         return writer.used_length
+
+
+@attrs.frozen
+class Entropy(DeviceConfig):
+    """A source of the host's random bytes."""
+
+    kind: ClassVar[str] = "rng"
+
+
+def build(config: Entropy, wiring: Wiring) -> None:
+    """An entropy device that asks the host's kernel."""
+    wiring.virtio(Rng(os.getrandom))

@@ -27,7 +27,7 @@ import attrs
 
 from vmm_reference.errors import HostError
 
-from .format import MAX_SIZE, FormatError, decode, encode, fields
+from .format import MAX_SIZE, FormatError, decode, encode, encode_fields, fields
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -175,6 +175,14 @@ class SnapshotWriter:
             HostError: it can't be written.
         """
         self._add(name, encode(state))
+
+    def add_table(self, name: str, table: dict[str, Any]) -> None:
+        """Write fields that are plain JSON values already; `SnapshotReader.table` reads them.
+
+        Raises:
+            HostError: it can't be written.
+        """
+        self._add(name, encode_fields(table))
 
     def copy(self, name: str, other: SnapshotReader) -> None:
         """Take over a part of another snapshot as it is.

@@ -34,7 +34,7 @@ from vmm_reference.errors import VmmError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["MAX_SIZE", "FormatError", "decode", "encode", "fields"]
+__all__ = ["MAX_SIZE", "FormatError", "decode", "encode", "encode_fields", "fields"]
 
 MAX_SIZE = 64 << 20
 """Bytes that a written state may have."""
@@ -79,6 +79,11 @@ def encode(state: object) -> bytes:
     """
     plain = _form(type(state)).write(state)
     # One line a field of the outermost state and of the states in it; lists of numbers stay whole.
+    return (_text(plain, 0) + "\n").encode()
+
+
+def encode_fields(plain: dict[str, Any]) -> bytes:
+    """Fields that are plain JSON values, in the same form; `fields` reads them back."""
     return (_text(plain, 0) + "\n").encode()
 
 

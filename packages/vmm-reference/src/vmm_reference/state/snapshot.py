@@ -135,7 +135,7 @@ class Saving:
         regions = pages.describe(board.memory)
         ranges = None if self._ranges is None else tuple(_joined(self._ranges))
         writer = self._writer
-        writer.add("config", self._config)
+        writer.add_table("config", self._config.to_mapping())
         writer.add("memory", MemoryState(regions, ranges))
         writer.add("digests", MemoryDigests(tuple(self._digests)))
         for name, state in board.save():

@@ -1,0 +1,111 @@
+"""What a device's factory is given: the machine's side of one device.
+
+A factory (`vmm_reference.devices.REGISTRY`) makes a device's model and its backend, and connects
+them here: `virtio` gives a model its transport, interrupts and kicks, `ports` and `mmio` are the
+buses, `on_close` remembers what is to be given back. Whatever a factory does is undone in reverse
+order when the device is unplugged or the machine ends.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+from .slots import MmioSlot
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from virtio_queue import DeviceModel
+
+    from .board import Board
+    from .slots import VirtioSlot
+
+__all__ = ["Wiring"]
+
+
+class Wiring:
+    """One device's connections, until `close`.
+
+    Attributes:
+        name: the device's, unique in the machine.
+        memory: the guest's.
+        vm: for what only KVM can do, such as an interrupt line or a memory slot.
+        loop: the I/O thread, for backends' descriptors and timers.
+        ports: the port I/O space.
+        mmio: the memory-mapped I/O space.
+        parts: what has `save` and `restore`, by name, in the order of restoring.
+        control: what the factory returned: how the machine's owner reaches the running device.
+        slot: of its virtio device, or None.
+    """
+
+    def __init__(self, board: Board, name: str) -> None:
+        self.name = name
+        self.parts: dict[str, Any] = {}
+        self.control: object = None
+        self.slot: VirtioSlot | None = None
+        self.memory, self.vm, self.loop = board.memory, board.vm, board.loop
+        self.ports, self.mmio = board.ports, board.mmio
+        self._board = board
+        self._stack = ExitStack()
+        self._pauses: list[tuple[Callable[[], object], Callable[[], object]]] = []
+
+    def virtio(
+        self, model: DeviceModel, *, shared_memory: Mapping[int, tuple[int, int]] | None = None
+    ) -> VirtioSlot:
+        """Put a virtio device with this model into the machine, on the machine's transport.
+
+        The model's `process` is called on the loop's thread for each kick; where it has an
+        attribute `unfinished` that is true afterwards, again when other devices had their turn.
+        A backend's completions come through `VirtioSlot.device` under its lock.
+
+        Args:
+            model: one with state has `save` and `restore`.
+            shared_memory: guest address and length of each shared memory region, by its id.
+        """
+        if hasattr(model, "save"):
+            self.parts[f"{self.name}-model"] = model
+        slot = MmioSlot(self, model, self._board.take_mmio_index(), shared_memory or {})
+        self.parts[f"{self.name}-transport"] = slot.transport
+        self.parts[self.name] = slot.device
+        self.slot = slot
+        return slot
+
+    def keep(self, part: Any, name: str = "") -> None:
+        """Save and restore `part`, as `NAME` or as `NAME-name`, with the machine."""
+        self.parts[f"{self.name}-{name}" if name else self.name] = part
+
+    def line(self, gsi: int) -> Callable[[bool], None]:
+        """Sets the level of an interrupt line."""
+        vm = self.vm
+        return lambda level: vm.irq_line(gsi, level)
+
+    def announce(self, term: bytes) -> None:
+        r"""Add a term of `vmm_reference.acpi.aml` to what the guest's ACPI has in `\_SB`."""
+        self._board.announced.append(term)
+
+    def on_close(self, callback: Callable[[], object]) -> None:
+        """Call `callback` when the device goes, before what was registered earlier."""
+        self._stack.callback(callback)
+
+    def on_pause(self, stop: Callable[[], object], go: Callable[[], object]) -> None:
+        """Call `stop` once the vCPUs stand still, and `go` before they run again.
+
+        After `stop` nothing of the device may touch memory or state. A machine starts with `go`
+        neither called nor needed.
+        """
+        self._pauses.append((stop, go))
+
+    def pause(self) -> None:
+        """Let everything of the device stand still."""
+        for stop, _ in self._pauses:
+            stop()
+
+    def resume(self) -> None:
+        """Let it go on."""
+        for _, go in self._pauses:
+            go()
+
+    def close(self) -> None:
+        """Give everything back. On the loop's thread, or when the loop does not run."""
+        self._stack.close()
