@@ -1,11 +1,20 @@
-"""Helpers for tests of whole machines: kernels of a few instructions that any KVM runs."""
+"""Helpers for tests: kernels of a few instructions that any KVM runs, and a bench for devices."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from kvm_ioctls.testing import assemble
 from linux_loader.testing.images import build_elf, pvh_note
+from virtio_queue.device import VirtioDevice
+from virtio_queue.mmio import MmioTransport
+from virtio_queue.testing import Arena, MmioDriver
+from vm_memory import GuestAddress, GuestMemory
 
-__all__ = ["KERNEL_ADDRESS", "tiny_kernel"]
+if TYPE_CHECKING:
+    from virtio_queue.testing import PackedDriver, SplitDriver, Used
+
+__all__ = ["KERNEL_ADDRESS", "Bench", "tiny_kernel"]
 
 KERNEL_ADDRESS = 0x100000
 
@@ -19,6 +28,93 @@ def tiny_kernel(source: str) -> bytes:
     """
     code = assemble(_MACROS + source, bits=32, origin=KERNEL_ADDRESS)
     return build_elf([(KERNEL_ADDRESS, code)], entry=KERNEL_ADDRESS, notes=pvh_note(KERNEL_ADDRESS))
+
+
+class Bench:
+    """A virtio device model with memory, registers and a driver, but no machine.
+
+    Args:
+        model: the device.
+        features: what the driver accepts of what is offered.
+        start: whether the driver brings the device up.
+        memory: bytes of RAM.
+
+    Attributes:
+        interrupts: how often the device interrupted.
+        pending: queues that the model wants to have processed; see `kick_later`.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        features: int = (1 << 64) - 1,
+        start: bool = True,
+        memory: int = 4 << 20,
+    ) -> None:
+        self.model = model
+        self.interrupts = 0
+        self.pending: list[int] = []
+        self.memory = GuestMemory.from_ranges([(GuestAddress(0), memory)])
+        self.device = VirtioDevice(model, self.memory, self._interrupt)
+        self.transport = MmioTransport(self.device, self.device.process)
+        self.driver = MmioDriver(self.transport, arena=Arena(0x1000, memory - 0x1000))
+        if start:
+            self.driver.start(features)
+
+    def _interrupt(self) -> None:
+        self.interrupts += 1
+
+    def queue(self, index: int) -> SplitDriver | PackedDriver:
+        """The driver's end of a queue."""
+        return self.driver.queues[index]
+
+    def send(
+        self, index: int, readable: list[bytes] | None = None, writable: list[int] | None = None
+    ) -> list[Used]:
+        """Make one buffer available, kick, and take back what was used."""
+        self.queue(index).add(readable or [], writable or [])
+        self.driver.kick(index)
+        self.settle()
+        return self.queue(index).reap()
+
+    def kick_later(self, index: int) -> None:
+        """What a machine does with a model's wish to be processed; `settle` does it."""
+        self.pending.append(index)
+
+    def settle(self) -> None:
+        """Process what models asked for, until they ask for nothing more."""
+        while self.pending:
+            self.device.process(self.pending.pop(0))
+
+    @property
+    def needs_reset(self) -> bool:
+        """Whether the device has given up."""
+        return bool(self.device.status & 64)
+
+    def config(self, offset: int, length: int) -> bytes:
+        """Configuration space."""
+        return self.device.read_config(offset, length)
+
+    def moved_to(self, model: Any) -> Bench:
+        """Save everything and restore it into another device, around `model`, in other memory."""
+        size = self.memory.regions[0].size
+        other = Bench(model, start=False, memory=size)
+        other.memory.write(GuestAddress(0), self.memory.read(GuestAddress(0), size))
+        if hasattr(model, "restore"):
+            model.restore(self.model.save())
+        other.device.restore(self.device.save())
+        other.transport.restore(self.transport.save())
+        other.driver.queues, other.driver.features = self.driver.queues, self.driver.features
+        for queue in other.driver.queues:
+            queue.memory = other.memory
+        for index in range(len(other.device.queues)):
+            other.device.process(index)
+        return other
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self.memory.close()
 
 
 _MACROS = """

@@ -15,6 +15,8 @@ from vmm_reference.errors import VmmError
 __all__ = [
     "BlockState",
     "I8042State",
+    "LimiterState",
+    "NetState",
     "PowerState",
     "PvpanicState",
     "RtcState",
@@ -74,6 +76,40 @@ def _bytes(low: int, high: int) -> Any:
     def check(state: object, field: attrs.Attribute[bytes], value: object) -> None:
         good = isinstance(value, bytes) and low <= len(value) <= high
         _check(state, field, good, value, f"must be {low} to {high} bytes")
+
+    return attrs.field(validator=check)
+
+
+def _levels() -> Any:
+    """A field of two whole numbers or none: a bucket's level and what is left of its burst."""
+
+    def check(state: object, field: attrs.Attribute[Any], value: Any) -> None:
+        good = isinstance(value, tuple) and len(value) in (0, 2)
+        good = good and all(type(item) is int and abs(item) < 1 << 127 for item in value)
+        good = good and (not value or value[1] >= 0)
+        _check(state, field, good, value, "must be a level and a burst, or empty")
+
+    return attrs.field(kw_only=True, validator=check)
+
+
+def _many(item: Any, most: int) -> Any:
+    """A field of a tuple of at most `most` items, each as the field `item`."""
+
+    def check(state: object, field: attrs.Attribute[Any], value: object) -> None:
+        good = isinstance(value, tuple) and len(value) <= most
+        _check(state, field, good, value, f"must be a tuple of at most {most} items")
+        for each in value:  # type: ignore[attr-defined]
+            item._validator(state, field, each)
+
+    return attrs.field(validator=check)
+
+
+def _maybe(item: Any) -> Any:
+    """A field as `item`, or None."""
+
+    def check(state: object, field: attrs.Attribute[Any], value: object) -> None:
+        if value is not None:
+            item._validator(state, field, value)
 
     return attrs.field(validator=check)
 
@@ -180,3 +216,51 @@ class BlockState:
     writeback: bool = _flag()
     sectors: int = _whole(1, 1 << 55)
     version: int = _version()
+
+
+@attrs.frozen
+class LimiterState:
+    """A `vmm_reference.devices.limiter.Limiter`: level and burst of each bucket, or nothing."""
+
+    bandwidth: tuple[int, ...] = _levels()
+    ops: tuple[int, ...] = _levels()
+    version: int = _version()
+
+
+def _is_limiter(state: object, field: attrs.Attribute[Any], value: object) -> None:
+    good = value is None or isinstance(value, LimiterState)
+    _check(state, field, good, value, "must be a LimiterState or None")
+
+
+@attrs.frozen(kw_only=True)
+class NetState:
+    """A `vmm_reference.devices.net.Net`.
+
+    Attributes:
+        mode: receive modes as `vmm_reference.devices.net_control.Control` has them.
+        offloads: what the driver chose of the guest's offloads; None for all that it negotiated.
+        pairs: queue pairs of the device; a restore needs as many.
+        waiting: for each pair a frame that waits for buffers, or nothing.
+        features: what the driver accepted, where the device is active.
+    """
+
+    mac: bytes = _bytes(6, 6)
+    mode: int = _whole(0, 0xFF)
+    unicast: tuple[bytes, ...] = _many(_bytes(6, 6), 64)
+    multicast: tuple[bytes, ...] = _many(_bytes(6, 6), 64)
+    vlans: tuple[int, ...] = _many(_whole(0, 4095), 4096)
+    offloads: int | None = _maybe(_whole(0, (1 << 64) - 1))
+    pairs: int = _whole(1, 256)
+    active_pairs: int = _whole(1, 256)
+    announce: bool = _flag()
+    waiting: tuple[bytes, ...] = _many(_bytes(0, 12 + 65535 + 18), 256)
+    features: int = _whole(0, (1 << 64) - 1)
+    rx_limiter: LimiterState | None = attrs.field(default=None, validator=_is_limiter)
+    tx_limiter: LimiterState | None = attrs.field(default=None, validator=_is_limiter)
+    version: int = _version()
+
+    def __attrs_post_init__(self) -> None:
+        if self.active_pairs > self.pairs:
+            raise StateError("NetState.active_pairs", self.active_pairs, f"at most {self.pairs}")
+        if len(self.waiting) != self.pairs:
+            raise StateError("NetState.waiting", len(self.waiting), f"must be {self.pairs} long")
