@@ -1,5 +1,6 @@
 """The command line: a user's mistake is one line and status 2, never a traceback."""
 
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from vmm_reference.cli import main
+from vmm_reference.cli.run import configuration
+from vmm_reference.errors import ConfigError
 from vmm_reference.testing import tiny_kernel
 
 
@@ -34,6 +37,7 @@ def kernel(tmp_path: Path) -> str:
         (["--memory", "1"], "memory"),
         (["--memory", "many"], "memory"),
         (["--cpus", "10000"], "cpus"),
+        (["--cpus", "0"], "cpus"),
         (["--cpus", "two"], "cpus"),
         (["--cpus", "-1"], "cpus"),
         (["--drive", "/no/such/disk"], "drives[0]"),
@@ -56,6 +60,48 @@ def test_a_mistake_is_one_line_and_status_2(
     assert captured.out == ""
     assert captured.err.startswith(f"vmm: {field}: ")
     assert captured.err.count("\n") == 1
+
+
+@pytest.mark.kvm
+@pytest.mark.parametrize(
+    ("image", "options", "field"),
+    [
+        (b"\x7fELF garbage", [], "kernel"),
+        (bytes(0x202) + b"HdrS" + bytes(500), [], "kernel"),
+        (None, ["--cmdline", "a" * 100_000], "cmdline"),
+        (None, ["--cpus", "1", "--protocol", "pvh", "--kaslr"], "kernel"),
+        ("big", [], "memory"),
+    ],
+    ids=["broken-elf", "broken-bzimage", "long-cmdline", "protocol", "too-big"],
+)
+def test_what_the_loader_refuses_is_a_mistake_too(
+    image: bytes | str | None, options: list[str], field: str, kernel: str, tmp_path: Path
+) -> None:
+    """One line that names the field, and status 2, though the machine was half built."""
+    path = tmp_path / "image"
+    if image == "big":  # its one segment takes more than the machine's memory
+        content = bytearray(Path(kernel).read_bytes())
+        header = struct.unpack_from("<Q", content, 32)[0]
+        assert struct.unpack_from("<I", content, header)[0] == 1  # PT_LOAD
+        struct.pack_into("<Q", content, header + 40, 1 << 30)
+        path.write_bytes(content)
+    else:
+        path.write_bytes(image if isinstance(image, bytes) else Path(kernel).read_bytes())
+    done = vmm("run", "--kernel", str(path), *options)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith(f"vmm: {field}: ")
+    assert done.stderr.count("\n") == 1
+    assert done.stdout == ""
+
+
+def test_an_option_not_given_leaves_the_file_its_say(kernel: str, tmp_path: Path) -> None:
+    """Only what stands on the command line wins over the file, even where it says no or 0."""
+    config = tmp_path / "machine.toml"
+    config.write_text(f'kernel = "{kernel}"\nkaslr = true\ncpus = 3\n')
+    made = configuration(str(config), {"kaslr": None, "cpus": None, "drives": None})
+    assert (made.kaslr, made.cpus) == (True, 3)
+    with pytest.raises(ConfigError, match="cpus: 0"):
+        configuration(str(config), {"cpus": 0})
 
 
 def test_an_unknown_option_is_refused_with_usage(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,15 @@ from typing import TYPE_CHECKING
 
 import attrs
 
-from linux_loader import E820Entry, E820Type, Protocol, load
+from linux_loader import (
+    CmdlineError,
+    E820Entry,
+    E820Type,
+    LoaderError,
+    PlacementError,
+    Protocol,
+    load,
+)
 from linux_loader.cache import default_folder
 from vm_memory import GuestAddress, GuestMemory
 
@@ -28,7 +36,7 @@ from .devices.pm import PowerManagement
 from .devices.pvpanic import Pvpanic
 from .devices.rtc import Rtc
 from .devices.serial import Serial
-from .errors import HostError
+from .errors import ConfigError, HostError
 from .loop import READ
 from .outcome import Outcome
 from .vcpu import VcpuThread
@@ -66,7 +74,8 @@ class Board:
         timeline: gets `loaded` and `first_run`.
 
     Raises:
-        KvmError, LoaderError, HostError: nothing is left behind.
+        ConfigError: the kernel, its command line or the initrd can't be loaded into this machine.
+        KvmError, HostError: the host refuses. Nothing is left behind in either case.
     """
 
     def __init__(
@@ -316,25 +325,38 @@ class Board:
         acpi = tables.build(cpus=config.cpus, devices=self.announced)
         self.memory.write(GuestAddress(layout.ACPI_TABLES), acpi)
         self.memory.write(GuestAddress(layout.RESET_VECTOR), pm.RESET_CODE)
-        loaded = load(
-            self.memory,
-            config.kernel,
-            memory_map=[
-                E820Entry(address, size, E820Type.RAM if usable else E820Type.RESERVED)
-                for address, size, usable in layout.e820_ranges(config.memory)
-            ],
-            cmdline=config.cmdline,
-            initrd=config.initrd,
-            protocol=None if config.protocol == "auto" else Protocol(config.protocol),
-            rsdp=layout.ACPI_TABLES,
-            kaslr=config.kaslr,
-            cache=default_folder(),
-            zeroed=True,
-            # Copied, not mapped: in huge pages the guest runs faster than on the page cache.
-            map_files=False,
-        )
+        try:
+            loaded = load(
+                self.memory,
+                config.kernel,
+                memory_map=[
+                    E820Entry(address, size, E820Type.RAM if usable else E820Type.RESERVED)
+                    for address, size, usable in layout.e820_ranges(config.memory)
+                ],
+                cmdline=config.cmdline,
+                initrd=config.initrd,
+                protocol=None if config.protocol == "auto" else Protocol(config.protocol),
+                rsdp=layout.ACPI_TABLES,
+                kaslr=config.kaslr,
+                cache=default_folder(),
+                zeroed=True,
+                # Copied, not mapped: in huge pages the guest runs faster than on the page cache.
+                map_files=False,
+            )
+        except LoaderError as error:
+            raise _refused(config, error) from error
         self._timeline["loaded"] = time.monotonic()
         return loaded.entry
 
     def _first_run(self) -> None:
         self._timeline["first_run"] = time.monotonic()
+
+
+def _refused(config: MachineConfig, error: LoaderError) -> ConfigError:
+    """What the loader objects to, as a mistake in the field that a user can change."""
+    match error:
+        case CmdlineError():
+            return ConfigError("cmdline", f"{len(config.cmdline)} characters", error.rule)
+        case PlacementError():
+            return ConfigError("memory", f"{config.memory // layout.MIB}M", str(error))
+    return ConfigError("kernel", config.kernel, str(error))

@@ -155,9 +155,10 @@ class MachineConfig:
         if any(not " " <= character <= "~" for character in self.cmdline):
             raise ConfigError("cmdline", repr(self.cmdline), "must be printable ASCII on one line")
         _whole("cpus", self.cpus, 1, MAX_CPUS)
-        _whole("memory", self.memory, MIN_MEMORY, MAX_MEMORY, "bytes")
+        if not MIN_MEMORY <= self.memory <= MAX_MEMORY:
+            raise ConfigError("memory", f"{self.memory} bytes", "must be from 16M to 1T")
         if self.memory % MIB:
-            raise ConfigError("memory", self.memory, f"must be a multiple of 1M ({MIB} bytes)")
+            raise ConfigError("memory", f"{self.memory} bytes", "must be a multiple of 1M")
         for number, drive in enumerate(self.drives):
             if not isinstance(drive, Drive):
                 raise ConfigError(f"drives[{number}]", drive, "must be a Drive")
@@ -255,10 +256,9 @@ def _text(field: str, value: object) -> None:
         raise ConfigError(field, repr(value), "must be text")
 
 
-def _whole(field: str, value: object, low: int, high: int, unit: str = "") -> None:
+def _whole(field: str, value: object, low: int, high: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        words = f"must be a whole number from {low} to {high}" + (f" {unit}" if unit else "")
-        raise ConfigError(field, value, words)
+        raise ConfigError(field, repr(value), f"must be a whole number from {low} to {high}")
 
 
 def _one_of(field: str, value: object, words: tuple[str, ...]) -> None:

@@ -53,7 +53,7 @@ class Machine:
 
     Raises:
         KvmError: on start, if the host's KVM refuses.
-        LoaderError: on start, if the kernel or the initrd can't be loaded.
+        ConfigError: on start, if the kernel or the initrd can't be loaded.
 
     Example: see the package's README; a run needs a kernel.
     """

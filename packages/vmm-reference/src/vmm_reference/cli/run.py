@@ -46,7 +46,7 @@ def configuration(path: str | None, options: dict[str, Any]) -> MachineConfig:
             raise ConfigError("config", path, error.strerror or str(error)) from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError("config", path, f"is not TOML: {error}") from None
-    table |= {key: value for key, value in options.items() if value not in (None, (), False)}
+    table |= {key: value for key, value in options.items() if value is not None}
     root = " root=/dev/vda" if table.get("drives") else ""
     table.setdefault("cmdline", f"console=ttyS0{root}")
     choose = root and "initrd" not in table
@@ -117,8 +117,10 @@ def run(arguments: list[str]) -> int:
     if options["cpus"] is not None:
         text = options["cpus"]
         options["cpus"] = int(text) if text.isascii() and text.isdigit() else text
-    options["drives"] = tuple(Drive.parse(text) for text in options["drives"])
-    options["devices"] = tuple(parse_device(text) for text in options["devices"])
+    if options["drives"] is not None:
+        options["drives"] = tuple(Drive.parse(text) for text in options["drives"])
+    if options["devices"] is not None:
+        options["devices"] = tuple(parse_device(text) for text in options["devices"])
     machine = Machine(configuration(path, options), console=(0, 1))
     status = run_on_terminal(machine)
     if machine.outcome is not Outcome.POWER_OFF and machine.outcome is not None:
@@ -155,9 +157,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--kernel", metavar="PATH", help="Linux image: ELF vmlinux or bzImage")
     add("--initrd", metavar="PATH", help="initial RAM file system, or `none`; with a drive and "
         "modules beside the kernel the default is one that mounts the root disk")  # fmt: skip
-    add("--drive", dest="drives", metavar="PATH[,ro]", action="append", default=[],
+    add("--drive", dest="drives", metavar="PATH[,ro]", action="append",
         help="raw disk image or block device; the first is /dev/vda; may be repeated")  # fmt: skip
-    add("--device", dest="devices", metavar="KIND[,FIELD=VALUE...]", action="append", default=[],
+    add("--device", dest="devices", metavar="KIND[,FIELD=VALUE...]", action="append",
         help="another device, such as `rng`; see the documentation; may be repeated")  # fmt: skip
     add("--transport", metavar="mmio|pci", help="how the guest finds virtio devices (default mmio)")
     add("--cpus", metavar="N", help="number of vCPUs (default 1)")
@@ -167,5 +169,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--config", metavar="FILE", help="TOML file with the same names; options here win")
     add("--on-reset", metavar="restart|exit", help="when the guest resets (default restart)")
     add("--protocol", metavar="auto|linux64|pvh", help="how the kernel is entered (default auto)")
-    add("--kaslr", action="store_true", help="start a bzImage in its own decompressor")
+    add("--kaslr", action="store_true", default=None,
+        help="start a bzImage in its own decompressor")  # fmt: skip
     return parser
