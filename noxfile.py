@@ -217,8 +217,7 @@ def asan(session: nox.Session) -> None:
 def docs(session: nox.Session) -> None:
     """The documentation of all packages as one site, every reference resolved."""
     environment(session)
-    arguments = ["-n", "-W", "-q", "-b", "html", "docs", "docs/_build"]
-    session.run(PYTHON, "-m", "sphinx", *arguments, external=True)
+    session.run(PYTHON, "-m", "sphinx", "-nWq", "-b", "html", "docs", "docs/_build", external=True)
 
 
 @nox.session
@@ -245,5 +244,6 @@ def fuzz(session: nox.Session) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """All that must pass: style, types, each package alone, doctests, the docs, the whole."""
+    system(session, *SYSTEM)
     for part in ("lint", "alone", "doctest", "coverage", "docs", "whole"):
         session.notify(part)
