@@ -14,9 +14,9 @@ from virtio_queue.constants import F_EVENT_IDX, F_VERSION_1
 from virtio_queue.errors import ActivationError
 from virtio_queue.testing.stateful import DeviceMachine
 from vm_memory import GuestMemory
-from vmm_reference.devices import net
 from vmm_reference.devices.limiter import Limiter, TokenBucket
-from vmm_reference.devices.net import Net
+from vmm_reference.devices.net import model as net
+from vmm_reference.devices.net.model import Net
 from vmm_reference.devices.states import NetState, StateError
 from vmm_reference.testing import Bench
 

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["READ", "WRITE", "Loop"]
+__all__ = ["ONESHOT", "READ", "WRITE", "Loop"]
 
 READ = select.EPOLLIN
 WRITE = select.EPOLLOUT
+ONESHOT = select.EPOLLONESHOT  # with the others: no further call before `modify`
 
 
 class Loop:

@@ -41,6 +41,7 @@ class Kind(NamedTuple):
 
 REGISTRY = {
     "drive": Kind("config:Drive", "devices.blk:build"),
+    "net": Kind("devices.net.setup:Interface", "devices.net.setup:build"),
     "rng": Kind("devices.rng:Entropy", "devices.rng:build"),
 }
 """Every kind of device, by the name that a configuration gives it."""

@@ -9,14 +9,20 @@ rate. All arithmetic is in whole numbers: no token is lost to rounding.
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
+
+from vmm_reference.config import parse_size
+from vmm_reference.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from vmm_reference.wiring import Wiring
+
     from .states import LimiterState
 
-__all__ = ["Limiter", "TokenBucket"]
+__all__ = ["Limiter", "TokenBucket", "build_limiter", "parse_bucket"]
 
 _MS = 1_000_000  # nanoseconds
 
@@ -150,3 +156,43 @@ class Limiter:
         for bucket, saved in ((self.bandwidth, state.bandwidth), (self.ops, state.ops)):
             if bucket is not None and saved:
                 bucket.restore(*saved)
+
+
+def parse_bucket(text: str, field: str = "bucket") -> TokenBucket | None:
+    """A bucket from `SIZE`, `SIZE/MILLISECONDS`, or either with `+BURST`; None from nothing.
+
+    `10M` is 10 MiB a second. Sizes are as `vmm_reference.config.parse_size` takes them, the
+    default of the refill time is a second.
+
+    Example:
+        >>> bucket = parse_bucket("10M/100+1G")
+        >>> bucket.size, bucket.refill_time
+        (10485760, 100)
+
+    Raises:
+        ConfigError: the text is something else.
+    """
+    if text == "":
+        return None
+    if isinstance(text, str):
+        rate, plus, burst = text.partition("+")
+        size, slash, refill = rate.partition("/")
+        try:
+            return TokenBucket(
+                parse_size(size), int(refill) if slash else 1000, parse_size(burst) if plus else 0
+            )
+        except (ConfigError, ValueError):
+            pass
+    rule = "must be SIZE[/MILLISECONDS][+BURST], such as 10M, 1000/100 or 10M+1G"
+    raise ConfigError(field, text, rule)
+
+
+def build_limiter(wiring: Wiring, bandwidth: str, ops: str) -> Limiter:
+    """A limiter on the host's clock and the I/O loop, from the texts that `parse_bucket` takes."""
+    loop = wiring.loop
+    return Limiter(
+        time.monotonic_ns,
+        lambda wait, call: loop.call_later(wait / 1e9, call),
+        bandwidth=parse_bucket(bandwidth),
+        ops=parse_bucket(ops),
+    )

@@ -237,6 +237,7 @@ class NetState:
     """A `vmm_reference.devices.net.Net`.
 
     Attributes:
+        mac: the address now; `permanent_mac` is the one after a reset.
         mode: receive modes as `vmm_reference.devices.net_control.Control` has them.
         offloads: what the driver chose of the guest's offloads; None for all that it negotiated.
         pairs: queue pairs of the device; a restore needs as many.
@@ -245,6 +246,7 @@ class NetState:
     """
 
     mac: bytes = _bytes(6, 6)
+    permanent_mac: bytes = _bytes(6, 6)
     mode: int = _whole(0, 0xFF)
     unicast: tuple[bytes, ...] = _many(_bytes(6, 6), 64)
     multicast: tuple[bytes, ...] = _many(_bytes(6, 6), 64)

@@ -17,17 +17,16 @@ from typing import TYPE_CHECKING, Protocol
 from virtio_queue.constants import DEFAULT_QUEUE_FEATURES
 from virtio_queue.errors import ActivationError
 
-from . import net_control
-from .net_control import Control
+from . import control
+from .control import Control
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from virtio_queue import DescriptorChain, Queue, Reader
     from vm_memory import GuestMemory
-
-    from .limiter import Limiter
-    from .states import NetState
+    from vmm_reference.devices.limiter import Limiter
+    from vmm_reference.devices.states import NetState
 
 __all__ = ["Link", "Net"]
 
@@ -435,7 +434,7 @@ class Net:
         for chain in queue.chains(memory):
             reader, writer = chain.reader(memory), chain.writer(memory)
             done = self._execute(reader)
-            writer.write(net_control.OK if done else net_control.ERR)
+            writer.write(control.OK if done else control.ERR)
             queue.add_used(memory, chain.head, writer.used_length)
         self.unfinished = queue.enable_notifications(memory)
 
@@ -467,16 +466,17 @@ class Net:
 
     def save(self) -> NetState:
         """What a driver set, and frames that wait for buffers."""
-        from .states import NetState
+        from vmm_reference.devices.states import NetState
 
-        control = self.control
+        wishes = self.control
         return NetState(
-            mac=control.mac,
-            mode=control.mode,
-            unicast=tuple(control.unicast),
-            multicast=tuple(control.multicast),
-            vlans=tuple(sorted(control.vlans)),
-            offloads=control.offloads,
+            mac=wishes.mac,
+            permanent_mac=wishes.permanent,
+            mode=wishes.mode,
+            unicast=tuple(wishes.unicast),
+            multicast=tuple(wishes.multicast),
+            vlans=tuple(sorted(wishes.vlans)),
+            offloads=wishes.offloads,
             pairs=self.pairs,
             active_pairs=self._active_pairs,
             announce=self._announce,
@@ -492,7 +492,7 @@ class Net:
         Raises:
             StateError: it had another number of queue pairs.
         """
-        from .states import StateError
+        from vmm_reference.devices.states import StateError
 
         if state.pairs != self.pairs:
             raise StateError("NetState.pairs", state.pairs, f"must be {self.pairs}")

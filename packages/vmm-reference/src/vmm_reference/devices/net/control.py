@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from virtio_queue import Reader
-
-    from .states import NetState
+    from vmm_reference.devices.states import NetState
 
 __all__ = ["ERR", "MAX_TABLE", "OK", "Control"]
 
@@ -43,6 +42,7 @@ class Control:
         mac: the address after a reset.
 
     Attributes:
+        permanent: the address after a reset.
         mac: the address now.
         mode: receive modes as bits, `PROMISC` to `NOBCAST`, and the tables' overflows.
         unicast, multicast: addresses that pass.
@@ -51,12 +51,12 @@ class Control:
     """
 
     def __init__(self, mac: bytes) -> None:
-        self._mac = mac
+        self.permanent = mac
         self.reset()
 
     def reset(self) -> None:
         """Forget the driver."""
-        self.mac = self._mac
+        self.mac = self.permanent
         self.mode = 0
         self.unicast: list[bytes] = []
         self.multicast: list[bytes] = []
@@ -65,7 +65,7 @@ class Control:
 
     def restore(self, state: NetState) -> None:
         """Take up what was saved."""
-        self.mac, self.mode = state.mac, state.mode
+        self.permanent, self.mac, self.mode = state.permanent_mac, state.mac, state.mode
         self.unicast, self.multicast = list(state.unicast), list(state.multicast)
         self.vlans, self.offloads = set(state.vlans), state.offloads
 

@@ -1,0 +1,170 @@
+"""What a network interface is configured by, and how it meets the machine and its link."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import attrs
+
+from vmm_reference.deviceconfig import DeviceConfig
+from vmm_reference.devices.limiter import build_limiter, parse_bucket
+from vmm_reference.errors import ConfigError
+
+from .model import MAX_MTU, MAX_PAIRS, MIN_MTU, Net
+
+if TYPE_CHECKING:
+    from vmm_reference.slots import VirtioSlot
+    from vmm_reference.wiring import Wiring
+
+__all__ = ["Controls", "Interface", "build"]
+
+
+@attrs.frozen
+class Interface(DeviceConfig):
+    """A network interface; without `tap` or `socket` one that needs no privileges, by passt.
+
+    Attributes:
+        tap: a tap interface of the host.
+        vhost: let the host's kernel move the frames of a tap.
+        queues: queue pairs, each a queue of the tap.
+        socket: path of a Unix datagram socket to make, a cable to another machine.
+        peer: path of the other machine's.
+        ports: TCP ports of the host that passt forwards to the guest, such as `2222:22`, several
+            with a space between.
+        mac: the address, such as `02:00:00:00:00:01`; by default a random one.
+        mtu: what the guest is told, 68 to 65535; by default nothing.
+        rx_bandwidth, rx_ops: limits of what the guest receives, in bytes and frames, as
+            `vmm_reference.devices.limiter.parse_bucket` takes them.
+        tx_bandwidth, tx_ops: limits of what it sends.
+    """
+
+    kind: ClassVar[str] = "net"
+    positional: ClassVar[str] = "tap"
+    flags: ClassVar[dict[str, str]] = {"vhost": "vhost"}
+
+    tap: str = ""
+    vhost: bool = False
+    queues: int = 1
+    socket: str = ""
+    peer: str = ""
+    ports: str = ""
+    mac: str = ""
+    mtu: int | None = None
+    rx_bandwidth: str = ""
+    rx_ops: str = ""
+    tx_bandwidth: str = ""
+    tx_ops: str = ""
+
+    def check(self, field: str) -> None:
+        """Raise `ConfigError` unless it is one kind of interface, and that whole."""
+        super().check(field)
+        for name in ("tap", "socket", "peer", "ports", "mac"):
+            value: object = getattr(self, name)
+            if not isinstance(value, str) or "\0" in value:
+                raise ConfigError(f"{field}.{name}", repr(value), "must be text")
+        if len(self.tap) > 15 or not all(
+            (c.isascii() and c.isalnum()) or c in "-_." for c in self.tap
+        ):
+            raise ConfigError(f"{field}.tap", self.tap, "must be the name of an interface")
+        if bool(self.tap) + bool(self.socket) + bool(self.ports) > 1:
+            raise ConfigError(
+                field, self.tap or self.socket, "tap, socket and ports exclude another"
+            )
+        if bool(self.socket) != bool(self.peer):
+            raise ConfigError(f"{field}.peer", self.peer or "(none)", "goes with socket")
+        if self.vhost not in (True, False) or (self.vhost and not self.tap):
+            raise ConfigError(
+                f"{field}.vhost", self.vhost, "must be true or false, and needs a tap"
+            )
+        if type(self.queues) is not int or not 1 <= self.queues <= MAX_PAIRS:
+            rule = f"must be a whole number from 1 to {MAX_PAIRS}"
+            raise ConfigError(f"{field}.queues", self.queues, rule)
+        if self.queues > 1 and not self.tap:
+            raise ConfigError(f"{field}.queues", self.queues, "more than one needs a tap")
+        if re.fullmatch(r"(\d{1,5}(:\d{1,5})?( |$))*", self.ports) is None:
+            raise ConfigError(f"{field}.ports", self.ports, "must be such as 2222:22 or 80 443")
+        if self.mac and (
+            re.fullmatch(r"([0-9a-fA-F]{2}:){5}[0-9a-fA-F]{2}", self.mac) is None
+            or int(self.mac[:2], 16) & 1
+            or not int(self.mac.replace(":", ""), 16)
+        ):
+            rule = "must be a unicast address such as 02:00:00:00:00:01"
+            raise ConfigError(f"{field}.mac", self.mac, rule)
+        mtu = self.mtu
+        if mtu is not None and not (type(mtu) is int and MIN_MTU <= mtu <= MAX_MTU):
+            rule = f"must be a whole number from {MIN_MTU} to {MAX_MTU}"
+            raise ConfigError(f"{field}.mtu", mtu, rule)
+        for name in ("rx_bandwidth", "rx_ops", "tx_bandwidth", "tx_ops"):
+            parse_bucket(getattr(self, name), f"{field}.{name}")
+
+
+class Controls:
+    """How the owner of a machine reaches its running interface; from any thread.
+
+    Attributes:
+        net: the device, for its counters.
+    """
+
+    def __init__(self, net: Net, slot: VirtioSlot, wiring: Wiring) -> None:
+        self.net = net
+        self._slot = slot
+        self._wiring = wiring
+
+    def set_link(self, *, up: bool) -> None:
+        """Plug the cable in or pull it, as far as the guest can see."""
+        with self._slot.device.lock, self._slot.device.config_change():
+            self.net.link_up = up
+
+    def announce(self) -> None:
+        """Ask the guest to tell its neighbours where it is."""
+        with self._slot.device.lock, self._slot.device.config_change():
+            self.net.announce()
+
+    def limit(self, **buckets: str) -> None:
+        """Change limits: `rx_bandwidth`, `rx_ops`, `tx_bandwidth`, `tx_ops`; nothing lifts one.
+
+        Raises:
+            ConfigError: a value is no limit.
+        """
+        parsed = {name: parse_bucket(text, name) for name, text in buckets.items()}
+        with self._slot.device.lock:
+            for name, bucket in parsed.items():
+                way, _, what = name.partition("_")
+                setattr(self.net.rx_limiter if way == "rx" else self.net.tx_limiter, what, bucket)
+        for queue in range(2 * self.net.pairs):
+            self._slot.kick(queue)
+
+
+def build(config: Interface, wiring: Wiring) -> Controls:
+    """A network interface on the link that the configuration names."""
+    link: Any
+    if config.tap:
+        from vmm_reference.backends.tap import Tap
+
+        link = Tap(wiring.loop, config.tap, config.queues)
+    elif config.socket:
+        from vmm_reference.backends.datagram import DatagramLink
+
+        link = DatagramLink(wiring.loop, config.socket, config.peer)
+    else:
+        from vmm_reference.backends.passt import Passt
+
+        ports = [argument for port in config.ports.split() for argument in ("-t", port)]
+        link = Passt(wiring.loop, ports)
+    wiring.on_close(link.close)
+    # Locally administered and unicast.
+    mac = bytes.fromhex(config.mac.replace(":", "")) or b"\x02" + os.urandom(5)
+    net = Net(
+        link,
+        mac,
+        mtu=config.mtu,
+        pairs=config.queues,
+        kick=lambda queue: slot.kick(queue),
+        rx_limiter=build_limiter(wiring, config.rx_bandwidth, config.rx_ops),
+        tx_limiter=build_limiter(wiring, config.tx_bandwidth, config.tx_ops),
+    )
+    link.readable, link.writable = net.readable, net.writable
+    slot = wiring.virtio(net)
+    return Controls(net, slot, wiring)
