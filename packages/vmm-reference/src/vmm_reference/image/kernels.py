@@ -14,7 +14,11 @@ from .packages import fetch_package
 
 __all__ = ["FLAVOURS", "Kernel", "debian_kernel", "local_kernel"]
 
-FLAVOURS = {"cloud": "linux-image-cloud-amd64", "generic": "linux-image-amd64"}
+FLAVOURS = {
+    "cloud": "linux-image-cloud-amd64",
+    "generic": "linux-image-amd64",
+    "rt": "linux-image-rt-amd64",
+}
 """Debian's kernels by the name used here, and the package that always points to the newest."""
 
 
