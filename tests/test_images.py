@@ -243,3 +243,16 @@ def test_a_realtime_kernel_boots(linux: Lab | Direct, vmm: str) -> None:
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-2000:]
     assert "PREEMPT_RT" in result.stdout
     assert "vmm-check: result=ok" in result.stdout
+
+
+@pytest.mark.linux
+@pytest.mark.parametrize("name", ["bios.bin", "bios-microvm.bin"])
+def test_seabios_says_so_itself(name: str, linux: Lab | Direct, vmm: str) -> None:
+    """It starts at the reset vector, knows the debug port by its answer, and looks for a disk."""
+    command: list[str | Path] = [
+        vmm, "run", "--firmware", image("seabios", f"usr/share/seabios/{name}"),
+        "--memory", "64M", "--device", "debug-console,/dev/stdout",
+    ]  # fmt: skip
+    text = linux.converse(command, lambda job: job.read_until("No bootable device", 200))
+    assert text.startswith("SeaBIOS (version ")
+    assert "RamSize: 0x04000000 [cmos]" in text

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vmm_reference.config import MAX_DEVICES, Drive, MachineConfig, parse_size
+from vmm_reference.devices.debug_console import DebugLog
 from vmm_reference.devices.rng import Entropy
 from vmm_reference.errors import ConfigError
 
@@ -48,6 +49,8 @@ def test_a_kernel_is_enough(kernel: str) -> None:
         ({"on_reset": "explode"}, "on_reset"),
         ({"protocol": "efi"}, "protocol"),
         ({"kaslr": "yes"}, "kaslr"),
+        ({"devices": [DebugLog("")]}, "devices[0].path"),
+        ({"firmware": "/no/such/file"}, "firmware"),
         ({"drives": ["root.img"]}, "drives[0]"),
         ({"drives": [Drive("/no/such/image")]}, "drives[0]"),
         ({"drives": [Drive("/dev/null")]}, "drives[0]"),

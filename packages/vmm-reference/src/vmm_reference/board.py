@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import attrs
 
+from kvm_ioctls import constants
 from linux_loader import (
     CmdlineError,
     E820Entry,
@@ -37,6 +38,7 @@ from .devices.pvpanic import Pvpanic
 from .devices.rtc import Rtc
 from .devices.serial import Serial
 from .errors import ConfigError, HostError
+from .firmware import cmos, load_firmware
 from .loop import READ
 from .outcome import Outcome
 from .vcpu import VcpuThread
@@ -111,7 +113,7 @@ class Board:
             self.vm = stack.enter_context(kvm.create_vm())
             self._create_platform()
             self.serial = Serial(self._line(layout.SERIAL_IRQ), transmit, room=room)
-            self._add_legacy_devices()
+            self._add_legacy_devices(config)
             for name, device in config.named_devices().items():
                 wiring = self.devices[name] = Wiring(self, name)
                 stack.callback(wiring.close)
@@ -256,6 +258,9 @@ class Board:
 
     def _get_memory(self, config: MachineConfig, restored: Restored | None) -> GuestMemory:
         ranges = [(GuestAddress(a), size) for a, size in layout.ram_ranges(config.memory)]
+        if config.firmware is not None:
+            start, size = layout.firmware_range(os.stat(config.firmware).st_size)  # noqa: PTH116
+            ranges = sorted([*ranges, (GuestAddress(start), size)])
         if restored is None:
             return GuestMemory.from_ranges(ranges, dirty_page_size=4096)
         found = [(region.guest_address, region.size) for region in restored.memory.regions]
@@ -268,8 +273,12 @@ class Board:
         vm = self.vm
         # Memory first: once there are interrupt controllers, each slot costs some 8 ms.
         for slot, region in enumerate(self.memory.regions):
+            firmware = region.guest_address + region.size == layout.MMIO_GAP_END
             vm.set_user_memory_region(
-                slot=slot, guest_phys_addr=region.guest_address, memory=region.buffer
+                slot=slot,
+                guest_phys_addr=region.guest_address,
+                memory=region.buffer,
+                flags=constants.KVM_MEM_READONLY if firmware else 0,
             )
         vm.set_identity_map_addr(layout.IDENTITY_MAP)
         vm.set_tss_addr(layout.TSS)
@@ -281,10 +290,15 @@ class Board:
         vm: Vm = self.vm
         return lambda level: vm.irq_line(gsi, level)
 
-    def _add_legacy_devices(self) -> None:
+    def _add_legacy_devices(self, config: MachineConfig) -> None:
         ports = self.ports
         ports.add(layout.SERIAL_PORT, 8, self.serial)
-        self._rtc = Rtc(time.time, self._line(tables.RTC_GSI), timer=self._rtc_timer)
+        self._rtc = Rtc(
+            time.time,
+            self._line(tables.RTC_GSI),
+            timer=self._rtc_timer,
+            memory=cmos(config.memory, config.cpus),
+        )
         ports.add(tables.RTC_PORT, 2, self._rtc)
         self._i8042 = I8042(lambda: self._ended(Outcome.RESET, ""))
         ports.add(0x60, 1, self._i8042)
@@ -322,6 +336,9 @@ class Board:
 
     def _load(self, config: MachineConfig) -> EntryState:
         """Put ACPI tables, kernel, initrd and boot parameters into memory, which is fresh."""
+        if config.firmware is not None:
+            return load_firmware(self.memory, config.firmware, config.memory)
+        assert config.kernel is not None
         acpi = tables.build(cpus=config.cpus, devices=self.announced)
         self.memory.write(GuestAddress(layout.ACPI_TABLES), acpi)
         self.memory.write(GuestAddress(layout.RESET_VECTOR), pm.RESET_CODE)

@@ -27,6 +27,7 @@ MAX_CPUS = 254  # local APIC identifiers of eight bits, 255 being the broadcast
 MAX_DEVICES = {"mmio": VIRTIO_MMIO_DEVICES, "pci": MAX_SLOT}
 MIN_MEMORY = 16 * MIB
 MAX_MEMORY = 1 << 40
+MAX_FIRMWARE = 16 * MIB
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
@@ -118,7 +119,9 @@ class MachineConfig:
     """A machine, whole: checked when it is made.
 
     Attributes:
-        kernel: a Linux image: ELF `vmlinux` or `bzImage`.
+        kernel: a Linux image: ELF `vmlinux` or `bzImage`; None where firmware finds one itself.
+        firmware: what a PC's flash holds, such as SeaBIOS: it begins at the reset vector, in the
+            place of a kernel.
         initrd: an initial RAM file system, as it is, or None.
         cmdline: the kernel's command line.
         cpus: number of vCPUs, 1 to 254.
@@ -135,7 +138,8 @@ class MachineConfig:
         ConfigError: names the field, its value and the rule.
     """
 
-    kernel: str
+    kernel: str | None = None
+    firmware: str | None = None
     initrd: str | None = None
     cmdline: str = ""
     cpus: int = 1
@@ -148,7 +152,12 @@ class MachineConfig:
     kaslr: bool = False
 
     def __attrs_post_init__(self) -> None:
-        _kernel(self.kernel)
+        if self.firmware is not None:
+            self._check_firmware(self.firmware)
+        elif self.kernel is None:
+            raise ConfigError("kernel", "(none)", "must be given, or firmware to find one")
+        else:
+            _kernel(self.kernel)
         if self.initrd is not None:
             _file("initrd", self.initrd)
         _text("cmdline", self.cmdline)
@@ -173,6 +182,18 @@ class MachineConfig:
         _one_of("protocol", self.protocol, ("auto", "linux64", "pvh"))
         if not isinstance(self.kaslr, bool):
             raise ConfigError("kaslr", self.kaslr, "must be true or false")
+
+    def _check_firmware(self, path: str) -> None:
+        """Firmware fits its place, and is alone: what a boot loader takes, it could not pass on."""
+        name = _file("firmware", path)
+        size = os.stat(name).st_size  # noqa: PTH116
+        if size % 4096 or not 4096 <= size <= MAX_FIRMWARE:
+            raise ConfigError(
+                "firmware", f"{name} ({size} bytes)", "must be 4 KiB to 16 MiB of whole 4 KiB pages"
+            )
+        for field in ("kernel", "initrd", "cmdline", "kaslr"):
+            if value := getattr(self, field):
+                raise ConfigError(field, value, "must not be given: firmware finds its own kernel")
 
     def named_devices(self) -> dict[str, DeviceConfig]:
         """All devices by their names, in the order in which the guest finds them."""
@@ -214,10 +235,6 @@ class MachineConfig:
         for key in table:
             if key not in known:
                 raise ConfigError(source, key, f"unknown key; known are {', '.join(known)}")
-        if "kernel" not in table:
-            raise ConfigError(
-                "kernel", "(none)", "must be given; a machine has nothing else to run"
-            )
         values = dict(table)
         for name, kind in (("drives", "drive"), ("devices", "")):
             if name in values:

@@ -25,6 +25,7 @@ __all__ = [
     "VIRTIO_MMIO_SIZE",
     "VIRTIO_MMIO_START",
     "e820_ranges",
+    "firmware_range",
     "ram_ranges",
     "virtio_gsi",
     "virtio_mmio_window",
@@ -50,9 +51,9 @@ IOAPIC = 0xFEC00000
 LOCAL_APIC = 0xFEE00000
 
 # Intel hosts without unrestricted guests need one page for an identity map and three for a TSS,
-# inside the guest's physical space but not in its RAM.
-IDENTITY_MAP = 0xFFFBC000
-TSS = 0xFFFBD000
+# inside the guest's physical space but not in its RAM. Above them is room for 16 MiB of firmware.
+IDENTITY_MAP = 0xFEFFC000
+TSS = 0xFEFFD000
 
 SERIAL_PORT, SERIAL_IRQ = 0x3F8, 4
 
@@ -88,6 +89,11 @@ def ram_ranges(memory: int) -> list[tuple[int, int]]:
     if memory > low:
         ranges.append((MMIO_GAP_END, memory - low))
     return ranges
+
+
+def firmware_range(size: int) -> tuple[int, int]:
+    """Where firmware of `size` bytes lies: its end, with the reset vector, is at 4 GiB."""
+    return MMIO_GAP_END - size, size
 
 
 def e820_ranges(memory: int) -> list[tuple[int, int, bool]]:

@@ -65,6 +65,13 @@ class StreamOutput:
         self.dropped += len(self._pending)
         self._pending.clear()
 
+    def close(self) -> None:
+        """Write what the descriptor takes at once, and drop the rest. On the loop's thread."""
+        if self._waiting:
+            self._loop.remove(self._fd)
+            self._waiting = False
+        self.drain(0)
+
     def _gather(self) -> None:
         self._loop.call_later(_GATHER, self._flush)
 

@@ -163,6 +163,7 @@ def _unpack(config: MachineConfig) -> None:
     usable = [
         E820Entry(start, size, 1 if ram else 2) for start, size, ram in e820_ranges(config.memory)
     ]
+    assert config.kernel is not None
     plan(config.kernel, memory_map=usable, cache=default_folder())
 
 

@@ -48,12 +48,15 @@ def configuration(path: str | None, options: dict[str, Any]) -> MachineConfig:
             raise ConfigError("config", path, f"is not TOML: {error}") from None
     table |= {key: value for key, value in options.items() if value is not None}
     root = " root=/dev/vda" if table.get("drives") else ""
-    table.setdefault("cmdline", f"console=ttyS0{root}")
+    if "firmware" not in table:
+        table.setdefault("cmdline", f"console=ttyS0{root}")
     choose = root and "initrd" not in table
     if table.get("initrd") == "none":
         del table["initrd"]
     config = MachineConfig.from_mapping(table, source=path or "vmm run")
-    return evolve(config, initrd=_initrd_for(config.kernel)) if choose else config
+    if choose and config.kernel is not None:
+        return evolve(config, initrd=_initrd_for(config.kernel))
+    return config
 
 
 def _initrd_for(kernel: str) -> str | None:
@@ -155,6 +158,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--kernel", metavar="PATH", help="Linux image: ELF vmlinux or bzImage")
+    add("--firmware", metavar="PATH", help="in the kernel's place: firmware such as SeaBIOS, which "
+        "finds a boot loader itself")  # fmt: skip
     add("--initrd", metavar="PATH", help="initial RAM file system, or `none`; with a drive and "
         "modules beside the kernel the default is one that mounts the root disk")  # fmt: skip
     add("--drive", dest="drives", metavar="PATH[,ro]", action="append",

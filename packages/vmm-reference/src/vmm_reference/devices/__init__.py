@@ -40,6 +40,7 @@ class Kind(NamedTuple):
 
 
 REGISTRY = {
+    "debug-console": Kind("devices.debug_console:DebugLog", "devices.debug_console:build"),
     "drive": Kind("config:Drive", "devices.blk:build"),
     "net": Kind("devices.net.setup:Interface", "devices.net.setup:build"),
     "rng": Kind("devices.rng:Entropy", "devices.rng:build"),

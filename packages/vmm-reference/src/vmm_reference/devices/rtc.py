@@ -8,10 +8,11 @@ and the square wave, which need a timer of up to 8 kHz, are not: kernels emulate
 from __future__ import annotations
 
 from time import gmtime
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from .states import RtcState
 
@@ -47,6 +48,7 @@ class Rtc:
         interrupt: is given the level of the interrupt output, each time that it changes.
         timer: is given the time, on `clock`, at which `expire` should next be called, or None.
             Without it, interrupts come only when the guest looks at the clock.
+        memory: what the registers that are no clock hold at first, by index.
 
     Example:
         >>> rtc = Rtc(clock=lambda: 1767225599.0, interrupt=lambda level: None)
@@ -63,6 +65,7 @@ class Rtc:
         interrupt: Callable[[bool], None],
         *,
         timer: Callable[[float | None], None] | None = None,
+        memory: Mapping[int, int] = MappingProxyType({}),
     ) -> None:
         self._clock = clock
         self._interrupt = interrupt
@@ -71,6 +74,8 @@ class Rtc:
         self._deadline: float | None = None
         self._index = 0
         self._cmos = bytearray(SIZE)
+        for index, value in memory.items():
+            self._cmos[index] = value
         self._cmos[A], self._cmos[B], self._cmos[D] = A_START, B_24H, D_VALID
         self._offset = 0
         self._updated = self._now()

@@ -47,7 +47,7 @@ def debian_kernel(flavour: str = "cloud", *, update: bool = False) -> Kernel:
     """Debian's kernel of a flavour, from the cache if it is there, else downloaded.
 
     Args:
-        flavour: "cloud" (small, for virtual machines) or "generic".
+        flavour: "cloud" (small, for virtual machines), "generic", or "rt" (PREEMPT_RT).
         update: look for a newer one than the cache has.
 
     Raises:

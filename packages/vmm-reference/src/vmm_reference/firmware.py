@@ -1,0 +1,70 @@
+"""What a machine with firmware has instead of a kernel: its image in two places, and CMOS facts.
+
+The image ends at 4 GiB, read-only; its last 128 KiB lie below 1 MiB too, in RAM, which is what a
+PC's chipset shows once firmware has copied itself there.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from linux_loader import E820Entry, E820Type, load
+
+from . import layout
+
+if TYPE_CHECKING:
+    from linux_loader import EntryState
+    from vm_memory import GuestMemory
+
+__all__ = ["cmos", "load_firmware"]
+
+_KIB, _64_KIB, _MIB = 1 << 10, 64 << 10, 1 << 20
+
+# Registers of the CMOS memory, as PCs and SeaBIOS have them: low byte first.
+_CONVENTIONAL, _EXTENDED, _EXTENDED_TOO = 0x15, 0x17, 0x30  # in KiB
+_ABOVE_16M, _ABOVE_4G = 0x34, 0x5B  # in 64 KiB
+_MORE_CPUS = 0x5F
+
+
+def load_firmware(memory: GuestMemory, path: str, size: int) -> EntryState:
+    """Put firmware where the processor begins and below 1 MiB.
+
+    Args:
+        memory: with a region that the image fills, up to 4 GiB.
+        path: of the image.
+        size: of the machine's RAM, in bytes.
+
+    Raises:
+        LoaderError: the image can't be firmware.
+    """
+    ram = [E820Entry(address, length, E820Type.RAM) for address, length in layout.ram_ranges(size)]
+    return load(memory, path, memory_map=ram, protocol=None, zeroed=True, map_files=False).entry
+
+
+def cmos(memory: int, cpus: int) -> dict[int, int]:
+    """CMOS registers that tell how much memory and how many CPUs there are.
+
+    Args:
+        memory: bytes of RAM.
+        cpus: how many.
+
+    Example:
+        >>> registers = cmos(64 << 20, 2)
+        >>> registers[0x34] | registers[0x35] << 8, registers[0x5F]
+        (768, 1)
+    """
+    low = min(memory, layout.MMIO_GAP_START)
+    extended = min((low - _MIB) // _KIB, 0xFFFF)
+    words = {
+        _CONVENTIONAL: (640, 2),
+        _EXTENDED: (extended, 2),
+        _EXTENDED_TOO: (extended, 2),
+        _ABOVE_16M: (max(low - 16 * _MIB, 0) // _64_KIB, 2),
+        _ABOVE_4G: ((memory - low) // _64_KIB, 3),
+        _MORE_CPUS: (cpus - 1, 1),
+    }
+    return {
+        register + index: byte
+        for register, (value, size) in words.items()
+        for index, byte in enumerate(value.to_bytes(size, "little"))
+    }
