@@ -251,7 +251,7 @@ def test_seabios_says_so_itself(name: str, linux: Lab | Direct, vmm: str) -> Non
     """It starts at the reset vector, knows the debug port by its answer, and looks for a disk."""
     command: list[str | Path] = [
         vmm, "run", "--firmware", image("seabios", f"usr/share/seabios/{name}"),
-        "--memory", "64M", "--device", "debug-console,/dev/stdout",
+        "--memory", "64M", "--device", "debug-console,/proc/self/fd/1",
     ]  # fmt: skip
     text = linux.converse(command, lambda job: job.read_until("No bootable device", 200))
     assert text.startswith("SeaBIOS (version ")

@@ -337,7 +337,7 @@ def test_a_process_that_is_killed_leaves_a_whole_snapshot(
     """At moments that nobody chose: what is there is proved, and goes on elsewhere."""
     kernel, chance = config(FOREVER).kernel, random.Random(3)
     for _ in range(8):
-        command = [sys.executable, "-c", SAVE_FOR_EVER, kernel, str(tmp_path / "a")]
+        command = [sys.executable, "-c", SAVE_FOR_EVER, str(kernel), str(tmp_path / "a")]
         with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
             assert process.stdout is not None
             assert process.stdout.readline() == b"0\n"
