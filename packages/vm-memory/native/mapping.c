@@ -13,6 +13,9 @@
 #define RESERVED (MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE)
 #define HUGETLBFS 0x958458f6
 
+/* How often to look for room again that another thread took meanwhile. */
+#define TRIES 100
+
 /* Reserve address space for the memory and both guards, the memory aligned. */
 static int reserve(struct vmm_mapping *mapping, size_t alignment, size_t guard)
 {
@@ -39,6 +42,28 @@ static int reserve(struct vmm_mapping *mapping, size_t alignment, size_t guard)
     return 0;
 }
 
+/* Put memory where it was reserved. Between the guards nothing is replaced: a file may refuse after
+ * the kernel took away what was there, and then another thread's mapping may be in the gap. */
+static int occupy(struct vmm_mapping *mapping, int flags, int fd, int64_t offset)
+{
+    munmap(mapping->base, mapping->length);
+    void *memory = mmap(mapping->base, mapping->length, PROT_READ | PROT_WRITE,
+                        flags | MAP_FIXED_NOREPLACE, fd, offset);
+    if (memory == mapping->base)
+        return 0;
+    int error = errno;
+    if (memory != MAP_FAILED) { /* before Linux 4.17 the address is a wish */
+        munmap(memory, mapping->length);
+        error = EEXIST;
+    }
+    uint8_t *end = mapping->base + mapping->length, *outer_end = mapping->outer + mapping->outer_length;
+    if (mapping->base > mapping->outer) {
+        munmap(mapping->outer, (size_t)(mapping->base - mapping->outer));
+        munmap(end, (size_t)(outer_end - end));
+    }
+    return error;
+}
+
 struct vmm_mapping *vmm_mapping_new(size_t length, size_t alignment, size_t guard, int flags,
                                     int fd, int64_t offset, int *error)
 {
@@ -51,20 +76,18 @@ struct vmm_mapping *vmm_mapping_new(size_t length, size_t alignment, size_t guar
     mapping->fd = fd;
     mapping->references = 1;
     mapping->watch = -1;
-    *error = reserve(mapping, alignment, guard);
-    if (*error != 0) {
-        free(mapping);
-        return NULL;
+    for (int tries = 0; tries < TRIES; tries++) {
+        *error = reserve(mapping, alignment, guard);
+        if (*error != 0)
+            break;
+        *error = occupy(mapping, flags, fd, offset);
+        if (*error == 0)
+            return mapping;
+        if (*error != EEXIST)
+            break;
     }
-    /* MAP_FIXED over our own reservation: the only place where an address is forced. */
-    void *memory = mmap(mapping->base, length, PROT_READ | PROT_WRITE, flags | MAP_FIXED, fd, offset);
-    if (memory == MAP_FAILED) {
-        *error = errno;
-        munmap(mapping->outer, mapping->outer_length);
-        free(mapping);
-        return NULL;
-    }
-    return mapping;
+    free(mapping);
+    return NULL;
 }
 
 void vmm_mapping_retain(struct vmm_mapping *mapping)
@@ -87,21 +110,23 @@ int vmm_mapping_overlay(struct vmm_mapping *mapping, size_t start, size_t length
                         int64_t offset)
 {
     uint8_t *base = mapping->base + start;
-    size_t page = (size_t)sysconf(_SC_PAGESIZE);
-    /* Watched first: a mapping that nobody watches could kill the process. */
-    int error = vmm_watch(mapping, base, length, page, VMM_WATCH_OVERLAY);
-    if (error != 0)
-        return error;
-    void *memory = mmap(base, length, PROT_READ | PROT_WRITE,
-                        MAP_PRIVATE | MAP_FIXED | MAP_NORESERVE, fd, offset);
+    /* Mapped elsewhere first: a file that refuses must not leave a gap in the guest's memory. */
+    uint8_t *memory = mmap(NULL, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_NORESERVE, fd,
+                           offset);
     if (memory == MAP_FAILED)
         return errno;
-    /* The pages are new to the kernel: say again what was said about the old ones. */
     if (mapping->no_dump)
-        madvise(base, length, MADV_DONTDUMP);
+        madvise(memory, length, MADV_DONTDUMP);
     if (mapping->no_fork)
-        madvise(base, length, MADV_DONTFORK);
-    return 0;
+        madvise(memory, length, MADV_DONTFORK);
+    /* Watched before it is there: a mapping that nobody watches could kill the process. */
+    int error = vmm_watch(mapping, base, length, (size_t)sysconf(_SC_PAGESIZE), VMM_WATCH_PAGES);
+    if (error == 0 &&
+        mremap(memory, length, length, MREMAP_MAYMOVE | MREMAP_FIXED, base) == MAP_FAILED)
+        error = errno;
+    if (error != 0)
+        munmap(memory, length);
+    return error;
 }
 
 int vmm_mapping_exclude(struct vmm_mapping *mapping, int from_dumps, int from_forks)

@@ -22,6 +22,7 @@ struct vmm_mapping {
     size_t outer_length; /* both guards included */
     long references;
     int watch;           /* head of its chain of watched ranges; -1 for none */
+    int lost;            /* pages are gone that no signal told of */
     int no_dump, no_fork;
 };
 
@@ -42,7 +43,11 @@ size_t vmm_file_page_size(int fd);
 /* --- faults.c ---
  * Ranges that something outside this process can take away: files that are truncated (SIGBUS), and
  * memory that a forked child does not inherit. */
-enum vmm_watch { VMM_WATCH_FILE = 1, VMM_WATCH_OVERLAY = 2, VMM_WATCH_NO_FORK = 3 };
+enum vmm_watch {
+    VMM_WATCH_FILE = 1,   /* what lies behind a lost page is lost with it */
+    VMM_WATCH_PAGES = 2,  /* pages are lost one by one */
+    VMM_WATCH_NO_FORK = 3 /* a child of fork has none of it */
+};
 
 int vmm_watch(struct vmm_mapping *mapping, uint8_t *base, size_t length, size_t page,
               enum vmm_watch kind);
@@ -50,7 +55,7 @@ void vmm_unwatch(struct vmm_mapping *mapping);
 int vmm_mapping_guard_faults(struct vmm_mapping *mapping, size_t page);
 /* Whether pages were lost since the mapping was made. They read as zeros. */
 int vmm_mapping_lost(struct vmm_mapping *mapping);
-/* Say that pages of a watched mapping are lost, for another reason than a signal told. */
+/* Say that pages of a mapping are lost, for another reason than a signal told. */
 void vmm_mapping_lose(struct vmm_mapping *mapping);
 
 /* --- policy.c: each returns 0 or an errno --- */

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+from collections.abc import Iterator
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -18,3 +21,28 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "linux: needs a KVM that runs an unmodified kernel")
     if config.pluginmanager.hasplugin("timeout") and not config.getoption("--timeout", None):
         config.option.timeout = 120
+
+
+@pytest.fixture
+def hugepages() -> Iterator[int]:
+    """Eight free huge pages of 2 MiB for a test, where the host gives them."""
+    folder = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
+    control = folder / "nr_hugepages"
+    try:
+        lock = control.open()
+    except OSError as error:
+        pytest.skip(f"no huge pages of 2 MiB here: {error}")
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # other processes may run such a test
+        before = int(control.read_text())
+        free = int((folder / "free_hugepages").read_text())
+        try:
+            control.write_text(str(before - free + 8))
+        except OSError as error:
+            pytest.skip(f"huge pages of 2 MiB cannot be had: {error}")
+        try:
+            if int((folder / "free_hugepages").read_text()) != 8:
+                pytest.skip("the host has not enough free memory for 8 huge pages")
+            yield 8
+        finally:
+            control.write_text(str(before))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import resource
@@ -9,7 +10,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -133,22 +133,6 @@ def test_huge_page_sizes_are_checked() -> None:
             GuestMemory.from_ranges([(A(0), 1 << 40)], backing=backing)
 
 
-@pytest.fixture
-def hugepages() -> Iterator[int]:
-    """Eight huge pages of 2 MiB for a test, where the host gives them."""
-    control = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
-    try:
-        before = int(control.read_text())
-        control.write_text(str(before + 8))
-    except OSError as error:
-        pytest.skip(f"no huge pages of 2 MiB can be had: {error}")
-    if int(control.read_text()) < before + 8:
-        control.write_text(str(before))
-        pytest.skip("the host has not enough free memory for 8 huge pages")
-    yield 8
-    control.write_text(str(before))
-
-
 @pytest.mark.parametrize("backing", [Anonymous(hugetlb="2M"), Memfd(hugetlb="2M")])
 @pytest.mark.usefixtures("hugepages")
 def test_huge_pages(backing: Anonymous | Memfd) -> None:
@@ -185,6 +169,8 @@ def test_equal_pages_are_merged() -> None:
     """KSM, switched on for the test, merges equal pages of mergeable memory."""
     folder = Path("/sys/kernel/mm/ksm")
     try:
+        lock = (folder / "run").open()
+        fcntl.flock(lock, fcntl.LOCK_EX)  # other processes may run this test
         before = (folder / "run").read_text(), (folder / "pages_to_scan").read_text()
         sleep = (folder / "sleep_millisecs").read_text()
         (folder / "pages_to_scan").write_text("10000")
@@ -207,6 +193,7 @@ def test_equal_pages_are_merged() -> None:
         (folder / "run").write_text(before[0])
         (folder / "pages_to_scan").write_text(before[1])
         (folder / "sleep_millisecs").write_text(sleep)
+        lock.close()
 
 
 @pytest.mark.parametrize("backing", [Anonymous(), Memfd()])

@@ -134,7 +134,9 @@ def test_bitmap_values_are_checked() -> None:
         lambda: bitmap.merge(b"1234567"),
         lambda: bitmap.merge(b"12345678", -1),
         lambda: bitmap.merge(b"12345678", 0, 3),
+        lambda: bitmap.merge(b"12345678", 0, 1 << 70),
         lambda: list(bitmap.batches(capacity=33)),
+        lambda: list(bitmap.batches(capacity=1 << 60)),
         lambda: bitmap.slice_at(-1),
         lambda: bitmap.slice_at(1).mark(-1, 1),
     ):

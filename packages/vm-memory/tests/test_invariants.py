@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -202,6 +203,8 @@ def test_i13_last_addresses_exist(ranges: list[tuple[GuestAddress, int]]) -> Non
     assert last == (memory.regions[-1].last_address if ranges else None)
 
 
+ZEROS = os.open("/dev/zero", os.O_RDONLY | os.O_CLOEXEC)
+NULL = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
 HOSTILE = [
     sign * (1 << power) + by
     for power in (0, 3, 12, 31, 32, 47, 48, 52, 63, 64, 65, 128)
@@ -226,6 +229,16 @@ CALLS: list[Callable[[GuestMemory | IommuMemory, GuestAddress, int], object]] = 
     lambda m, a, n: m.atomic_fetch_add(a, 8, n),
     lambda m, a, n: m.atomic_store(a, 4, n),
     lambda m, a, n: m.scalar(a, n),
+    lambda m, a, n: m.atomic_store(a, n, 1),
+    lambda m, a, n: m.atomic_fetch_add(a, n, 1),
+    lambda m, a, n: m.atomic_compare_exchange(a, n, 0, 1),
+    lambda m, a, n: m.mark_dirty(a, n),
+    lambda m, a, n: m.iovecs(a, n),
+    lambda m, a, n: m.read_from_file(a, ZEROS, n, 0),
+    lambda m, a, n: m.read_exact_from_file(a, ZEROS, n, 0),
+    lambda m, a, n: m.write_all_to_file(a, NULL, n, 0),
+    lambda m, a, n: m.write_to_file(a, NULL, 8, n),
+    lambda m, a, _: m.read_struct(a, "<Q"),
 ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import fcntl
 import os
 import subprocess
 import sys
@@ -12,13 +13,17 @@ from pathlib import Path
 import pytest
 
 from vm_memory import (
+    Anonymous,
     BackingLostError,
     FilePrivate,
     FileShared,
     GuestAddress,
     GuestMemory,
+    MappingError,
+    Memfd,
     Order,
 )
+from vm_memory.sharing import MemoryDescription, RegionDescription, rebuild
 
 A = GuestAddress
 SIZE = 16 * 4096
@@ -152,3 +157,104 @@ def test_slots_are_reused(path: Path) -> None:
     os.truncate(path, 0)
     with pytest.raises(BackingLostError):
         memory.read(A(0), 1)
+
+
+def test_a_file_that_refuses_leaves_the_memory_alone() -> None:
+    """What cannot be mapped takes nothing away: no gap is left where guest memory was."""
+    memory = GuestMemory.from_ranges([(A(0), SIZE)])
+    memory.fill(A(0), SIZE, 3)
+    # A file of sysfs has a size, but refuses to be mapped only when it is asked to do so.
+    with Path("/sys/kernel/mm/transparent_hugepage/enabled").open("rb") as file:
+        for _ in range(9000):  # more often than ranges can be watched
+            with pytest.raises(MappingError, match="No such device"):
+                memory.map_private_file(A(0x1000), file.fileno(), 0, 0x1000)
+        with pytest.raises(MappingError, match="no pages that could be mapped"):
+            GuestMemory.from_ranges([(A(0), 4096)], backing=FilePrivate(file.fileno()))
+    assert memory.read(A(0), SIZE) == b"\3" * SIZE
+
+
+SENT = """
+import ctypes, os, resource, signal, struct, sys
+sys.path[:] = {path!r}
+resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+signal.signal(signal.SIGBUS, signal.{before})
+from vm_memory import *
+memory = GuestMemory.from_ranges([(0, 4096)], backing=FileShared({file!r}))
+address = memory.regions[0].host_address
+info = struct.pack("iiiiQ", 7, 0, -1, 0, address).ljust(128, b"\\0")  # SI_QUEUE, si_addr
+for _ in range(2):
+    ctypes.CDLL(None).syscall(129, os.getpid(), 7, info)  # rt_sigqueueinfo
+    print(memory.read(0, 1), memory.lost_regions, flush=True)
+"""
+
+
+@pytest.mark.parametrize("before", ["SIG_IGN", "SIG_DFL"])
+def test_a_bus_error_that_was_sent_is_none(path: Path, before: str) -> None:
+    """Whoever sends the signal cannot have memory taken away: it does what it did without us."""
+    program = SENT.format(path=sys.path, before=before, file=str(path))
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
+                          check=False, timeout=60)  # fmt: skip
+    if before == "SIG_IGN":
+        assert done.stdout == "b'\\x01' ()\n" * 2
+    else:
+        assert done.stdout == ""
+        assert done.returncode == -7
+
+
+HUGE = 2 << 20
+
+
+def test_huge_pages_that_a_child_loses(hugepages: int) -> None:
+    """When the parent writes and there are no more, the child's are gone: it is told, and lives."""
+    size = hugepages * HUGE
+    memory = GuestMemory.from_ranges([(A(0), size)], backing=Anonymous(hugetlb="2M"))
+    memory.fill(A(0), size, 5)
+    scalar = memory.scalar(A(8), 8)
+    (view,) = memory.slices(A(0), 8)
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            os.read(reader, 1)
+            for access in (lambda: memory.read(A(0), 1), scalar.load):
+                with pytest.raises(BackingLostError):
+                    access()
+            status = 0 if bytes(view) == bytes(8) and memory.lost_regions else 2
+        finally:
+            os._exit(status)
+    memory.fill(A(0), size, 6)
+    os.write(writer, b"x")
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert memory.read(A(size - 8), 8) == b"\6" * 8
+    assert memory.lost_regions == ()
+    os.close(reader)
+    os.close(writer)
+
+
+def test_huge_pages_that_another_process_promised(hugepages: int) -> None:
+    """A sealed file of huge pages that the host does not have is an exception when touched."""
+    size = (hugepages + 1) * HUGE
+    fd = os.memfd_create("promised", os.MFD_HUGETLB | os.MFD_ALLOW_SEALING | 21 << 26)
+    os.ftruncate(fd, size)
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+    memory = rebuild(MemoryDescription((RegionDescription(0, size, 0),)), [fd])
+    os.close(fd)
+    with pytest.raises(BackingLostError, match="huge pages"):
+        memory.fill(A(0), size, 1)
+    assert memory.lost_regions == memory.regions
+    # Only the page that there is none for is lost.
+    assert bytes(memory.regions[0].buffer[::HUGE]).count(1) >= hugepages
+
+
+def test_huge_pages_that_were_given_back(hugepages: int) -> None:
+    """Who discards huge pages, and touches them when somebody else has them, is told so."""
+    memory = GuestMemory.from_ranges([(A(0), hugepages * HUGE)], backing=Memfd(hugetlb="2M"))
+    memory.fill(A(0), hugepages * HUGE, 7)
+    memory.discard(A(HUGE), HUGE)
+    taken = GuestMemory.from_ranges([(A(0), HUGE)], backing=Anonymous(hugetlb="2M"))
+    taken.fill(A(0), HUGE, 1)
+    assert memory.read(A(HUGE - 1), 1) == b"\7"
+    with pytest.raises(BackingLostError):
+        memory.write(A(HUGE), b"x")
+    assert memory.regions[0].buffer[HUGE - 1] == 7 == memory.regions[0].buffer[2 * HUGE]

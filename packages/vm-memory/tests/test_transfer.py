@@ -96,6 +96,9 @@ def test_transfers_that_cannot_be_complete(memory: GuestMemory, file: IO[bytes])
     with pytest.raises(TransferError, match="Bad file descriptor") as refused:
         memory.write_all_to_file(A(0), closed, 100, 0)
     assert refused.value.errno == 9
+    for number in (1 << 31, -(1 << 40)):
+        with pytest.raises(InvalidValueError, match="descriptor"):
+            memory.read_exact_from_file(A(0), number, 8, 0)
     with pytest.raises(TransferError):
         memory.write_to_file(A(0), os.open(os.devnull, os.O_RDONLY), 1)
 

@@ -5,7 +5,7 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vm_memory import (
+    BackingLostError,
     GuestAddress,
     GuestMemory,
     InvalidValueError,
@@ -384,3 +385,65 @@ def test_only_anonymous_memory_is_filled() -> None:
     memory = GuestMemory.from_ranges([(GuestAddress(0), PAGE)], backing=Memfd())
     with file_of([1] * PAGES) as fd, pytest.raises(InvalidValueError, match="anonymous"):
         Filler(memory, fd)
+
+
+def in_child(function: Callable[[], int]) -> int:
+    """Run a function in a forked child; its exit status is what the function returns."""
+    pid = os.fork()
+    if pid == 0:
+        status = 99
+        try:
+            status = function()
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def test_a_child_sees_nothing_invented_and_stops_nothing(memory: GuestMemory) -> None:
+    """Where pages are missing a child has zeros: it is told. What it closes is not the parent's."""
+    with tempfile.TemporaryFile() as file:
+        file.write(b"x" * PAGES * PAGE)
+        file.flush()
+        filler = Filler(memory, file)
+        filler.start(background=False)
+
+        def child() -> int:
+            with pytest.raises(BackingLostError):
+                memory.read(address(1), 1)
+            with pytest.raises(InvalidValueError, match="closed"):
+                filler.wait(0)
+            filler.close()
+            return 5 if memory.lost_regions == memory.regions and not filler.status.complete else 6
+
+        assert in_child(child) == 5
+        assert memory.read(address(2), PAGE) == b"x" * PAGE
+        assert memory.lost_regions == ()
+        filler.close()
+        with Filler(new_memory(), file) as other:
+            other.start()
+            assert other.wait(10)
+            assert in_child(lambda: 7 if other.status.complete else 8) == 7
+
+
+def test_a_child_does_not_keep_waiters_waiting(memory: GuestMemory) -> None:
+    """Closing lets everybody go on, although a child was forked that lives on."""
+    userfault = Userfault(memory)
+    whole(userfault)
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.close(writer)
+        try:
+            with pytest.raises(BackingLostError):
+                memory.write(address(SPLIT), b"x")
+            os.read(reader, 1)
+        finally:
+            os._exit(0)
+    os.close(reader)
+    toucher = Toucher(memory, 3)
+    assert userfault.read(10)
+    userfault.close()
+    assert toucher.done()
+    assert toucher.seen == bytes(PAGE)
+    os.close(writer)
+    os.waitpid(pid, 0)

@@ -31,6 +31,7 @@ from vm_memory import (
     NotLockedError,
     Permissions,
     RegionError,
+    ShortTransferError,
     TransferError,
     TranslationError,
 )
@@ -44,6 +45,7 @@ from vm_memory.looking import (
     search_pattern,
 )
 from vm_memory.sharing import MemoryDescription, describe, rebuild, receive, send
+from vm_memory.transfer import receive_message, send_message
 
 A = GuestAddress
 R, W, RW = Permissions.READ, Permissions.WRITE, Permissions.READ_WRITE
@@ -86,6 +88,8 @@ def test_only_the_locks_holder_replaces() -> None:
     with pytest.raises(NotLockedError):
         holder.replace(GuestMemory())
     with holder.lock():
+        with pytest.raises(NotLockedError, match="wait for itself"), holder.lock():
+            pass
         errors: list[Exception] = []
 
         def other() -> None:
@@ -201,6 +205,12 @@ def test_translations_against_a_dictionary(
         found = [at for s, n in tlb.lookup(iova, length, access) for at in range(s, s + n)]
         assert found == [model[at][0] for at in wanted]
     assert sum(entry.length for entry in tlb.translations) == len(model)
+    ends = [(e.iova + e.length, e.target + e.length, e.permissions) for e in tlb.translations]
+    assert all(
+        end < after.iova
+        or (end == after.iova and (target, permissions) != (after.target, after.permissions))
+        for (end, target, permissions), after in zip(ends, tlb.translations[1:], strict=False)
+    )
     tlb.invalidate_all()
     assert tlb.translations == ()
 
@@ -252,6 +262,126 @@ def test_iommu_memory() -> None:
     for iova, target, length in ((0, 0, 0), (-1, 0, 1), (1 << 64, 0, 1), (0, (1 << 64) - 1, 2)):
         with pytest.raises(InvalidValueError):
             tlb.set_mapping(iova, target, length, R)
+
+
+def translated() -> tuple[GuestMemory, Iotlb, IommuMemory, int]:
+    """Three pages in a row for the device, two of them far apart and the last read-only."""
+    memory = GuestMemory.from_ranges([(A(0), 0x4000), (A(0x4000), 0x4000)], dirty_page_size=4096)
+    tlb = Iotlb()
+    base = 1 << 33
+    tlb.set_mapping(base, 0x3000, 0x1800, RW)
+    tlb.set_mapping(base + 0x1800, 0x1800, 0x800, RW)
+    tlb.set_mapping(base + 0x2000, 0x6000, 0x1000, R)
+    return memory, tlb, IommuMemory(memory, tlb, dirty=DirtyBitmap(1 << 34)), base
+
+
+def test_transfers_through_an_iommu() -> None:
+    """Files and sockets reach scattered pages in one call; both dirty spaces say which."""
+    memory, tlb, view, base = translated()
+    content = bytes(range(256)) * 32
+    assert view.dirty is not None
+    with tempfile.TemporaryFile() as file:
+        file.write(content)
+        file.flush()
+        view.read_exact_from_file(A(base + 0x800), file, 0x1800, 0)
+        assert memory.read(A(0x3800), 0x1000) + memory.read(A(0x1800), 0x800) == content[:0x1800]
+        assert list(memory.harvest_dirty()) == [(0x1000, 0x1000), (0x3000, 0x2000)]
+        assert view.dirty.harvest() == [(base, 0x2000)]
+        assert view.read_from_file(A(base + 0x1FFE), file, 100, 0) == 2
+        assert view.read_from_file(A(base), file, 100, 0x1FF0) == 16
+        assert view.read_from_file(A(base), file, 100, 0x2000) == 0
+        assert view.read_from_file(A(base + 0x9000), file, 0) == 0
+        with pytest.raises(ShortTransferError) as short:
+            view.read_exact_from_file(A(base), file, 0x100, 0x1FF0)
+        assert short.value.completed == 16
+        for refused in (
+            lambda: view.read_exact_from_file(A(base + 0x1FFF), file, 2, 0),
+            lambda: view.read_from_file(A(base + 0x2000), file, 2, 0),
+        ):
+            with pytest.raises(TranslationError) as caught:
+                refused()
+            assert caught.value.denied
+        with pytest.raises(InvalidValueError, match="offset"):
+            view.read_exact_from_file(A(base), file, 1, -1)
+        with pytest.raises(TransferError, match="Bad file descriptor"):
+            view.write_all_to_file(A(base), -1, 1)
+        view.write_all_to_file(A(base + 0x1FF0), file, 0x20, 0)
+        assert os.pread(file.fileno(), 0x20, 0) == memory.read(A(0x1FF0), 16) + bytes(16)
+        os.lseek(file.fileno(), 0, os.SEEK_SET)
+        assert view.write_to_file(A(base + 0x2FFE), file, 100) == 2
+        tlb.invalidate_all()
+        with pytest.raises(TranslationError) as missed:
+            view.write_to_file(A(base), file, 1)
+        assert missed.value.misses == ((base, 1),)
+
+
+def test_messages_and_structures_through_an_iommu() -> None:
+    """Recvmsg, records, vectors and marks go the same way, and need the right permission."""
+    memory, _, view, base = translated()
+    assert view.dirty is not None
+    one, other = socket.socketpair()
+    with one, other:
+        one.send(b"abcdef")
+        assert receive_message(view, A(base + 0x17FD), 100, other)[0] == 6
+        assert memory.read(A(0x47FD), 3) + memory.read(A(0x1800), 3) == b"abcdef"
+        assert send_message(view, A(base + 0x1FFE), 4, one) == 4
+        assert other.recv(9) == memory.read(A(0x1FFE), 2) + memory.read(A(0x6000), 2)
+        with pytest.raises(TranslationError):
+            receive_message(view, A(base + 0x1FFF), 2, other)
+    assert list(memory.harvest_dirty()) == [(0x1000, 0x1000), (0x4000, 0x1000)]
+    assert view.dirty.harvest() == [(base + 0x1000, 0x1000)]
+    view.write_struct(A(base + 0x17FC), "<Q", 0x1122334455667788)
+    assert view.read_struct(A(base + 0x17FC), "<II") == (0x55667788, 0x11223344)
+    assert [n for _, n in view.iovecs(A(base + 0x1700), 0x200)] == [0x100, 0x100]
+    view.dirty.clear()
+    view.mark_dirty(A(base + 0x1FFF), 1)
+    assert view.dirty.ranges() == [(base + 0x1000, 0x1000)]
+
+
+def test_a_scalar_is_translated_by_each_access() -> None:
+    """An accessor holds no memory that was taken away, and follows to where it is now."""
+    memory, tlb, view, base = translated()
+    scalar = view.scalar(A(base + 8), 4)
+    scalar.store(7)
+    assert memory.read_u32(A(0x3008)) == 7
+    assert view.dirty is not None
+    assert view.dirty.harvest() == [(base, 0x1000)]
+    tlb.set_mapping(base, 0x5000, 0x1000, R)
+    assert scalar.load() == 0
+    with pytest.raises(TranslationError):
+        scalar.store(1)
+    tlb.invalidate_mapping(base, 0x1000)
+    with pytest.raises(TranslationError):
+        scalar.load()
+    for address, size in ((base + 0x1002, 4), (base + 0x2000, 4), (base + 0x1000, 3)):
+        with pytest.raises((MemoryAccessError, TranslationError, InvalidValueError)):
+            view.scalar(A(address), size)
+
+
+def test_partial_forms_tell_a_miss_from_a_hole() -> None:
+    """Where not even the first byte can be had, the reason is the one that it is."""
+    _, tlb, view, base = translated()
+    tlb.set_mapping(base + 0x10000, 0x9000, 0x1000, RW)
+    with pytest.raises(TranslationError) as missed:
+        view.read_partial(A(base + 0x5000), 8)
+    assert missed.value.misses
+    with pytest.raises(TranslationError) as denied:
+        view.write_partial(A(base + 0x2000), b"x")
+    assert denied.value.denied
+    with pytest.raises(MemoryAccessError):
+        view.read_partial(A(base + 0x10000), 8)
+    assert view.read_partial(A(base + 0x2FFE), 8) == bytes(2)
+
+
+def test_translations_that_go_on_are_one() -> None:
+    """Pages mapped one by one, in any order, are kept as the one range that they are."""
+    tlb = Iotlb()
+    for page in (3, 0, 2, 1):
+        tlb.set_mapping(page * 4096, (page + 7) * 4096, 4096, RW)
+    (entry,) = tlb.translations
+    assert (entry.iova, entry.length, entry.target) == (0, 4 * 4096, 7 * 4096)
+    tlb.set_mapping(4 * 4096, 11 * 4096, 4096, R)
+    assert len(tlb.translations) == 2
 
 
 @given(

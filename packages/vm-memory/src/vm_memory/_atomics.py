@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from vm_memory._native import ffi, lib
-from vm_memory._words import WordAccess, unsigned
+from vm_memory._words import WordAccess, limit, unsigned
 from vm_memory.atomic import Order
 from vm_memory.errors import InvalidValueError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from vm_memory.address import GuestAddress
+    from vm_memory.region import GuestRegion
 
 __all__ = ["AtomicAccess"]
 
@@ -20,6 +21,8 @@ _update = lib.vmm_update
 # What a load or store may ask for (C11, 7.17.7).
 _LOADS = (Order.RELAXED, Order.ACQUIRE, Order.SEQ_CST)
 _STORES = (Order.RELAXED, Order.RELEASE, Order.SEQ_CST)
+
+_ORDERS = frozenset(Order)
 
 # enum vmm_operation
 _EXCHANGE, _ADD, _OR, _AND, _XOR = range(5)
@@ -44,7 +47,8 @@ class AtomicAccess(WordAccess):
             raise InvalidValueError("order", order, "a load is RELAXED, ACQUIRE or SEQ_CST")
         region, offset = self._one(address, size, write=False)
         value = _load(region.host_address + offset, size, order)
-        self._check_lost(address, size, [(region, offset, size)])
+        if region is not self._recent:
+            self._check_lost(address, size, [(region, offset, size)])
         return value
 
     def atomic_store(
@@ -56,9 +60,7 @@ class AtomicAccess(WordAccess):
         unsigned(value, size)
         region, offset = self._one(address, size, write=True)
         _store(region.host_address + offset, size, value, order)
-        pieces = [(region, offset, size)]
-        self._wrote(address, pieces)
-        self._check_lost(address, size, pieces)
+        self._stored(address, region, offset, size)
 
     def atomic_exchange(
         self, address: GuestAddress, size: int, value: int, order: Order = Order.SEQ_CST
@@ -70,7 +72,7 @@ class AtomicAccess(WordAccess):
         self, address: GuestAddress, size: int, value: int, order: Order = Order.SEQ_CST
     ) -> int:
         """Add a value, which may be negative, modulo the width; returns the sum's left side."""
-        return self._update(address, size, _ADD, value & ((1 << 8 * size) - 1), order)
+        return self._update(address, size, _ADD, value & (limit(size) - 1), order)
 
     def atomic_fetch_or(
         self, address: GuestAddress, size: int, value: int, order: Order = Order.SEQ_CST
@@ -110,22 +112,30 @@ class AtomicAccess(WordAccess):
         done = lib.vmm_compare_exchange(
             region.host_address + offset, size, found, desired, _checked(order)
         )
-        pieces = [(region, offset, size)]
         if done:
-            self._wrote(address, pieces)
-        self._check_lost(address, size, pieces)
+            self._stored(address, region, offset, size)
+        else:
+            self._check_lost(address, size, [(region, offset, size)])
         return bool(done), found[0]
 
     def _update(self, address: int, size: int, operation: int, value: int, order: Order) -> int:
         region, offset = self._one(address, size, write=True)
         before = _update(region.host_address + offset, size, operation, value, _checked(order))
+        self._stored(address, region, offset, size)
+        return before
+
+    def _stored(self, address: int, region: GuestRegion, offset: int, size: int) -> None:
+        """What follows each write."""
+        if region is self._recent:  # which is sound, and known by its own addresses
+            if region.dirty is not None:
+                region.dirty.mark(offset, size)
+            return
         pieces = [(region, offset, size)]
         self._wrote(address, pieces)
         self._check_lost(address, size, pieces)
-        return before
 
 
 def _checked(order: int) -> int:
-    if not 0 <= order <= Order.SEQ_CST:
+    if order not in _ORDERS:
         raise InvalidValueError("order", order, "must be one of Order")
     return order

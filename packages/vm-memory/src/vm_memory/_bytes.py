@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from vm_memory._native import ffi, lib
-from vm_memory.errors import InvalidValueError, MemoryAccessError
+from vm_memory.errors import InvalidValueError
 from vm_memory.permissions import Permissions
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from typing import TypeAlias
 
     from vm_memory._map import Piece, _Nowhere
@@ -37,7 +36,7 @@ class ByteAccess:
     if TYPE_CHECKING:
         _recent: GuestRegion | _Nowhere
 
-        def _walk(self, address: int, length: int, *, write: bool = False) -> Iterator[Piece]: ...
+        def _walk(self, address: int, length: int, *, write: bool = False) -> list[Piece]: ...
         def _pieces(self, address: int, length: int, *, write: bool = False) -> list[Piece]: ...
         def _wrote(self, address: int, pieces: list[Piece]) -> None: ...
         def _check_lost(self, address: int, length: int, pieces: list[Piece]) -> None: ...
@@ -139,7 +138,10 @@ class ByteAccess:
         end = offset + length
         if 0 <= offset <= end <= region.size:
             return region.buffer[offset:end].tobytes()
-        return self.read(address, self._available(address, length))
+        pieces = self._front(address, length)
+        data = b"".join([region.buffer[start : start + count] for region, start, count in pieces])
+        self._check_lost(address, len(data), pieces)
+        return data
 
     def write_partial(self, address: GuestAddress, data: Buffer) -> int:
         """Write what fits in front of the first hole; returns how many bytes that were.
@@ -156,9 +158,14 @@ class ByteAccess:
                 region.dirty.mark(offset, len(data))
             return len(data)
         view = _flat(data)
-        length = self._available(address, len(view), write=True)
-        self.write(address, view[:length])
-        return length
+        done = 0
+        pieces = self._front(address, len(view), write=True)
+        for region, start, count in pieces:
+            region.buffer[start : start + count] = view[done : done + count]
+            done += count
+        self._wrote(address, pieces)
+        self._check_lost(address, done, pieces)
+        return done
 
     def fill(self, address: GuestAddress, length: int, value: int = 0) -> None:
         """Set every byte of a range to one value, 0 to 255.
@@ -227,19 +234,21 @@ class ByteAccess:
             self._wrote(address, pieces)
         return [region.buffer[start : start + count] for region, start, count in pieces]
 
+    def _front(self, address: int, length: int, *, write: bool = False) -> list[Piece]:
+        """The pieces in front of the first hole; of a range that is not empty at least one."""
+        if length < 0:
+            raise InvalidValueError("length", length, "must not be negative")
+        pieces = self._walk(address, length, write=write)
+        # None: this tells what is missing, the memory or its translation or the permission.
+        return pieces if pieces or not length else self._pieces(address, 1, write=write)
+
     def _available(self, address: int, length: int, *, write: bool = False) -> int:
         """How many bytes of a range lie in front of the first hole; at least one."""
         region = self._recent
         offset = address - region.guest_address
         if 0 <= offset < offset + length <= region.size:
             return length
-        if length < 0:
-            raise InvalidValueError("length", length, "must not be negative")
-        found = sum(count for _, _, count in self._walk(address, length, write=write))
-        if found == 0 and length > 0:
-            self._check_open()
-            raise MemoryAccessError(address, length, "there is no memory at its first byte")
-        return found
+        return sum([count for _, _, count in self._front(address, length, write=write)])
 
 
 def _flat(data: Buffer) -> memoryview:

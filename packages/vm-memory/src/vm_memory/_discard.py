@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vm_memory._mapping import MAP_ANONYMOUS, MAP_SHARED
+from vm_memory._mapping import MAP_ANONYMOUS, MAP_SHARED, PAGE
 from vm_memory._native import lib
 
 TYPE_CHECKING = False
@@ -32,6 +32,8 @@ def discard(region: GuestRegion, offset: int, length: int) -> None:
     ):
         lib.vmm_fill(region.host_address + offset, 0, length)
         return
+    if mapping.page != PAGE:
+        region.fragile = True  # the pool may have no page when this one is touched again
     lib.vmm_fill(region.host_address + offset, 0, start - offset)
     if end < offset + length:
         lib.vmm_fill(region.host_address + end, 0, offset + length - end)

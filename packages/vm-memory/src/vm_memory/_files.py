@@ -158,9 +158,9 @@ def _open_file(backing: FileShared | FilePrivate, ranges: list[tuple[int, int]])
             raise MappingError(f"sizing {backing.file!r}", error.errno or 0) from error
         raise
     flags = (MAP_SHARED if shared else MAP_PRIVATE) | MAP_NORESERVE
-    # A memfd that is sealed against shrinking is as safe as our own.
+    # A memfd that is sealed against shrinking is as safe as our own; huge pages may run out.
     try:
-        fragile = not fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK
+        fragile = page != PAGE or not fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK
     except OSError:
         fragile = True
     return Source(flags, page, fd, backing.offset, fragile)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 
-from vm_memory._mapping import Mapping
+from vm_memory._mapping import PAGE, Mapping
 from vm_memory.backing import Anonymous
 from vm_memory.errors import (
     BackingLostError,
@@ -17,7 +17,7 @@ from vm_memory.region import GuestRegion, check_region
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable
     from typing import Final, Self, TypeAlias
 
     from vm_memory._table import NativeTable
@@ -29,6 +29,11 @@ if TYPE_CHECKING:
     Piece: TypeAlias = tuple[GuestRegion, int, int]
 
 __all__ = ["MemoryMap"]
+
+WHY_LOST = (
+    "its file was truncated, the file system or the pool of huge pages has no room for them, the "
+    "hardware failed, or they were still to be filled in when this process was forked"
+)
 
 _EMPTY = memoryview(bytearray())
 
@@ -78,10 +83,10 @@ class MemoryMap:
                 break
         self._closed = False
         self._table: NativeTable | None = None
-        if not all(region.mapping.inherited for region in self.regions):
-            from vm_memory._policy import close_in_children
+        if not all(region.mapping.lasting for region in self.regions):
+            from vm_memory._fork import tell_in_children
 
-            close_in_children(self)
+            tell_in_children(self)
 
     @classmethod
     def from_ranges(
@@ -137,7 +142,8 @@ the end of the region in front of it, 0x1000
         """Whether there is memory behind every byte of a range; an empty range always has."""
         if length <= 0:
             return length == 0
-        return sum(count for _, _, count in self._walk(address, length)) == length
+        pieces = self._walk(address, length)
+        return sum([count for _, _, count in pieces]) == length
 
     def insert(self, region: GuestRegion) -> Self:
         """A new map with one region more; this one stays as it is.
@@ -225,6 +231,16 @@ the end of the region in front of it, 0x1000
         if self._closed:
             raise ClosedError
 
+    def _in_child(self) -> None:
+        """Refuse what a child of fork does not have; look for lost pages where it may lose some."""
+        if not all(region.mapping.inherited for region in self.regions):
+            self.close()
+            return
+        for region in self.regions:
+            if not region.mapping.lasting:
+                region.fragile = True
+        self._recent = NOWHERE
+
     @property
     def native_table(self) -> int:
         """The address of the map as `struct vmm_table`, for C code of any extension.
@@ -249,22 +265,26 @@ the end of the region in front of it, 0x1000
                 self._table = table
         return table
 
-    def _walk(self, address: int, length: int, *, write: bool = False) -> Iterator[Piece]:
+    def _walk(self, address: int, length: int, *, write: bool = False) -> list[Piece]:
         """Region, offset and count of each piece from `address` on, until done or at a hole."""
         del write  # memory may be written wherever it may be read
         # Bound once: closing the map in another thread cannot pull it away halfway.
-        regions, starts = self.regions, self._starts
-        index = max(bisect_right(starts, address) - 1, 0)
-        while length > 0 and index < len(regions):
+        regions = self.regions
+        index = bisect_right(self._starts, address) - 1
+        pieces: list[Piece] = []
+        while length > 0 and 0 <= index < len(regions):
             region = regions[index]
             offset = address - region.guest_address
-            if not 0 <= offset < region.size:
-                return
-            count = min(length, region.size - offset)
-            yield region, offset, count
+            count = region.size - offset
+            if offset < 0 or count <= 0:
+                break
+            if count > length:
+                count = length
+            pieces.append((region, offset, count))
             address += count
             length -= count
             index += 1
+        return pieces
 
     def _pieces(self, address: int, length: int, *, write: bool = False) -> list[Piece]:
         """All pieces of a range, or an exception."""
@@ -274,13 +294,18 @@ the end of the region in front of it, 0x1000
             return [(region, offset, length)]  # type: ignore[list-item]  # _Nowhere has no size
         if length < 0:
             raise InvalidValueError("length", length, "must not be negative")
-        pieces = list(self._walk(address, length, write=write))
-        found = sum(count for _, _, count in pieces)
-        if found != length:
+        pieces = self._walk(address, length)
+        end = address
+        if pieces:
+            last, offset, count = pieces[-1]
+            end = last.guest_address + offset + count
+        if end != address + length:
             self._check_open()
-            raise MemoryAccessError(address, length, f"there is no memory at {address + found:#x}")
-        if pieces and not pieces[-1][0].fragile:
-            self._recent = pieces[-1][0]
+            raise MemoryAccessError(address, length, f"there is no memory at {end:#x}")
+        if pieces and not last.fragile:
+            self._recent = last
+            if self._closed:  # by another thread, meanwhile
+                self._recent = NOWHERE
         return pieces
 
     def _wrote(self, address: int, pieces: list[Piece]) -> None:
@@ -297,8 +322,7 @@ the end of the region in front of it, 0x1000
                 raise BackingLostError(
                     address,
                     length,
-                    f"the region at {region.guest_address:#x} has lost pages: its file was "
-                    "truncated, or the hardware failed",
+                    f"the region at {region.guest_address:#x} has lost pages: {WHY_LOST}",
                 )
 
 
@@ -356,7 +380,7 @@ def _create(
                 if fd >= 0:
                     os.close(fd)
                 raise
-            if source.fragile:
+            if source.fragile or source.page != PAGE:
                 mapping.watch()
             regions.append(
                 GuestRegion(

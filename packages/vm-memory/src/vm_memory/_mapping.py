@@ -22,6 +22,9 @@ MAP_ANONYMOUS = 0x20
 MAP_NORESERVE = 0x4000
 MAP_HUGETLB = 0x40000
 
+# From <errno.h>; the errno module likewise.
+ENOMEM, EACCES, ENODEV = 12, 13, 19
+
 ANONYMOUS = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE
 
 
@@ -83,6 +86,15 @@ class Mapping:
         """Whether pages vanished, with their file's end for example."""
         return bool(lib.vmm_mapping_lost(self.handle))
 
+    @property
+    def lasting(self) -> bool:
+        """Whether all pages are in a child of fork, whatever happens on either side."""
+        return self.inherited and (self.page == PAGE or bool(self.flags & MAP_SHARED))
+
+    def lose(self) -> None:
+        """Say that pages are gone, or will never come."""
+        lib.vmm_mapping_lose(self.handle)
+
     def view(self, length: int) -> memoryview:
         """The first `length` bytes, writable. The view keeps the mapping alive."""
         return memoryview(self._owner)[:length]
@@ -95,7 +107,7 @@ class Mapping:
         """
         error = lib.vmm_mapping_guard_faults(self.handle, self.page)
         if error:
-            raise MappingError("watching a mapping of a file", error)
+            raise MappingError("watching a mapping for lost pages", error)
 
     def overlay(self, start: int, length: int, fd: int, offset: int) -> None:
         """Replace pages by a private mapping of a file.
@@ -110,7 +122,7 @@ class Mapping:
 
 
 def refused(operation: str, errno: int, page: int = PAGE) -> MappingError:
-    """The exception for a refusal, with the host's numbers that explain it."""
+    """The exception for a refusal, with what explains it: for want of memory the host's numbers."""
     if page != PAGE:
         folder = f"/sys/kernel/mm/hugepages/hugepages-{page >> 10}kB"
         numbers = [f"{_number(f'{folder}/{name}')} {name}" for name in _HUGE]
@@ -120,6 +132,8 @@ def refused(operation: str, errno: int, page: int = PAGE) -> MappingError:
             f"huge pages of {page >> 10} KiB: {', '.join(numbers)}; "
             f"write a larger number to {folder}/nr_hugepages",
         )
+    if errno != ENOMEM:
+        return MappingError(operation, errno, _HINTS.get(errno, ""))
     try:
         with open("/proc/meminfo", encoding="ascii") as file:  # noqa: PTH123
             lines = [" ".join(line.split()) for line in file if line.startswith(_WANTED)]
@@ -128,6 +142,10 @@ def refused(operation: str, errno: int, page: int = PAGE) -> MappingError:
     return MappingError(operation, errno, f"the host has {', '.join(lines)}")
 
 
+_HINTS = {
+    EACCES: "shared memory needs a file that is open for reading and writing",
+    ENODEV: "a file of this kind has no pages that could be mapped",
+}
 _HUGE = ("nr_hugepages", "free_hugepages", "resv_hugepages")
 _WANTED = ("MemTotal", "MemAvailable", "CommitLimit", "Committed_AS")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import weakref
 
 from vm_memory._mapping import PAGE, refused
 from vm_memory._native import ffi, lib
@@ -12,7 +11,6 @@ from vm_memory.options import Lock, NumaMode
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from vm_memory._map import MemoryMap
     from vm_memory._mapping import Mapping
     from vm_memory.options import NumaPolicy, Options
 
@@ -109,11 +107,13 @@ def _prefault(mappings: list[Mapping], options: Options) -> None:
                 results.append((length, error))
                 state.notify()
 
-    threads = [threading.Thread(target=work) for _ in range(min(options.prefault, len(chunks)))]
-    for thread in threads:
-        thread.start()
+    threads: list[threading.Thread] = []
     done = 0
     try:
+        for _ in range(min(options.prefault, len(chunks))):
+            thread = threading.Thread(target=work)
+            thread.start()
+            threads.append(thread)
         for number in range(len(chunks)):
             with state:
                 state.wait_for(lambda number=number: len(results) > number)  # type: ignore[misc]
@@ -140,25 +140,6 @@ def advise(mapping: Mapping, advice: int, offset: int, length: int) -> None:
     error = lib.vmm_advise(mapping.address + start, offset + length - start, advice)
     if error:
         raise MappingError(f"madvise {advice}", error)
-
-
-_not_inherited: weakref.WeakSet[MemoryMap] = weakref.WeakSet()
-
-
-def close_in_children(memory: MemoryMap) -> None:
-    """Close a map in every child of fork, which does not have its memory."""
-    if not _hooked:
-        os.register_at_fork(after_in_child=_close_all)
-        _hooked.append(True)
-    _not_inherited.add(memory)
-
-
-_hooked: list[bool] = []
-
-
-def _close_all() -> None:
-    for memory in list(_not_inherited):
-        memory.close()
 
 
 def nodes(mapping: Mapping, offset: int, length: int) -> dict[int, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vm_memory._bytes import ByteAccess
-from vm_memory.errors import InvalidValueError
+from vm_memory.errors import InvalidValueError, MemoryAccessError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -192,16 +192,19 @@ class WordAccess(ByteAccess):
 
     def _one(self, address: int, size: int, *, write: bool) -> tuple[GuestRegion, int]:
         """Region and offset of an aligned scalar; the caller holds the region meanwhile."""
-        from vm_memory.errors import MemoryAccessError
-
-        if size not in (1, 2, 4, 8):
-            raise InvalidValueError("size", size, "must be 1, 2, 4 or 8")
+        if size not in _LIMITS:
+            limit(size)
+        region = self._recent
+        offset = address - region.guest_address
+        if 0 <= offset <= region.size - size and not offset & size - 1:
+            return region, offset  # type: ignore[return-value]  # _Nowhere has no size
         if address % size:
-            raise MemoryAccessError(address, size, f"the address must be a multiple of {size}")
-        region, offset, count = self._pieces(address, size, write=write)[0]
+            rule = f"the address must be a multiple of {size}"
+            raise MemoryAccessError(address, size, rule)
+        found, offset, count = self._pieces(address, size, write=write)[0]
         if count != size:
             raise MemoryAccessError(address, size, "it must lie within one region")
-        return region, offset
+        return found, offset
 
 
 def words(region: GuestRegion, size: int) -> memoryview:
@@ -211,12 +214,27 @@ def words(region: GuestRegion, size: int) -> memoryview:
     return region.u16 if size == 2 else region.u32 if size == 4 else region.u64
 
 
+def limit(size: int) -> int:
+    """The first value that does not fit in so many bytes.
+
+    Raises:
+        InvalidValueError: when no scalar has that size.
+    """
+    found = _LIMITS.get(size)
+    if found is None:
+        raise InvalidValueError("size", size, "must be 1, 2, 4 or 8")
+    return found
+
+
+_LIMITS = {size: 1 << 8 * size for size in (1, 2, 4, 8)}
+
+
 def unsigned(value: int, size: int) -> int:
     """The value, if it fits.
 
     Raises:
-        InvalidValueError: when it does not.
+        InvalidValueError: when it does not, or no scalar has that size.
     """
-    if not 0 <= value < 1 << (8 * size):
+    if not 0 <= value < limit(size):
         raise InvalidValueError("value", value, f"must fit in {size} unsigned bytes")
     return value

@@ -48,8 +48,7 @@ class DirtyBitmap:
             InvalidValueError: when the page size is no power of two, or the size not 0 to 2**63.
             MappingError: when the host has no memory for it.
         """
-        if page_size <= 0 or page_size & (page_size - 1) or page_size > 1 << 48:
-            raise InvalidValueError("page_size", page_size, "must be a power of two up to 2**48")
+        _check_page_size(page_size)
         if not 0 <= size <= 1 << 63:
             raise InvalidValueError("size", size, "must be 0 to 2**63 bytes")
         handle = lib.vmm_bitmap_new(size, page_size.bit_length() - 1)
@@ -117,7 +116,7 @@ class DirtyBitmap:
             offset: where to begin; rounded down to a whole word, 64 pages.
             length: how many bytes to look at, rounded up to a whole word; all when None.
             clear: whether to take the marks or only to look.
-            capacity: ranges in one batch, at least 34.
+            capacity: ranges in one batch, 34 to 2**24.
 
         Yields:
             Views of 64-bit integers. A view is valid until the next step of the iteration.
@@ -127,8 +126,8 @@ class DirtyBitmap:
         """
         length = self.size if length is None else length
         _check(offset, length)
-        if capacity < 34:
-            raise InvalidValueError("capacity", capacity, "must be at least 34")
+        if not 34 <= capacity <= 1 << 24:
+            raise InvalidValueError("capacity", capacity, "must be 34 to 2**24")
         word_size = 64 * self.page_size
         words = -(-self.size // word_size)
         position = min(offset // word_size, words)
@@ -168,8 +167,7 @@ class DirtyBitmap:
         view = memoryview(words).cast("B")
         if len(view) % 8:
             raise InvalidValueError("words", len(view), "must be whole words of 8 bytes")
-        if page_size <= 0 or page_size & (page_size - 1):
-            raise InvalidValueError("page_size", page_size, "must be a power of two")
+        _check_page_size(page_size)
         _check(offset, 0)
         if offset >= self.size:
             return
@@ -223,6 +221,11 @@ class DirtySlice:
         """As `DirtyBitmap.slice_at`."""
         _check(offset, 0)
         return DirtySlice(self.bitmap, self.base + offset)
+
+
+def _check_page_size(page_size: int) -> None:
+    if page_size <= 0 or page_size & (page_size - 1) or page_size > 1 << 48:
+        raise InvalidValueError("page_size", page_size, "must be a power of two up to 2**48")
 
 
 def _check(offset: int, length: int) -> None:

@@ -25,7 +25,7 @@ __all__ = ["MemoryHolder", "NotLockedError"]
 
 
 class NotLockedError(VmMemoryError, RuntimeError):
-    """A map was to be replaced by a thread that does not hold the lock."""
+    """A map was to be replaced by a thread that does not hold the lock, or locked by its holder."""
 
 
 class MemoryHolder:
@@ -48,10 +48,16 @@ class MemoryHolder:
         self._owner: int | None = None
 
     def lock(self) -> MemoryHolder:
-        """Wait until no other thread changes the map; a context manager."""
+        """Wait until no other thread changes the map; a context manager.
+
+        Raises:
+            NotLockedError: on entering it, when this thread is in it already.
+        """
         return self
 
     def __enter__(self) -> MemoryHolder:
+        if self._owner == threading.get_ident():
+            raise NotLockedError("this thread holds the lock already, and would wait for itself")
         self._lock.acquire()
         self._owner = threading.get_ident()
         return self

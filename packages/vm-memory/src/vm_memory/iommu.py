@@ -21,19 +21,19 @@ from bisect import bisect_right
 
 import attrs
 
-from vm_memory._atomics import AtomicAccess
 from vm_memory._map import NOWHERE
+from vm_memory._records import RecordAccess
 from vm_memory.errors import InvalidValueError, TranslationError
 from vm_memory.permissions import Permissions
+from vm_memory.scalar import Scalar
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from vm_memory._map import Piece
     from vm_memory.address import GuestAddress
     from vm_memory.dirty import DirtyBitmap
     from vm_memory.memory import GuestMemory
+    from vm_memory.transfer import File
 
 __all__ = ["IommuMemory", "Iotlb", "Translation"]
 
@@ -78,9 +78,7 @@ class Iotlb:
         _check(iova, length)
         _check(target, length)
         with self._lock:
-            rest = self._without(iova, length)
-            rest.append(Translation(iova, length, target, permissions))
-            self._publish(rest)
+            self._splice(iova, length, [Translation(iova, length, target, permissions)])
 
     def invalidate_mapping(self, iova: int, length: int) -> None:
         """Forget the translation of a range; what lies around it stays.
@@ -90,12 +88,12 @@ class Iotlb:
         """
         _check(iova, length)
         with self._lock:
-            self._publish(self._without(iova, length))
+            self._splice(iova, length, [])
 
     def invalidate_all(self) -> None:
         """Forget everything."""
         with self._lock:
-            self._publish([])
+            self._table = ([], [])
 
     @property
     def translations(self) -> tuple[Translation, ...]:
@@ -142,28 +140,57 @@ class Iotlb:
             iova += count
         return found, misses, denied
 
-    def _without(self, iova: int, length: int) -> list[Translation]:
+    def _splice(self, iova: int, length: int, middle: list[Translation]) -> None:
+        """Publish a table with other entries for a range; neighbours that continue are joined."""
+        starts, table = self._table
         end = iova + length
-        rest = []
-        for entry in self._table[1]:
-            behind = entry.iova + entry.length
-            if behind <= iova or entry.iova >= end:
-                rest.append(entry)
-                continue
-            if entry.iova < iova:
-                rest.append(attrs.evolve(entry, length=iova - entry.iova))
-            if behind > end:
-                moved = entry.target + end - entry.iova
-                rest.append(attrs.evolve(entry, iova=end, length=behind - end, target=moved))
-        return rest
+        first = bisect_right(starts, iova)
+        if first and table[first - 1].iova + table[first - 1].length >= iova:
+            first -= 1  # it reaches into the range, or up to it
+        behind = bisect_right(starts, end)
+        found = [
+            attrs.evolve(entry, length=min(iova - entry.iova, entry.length))
+            for entry in table[first:behind]
+            if entry.iova < iova
+        ]
+        found += middle
+        for entry in table[first:behind]:
+            skipped = max(end - entry.iova, 0)
+            if skipped < entry.length:
+                found.append(
+                    attrs.evolve(
+                        entry,
+                        iova=entry.iova + skipped,
+                        length=entry.length - skipped,
+                        target=entry.target + skipped,
+                    )
+                )
+        joined: list[Translation] = []
+        for entry in found:
+            if joined and _continues(joined[-1], entry):
+                joined[-1] = attrs.evolve(joined[-1], length=joined[-1].length + entry.length)
+            else:
+                joined.append(entry)
+        self._table = (
+            [*starts[:first], *[entry.iova for entry in joined], *starts[behind:]],
+            [*table[:first], *joined, *table[behind:]],
+        )
 
-    def _publish(self, entries: list[Translation]) -> None:
-        entries.sort(key=lambda entry: entry.iova)
-        self._table = ([entry.iova for entry in entries], entries)
+
+def _continues(one: Translation, other: Translation) -> bool:
+    """Whether two translations are one: addresses, targets and permissions go on alike."""
+    return (
+        one.iova + one.length == other.iova
+        and one.target + one.length == other.target
+        and one.permissions == other.permissions
+    )
 
 
-class IommuMemory(AtomicAccess):
+class IommuMemory(RecordAccess):
     """Guest memory through an IOMMU, with every form of access that guest memory has.
+
+    Every access is translated when it is made, with one exception: `slices` and `iovecs` are the
+    memory itself, and outlive an invalidation. Whoever has one finishes with it first.
 
     Attributes:
         memory: the guest-physical memory behind.
@@ -211,18 +238,84 @@ class IommuMemory(AtomicAccess):
         """The same view over another map, after memory was added for example."""
         return IommuMemory(memory, self.iotlb, enabled=self.enabled, dirty=self.dirty)
 
-    def _walk(self, address: int, length: int, *, write: bool = False) -> Iterator[Piece]:
+    def scalar(self, address: GuestAddress, size: int) -> Scalar:
+        """One scalar, whose address is translated anew by each access.
+
+        Raises:
+            TranslationError: when it is not mapped for reading and writing, here and at access.
+            MemoryAccessError: when the address is misaligned or not memory.
+            InvalidValueError: when the size is not 1, 2, 4 or 8.
+        """
+        self._one(address, size, write=False)
+        self._one(address, size, write=True)
+        return _TranslatedScalar(self, address, size)
+
+    # --- files: as in GuestMemory, and TranslationError too ---
+
+    def read_from_file(
+        self, address: GuestAddress, file: File, length: int, offset: int | None = None
+    ) -> int:
+        """As `GuestMemory.read_from_file`.
+
+        Raises:
+            TranslationError: when `address` itself is not mapped for writing.
+        """
+        from vm_memory.transfer import transfer_pieces
+
+        length = self._available(address, length, write=True)
+        return transfer_pieces(self, address, file, length, offset, out=False, exact=False)
+
+    def read_exact_from_file(
+        self, address: GuestAddress, file: File, length: int, offset: int | None = None
+    ) -> None:
+        """As `GuestMemory.read_exact_from_file`.
+
+        Raises:
+            TranslationError: when the range is not all mapped for writing.
+        """
+        from vm_memory.transfer import transfer_pieces
+
+        self._pieces(address, length, write=True)
+        transfer_pieces(self, address, file, length, offset, out=False, exact=True)
+
+    def write_to_file(
+        self, address: GuestAddress, file: File, length: int, offset: int | None = None
+    ) -> int:
+        """As `GuestMemory.write_to_file`.
+
+        Raises:
+            TranslationError: when `address` itself is not mapped for reading.
+        """
+        from vm_memory.transfer import transfer_pieces
+
+        length = self._available(address, length)
+        return transfer_pieces(self, address, file, length, offset, out=True, exact=False)
+
+    def write_all_to_file(
+        self, address: GuestAddress, file: File, length: int, offset: int | None = None
+    ) -> None:
+        """As `GuestMemory.write_all_to_file`.
+
+        Raises:
+            TranslationError: when the range is not all mapped for reading.
+        """
+        from vm_memory.transfer import transfer_pieces
+
+        self._pieces(address, length)
+        transfer_pieces(self, address, file, length, offset, out=True, exact=True)
+
+    def _walk(self, address: int, length: int, *, write: bool = False) -> list[Piece]:
         if not self.enabled:
-            yield from self.memory._walk(address, length, write=write)
-            return
+            return self.memory._walk(address, length, write=write)
         access = Permissions.WRITE if write else Permissions.READ
-        found, _, _ = self.iotlb._resolve(address, length, access)
-        for iova, target, count in found:
+        pieces: list[Piece] = []
+        for iova, target, count in self.iotlb._resolve(address, length, access)[0]:
             if iova != address:
-                return
-            for piece in self.memory._walk(target, count, write=write):
-                yield piece
-                address += piece[2]
+                break
+            found = self.memory._walk(target, count, write=write)
+            pieces += found
+            address += sum([n for _, _, n in found])
+        return pieces
 
     def _pieces(self, address: int, length: int, *, write: bool = False) -> list[Piece]:
         if not self.enabled:
@@ -245,6 +338,23 @@ class IommuMemory(AtomicAccess):
 
     def _check_open(self) -> None:
         self.memory._check_open()
+
+
+class _TranslatedScalar(Scalar):
+    """Holds no memory, so that what is invalidated is out of reach."""
+
+    __slots__ = ("_address", "_memory")
+
+    def __init__(self, memory: IommuMemory, address: GuestAddress, size: int) -> None:
+        self._memory = memory
+        self._address = address
+        self._size = size
+
+    def load(self) -> int:
+        return self._memory._read_scalar(self._address, self._size)
+
+    def store(self, value: int) -> None:
+        self._memory._write_scalar(self._address, self._size, value)
 
 
 def _check(address: int, length: int) -> None:

@@ -13,24 +13,18 @@ Rules that hold for every access:
 
 from __future__ import annotations
 
-from vm_memory._atomics import AtomicAccess
-from vm_memory._map import MemoryMap
+from vm_memory._map import NOWHERE, MemoryMap
 from vm_memory._native import lib
-from vm_memory.permissions import Permissions
+from vm_memory._records import RecordAccess
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from struct import Struct
-    from typing import Any, TypeVar
 
     from vm_memory._bytes import Buffer
     from vm_memory.address import GuestAddress
-    from vm_memory.iovec import Iovecs
     from vm_memory.region import GuestRegion
     from vm_memory.transfer import File
-
-    T = TypeVar("T")
 
 __all__ = ["GuestMemory"]
 
@@ -41,7 +35,7 @@ _pwrite = lib.vmm_pwrite
 _ONE_CALL = 1 << 30
 
 
-class GuestMemory(MemoryMap, AtomicAccess):
+class GuestMemory(MemoryMap, RecordAccess):
     r"""The guest-physical address space.
 
     Attributes:
@@ -58,102 +52,7 @@ class GuestMemory(MemoryMap, AtomicAccess):
 
     __slots__ = ()
 
-    # --- records ---
-
-    def read_struct(self, address: GuestAddress, layout: str | Struct) -> tuple[Any, ...]:
-        """The values of a `struct` format, such as `"<QIHH"`.
-
-        Raises:
-            MemoryAccessError: when the range is not all memory.
-            InvalidValueError: when the format is none.
-
-        >>> from vm_memory import GuestAddress, GuestMemory
-        >>> memory = GuestMemory.from_ranges([(GuestAddress(0), 4096)])
-        >>> memory.write_struct(GuestAddress(8), "<QIHH", 0x1000, 512, 1, 2)
-        >>> memory.read_struct(GuestAddress(8), "<QIHH")
-        (4096, 512, 1, 2)
-        """
-        from vm_memory.records import compiled
-
-        form = compiled(layout)
-        return form.unpack(self.read(address, form.size))
-
-    def write_struct(self, address: GuestAddress, layout: str | Struct, *values: object) -> None:
-        """Write values in a `struct` format.
-
-        Raises:
-            MemoryAccessError: when the range is not all memory.
-            InvalidValueError: when the format is none, or the values do not fit it.
-        """
-        from vm_memory.records import compiled, packed
-
-        self.write(address, packed(compiled(layout), values))
-
-    def read_record(self, address: GuestAddress, kind: type[T]) -> T:
-        """An instance of an attrs class whose fields say how they lie in memory.
-
-        See `vm_memory.records` for how to write such a class.
-
-        Raises:
-            MemoryAccessError: when the range is not all memory.
-            InvalidValueError: when the class has fields without a format.
-        """
-        from vm_memory.records import layout_of
-
-        return kind(*self.read_struct(address, layout_of(kind)))
-
-    def write_record(self, address: GuestAddress, record: object) -> None:
-        """Write an instance of such a class.
-
-        Raises:
-            MemoryAccessError: when the range is not all memory.
-            InvalidValueError: when the class has fields without a format, or values do not fit.
-        """
-        from vm_memory.records import layout_of, packed, values_of
-
-        self.write(address, packed(layout_of(type(record)), values_of(record)))
-
-    def read_cdata(self, address: GuestAddress, ffi: Any, kind: str) -> Any:
-        """A copy of a C type, as `ffi.new` makes it.
-
-        Args:
-            address: where it is.
-            ffi: the `cffi.FFI` that knows the type.
-            kind: the type, `"struct virtio_blk_req"` for example.
-
-        Raises:
-            MemoryAccessError: when the range is not all memory.
-        """
-        value = ffi.new(f"{kind} *")
-        self.read_into(address, memoryview(ffi.buffer(value)))
-        return value
-
-    def write_cdata(self, address: GuestAddress, ffi: Any, value: Any) -> None:
-        """Write what a cffi pointer or array refers to.
-
-        Raises:
-            MemoryAccessError: when the range is not all memory.
-        """
-        self.write(address, memoryview(ffi.buffer(value)))
-
     # --- files ---
-
-    def iovecs(
-        self,
-        address: GuestAddress,
-        length: int,
-        permissions: Permissions = Permissions.READ_WRITE,
-    ) -> Iovecs:
-        """The pieces of a range as an array of `struct iovec`, for C code and io_uring.
-
-        Like `slices`, it marks the range dirty at once with `WRITE`.
-
-        Raises:
-            MemoryAccessError: when the range is not all memory.
-        """
-        from vm_memory.iovec import Iovecs
-
-        return Iovecs(self.slices(address, length, permissions))
 
     def read_from_file(
         self, address: GuestAddress, file: File, length: int, offset: int | None = None
@@ -301,7 +200,8 @@ class GuestMemory(MemoryMap, AtomicAccess):
     def discard(self, address: GuestAddress, length: int) -> None:
         """Give pages back to the host; the range reads as zeros then, whatever it is made of.
 
-        This is what a balloon does. Memory that shows a file's content is only cleared.
+        This is what a balloon does. Memory that shows a file's content is only cleared. A huge page
+        that was given back may not be had again: touching it then loses it.
 
         Raises:
             MemoryAccessError: when the range is not all memory.
@@ -312,18 +212,12 @@ class GuestMemory(MemoryMap, AtomicAccess):
         pieces = self._pieces(address, length, write=True)
         for region, offset, count in pieces:
             discard(region, offset, count)
+            if region.fragile:
+                self._recent = NOWHERE
         self._wrote(address, pieces)
         self._check_lost(address, length, pieces)
 
     # --- dirty pages ---
-
-    def mark_dirty(self, address: GuestAddress, length: int) -> None:
-        """Say that a range was written, by way of a slice or the guest's own hand.
-
-        Raises:
-            MemoryAccessError: when the range is not all memory.
-        """
-        self._wrote(address, self._pieces(address, length))
 
     def is_dirty(self, address: GuestAddress) -> bool:
         """Whether the page of an address is marked; never where that is not tracked."""

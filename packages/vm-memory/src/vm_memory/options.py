@@ -87,7 +87,8 @@ class Options:
         lock: pages that are never swapped out.
         dump: whether core dumps contain the memory.
         inherit: whether a child of fork has it. In a child that has not, maps are closed and
-            views show zeros.
+            views show zeros. Private huge pages are shared with a child only until either side
+            writes and the host has no more of them: then the child's are lost.
         guard: bytes of inaccessible address space in front of and behind each region.
         transparent_hugepages: use them or not; None leaves that to the system.
         mergeable: let the kernel merge pages of equal content (KSM).

@@ -105,7 +105,7 @@ class GuestRegion:
 
     @property
     def lost(self) -> bool:
-        """Whether pages of it vanished, since a file was truncated; they read as zeros now."""
+        """Whether pages of it vanished, as when a file is truncated; they read as zeros now."""
         return self.mapping.lost
 
     def at(self, guest_address: GuestAddress) -> GuestRegion:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from vm_memory._map import WHY_LOST
 from vm_memory._words import unsigned, words
 from vm_memory.errors import BackingLostError
 
@@ -66,5 +67,5 @@ class Scalar:
     def _checked(self, value: int) -> int:
         if self._region.mapping.lost:
             address = self._region.guest_address + self._offset
-            raise BackingLostError(address, self._size, "the region has lost pages")
+            raise BackingLostError(address, self._size, f"the region has lost pages: {WHY_LOST}")
         return value

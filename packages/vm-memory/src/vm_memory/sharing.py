@@ -149,7 +149,7 @@ def receive(sock: socket.socket, *, dirty_page_size: int | None = None) -> Guest
         MappingError: when the host refuses.
         OSError: what the socket raises.
     """
-    data, fds, _, _ = socket.recv_fds(sock, 4, _MOST_REGIONS)
+    data, fds, _, _ = socket.recv_fds(sock, 4, _MOST_REGIONS, socket.MSG_CMSG_CLOEXEC)
     try:
         data += _exactly(sock, 4 - len(data))
         length = int.from_bytes(data, "little")

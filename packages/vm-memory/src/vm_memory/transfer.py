@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from typing import Protocol, TypeAlias
 
     from vm_memory.address import GuestAddress
+    from vm_memory.iommu import IommuMemory
     from vm_memory.memory import GuestMemory
 
     class HasFileno(Protocol):
@@ -27,10 +28,11 @@ if TYPE_CHECKING:
 
     File: TypeAlias = int | HasFileno
 
-__all__ = ["receive_message", "send_message", "transfer"]
+__all__ = ["receive_message", "send_message"]
 
 _EINTR = 4
 _EFAULT = 14
+_PIECES = 1024  # IOV_MAX
 _LAST = (1 << 63) - 1
 
 
@@ -64,9 +66,8 @@ def transfer(
         TransferError: when a system call fails.
         BackingLostError: when pages of the range are lost.
     """
-    if offset is not None and not 0 <= offset <= _LAST - length:
-        raise InvalidValueError("offset", offset, "must be 0 to 2**63 less the length")
-    fd = file if isinstance(file, int) else file.fileno()
+    _check_offset(offset, length)
+    fd = descriptor(file)
     table = memory._native()
     error = ffi.new("int *")
     done = 0
@@ -89,8 +90,68 @@ def transfer(
     return done
 
 
+def transfer_pieces(
+    memory: IommuMemory,
+    address: GuestAddress,
+    file: File,
+    length: int,
+    offset: int | None,
+    *,
+    out: bool,
+    exact: bool,
+) -> int:
+    """As `transfer`, for memory whose pieces lie anywhere; the caller has checked the range.
+
+    Raises:
+        InvalidValueError, ShortTransferError, TransferError, BackingLostError: as `transfer`.
+    """
+    import os
+
+    _check_offset(offset, length)
+    fd = descriptor(file)
+    done = 0
+    while done < length:
+        pieces = memory._pieces(address + done, length - done, write=not out)[:_PIECES]
+        views = [region.buffer[start : start + count] for region, start, count in pieces]
+        try:
+            if offset is None:
+                count = os.writev(fd, views) if out else os.readv(fd, views)
+            elif out:
+                count = os.pwritev(fd, views, offset + done)
+            else:
+                count = os.preadv(fd, views, offset + done)
+        except OSError as error:
+            fragile = any(region.fragile or region.mapping.overlaid for region, _, _ in pieces)
+            raise _told(address, length, done, error.errno or 0, fragile=fragile) from error
+        if not out and count:
+            memory.mark_dirty(address + done, count)  # type: ignore[arg-type]
+        done += count
+        if not exact:
+            break
+        if count == 0:
+            raise ShortTransferError(address, length, done)
+    return done
+
+
+def descriptor(file: File) -> int:
+    """The number of an open file.
+
+    Raises:
+        InvalidValueError: when it can be none.
+    """
+    fd = file if isinstance(file, int) else file.fileno()
+    if not -1 << 31 <= fd < 1 << 31:
+        raise InvalidValueError("file", fd, "must be a file descriptor")
+    return fd
+
+
+def _check_offset(offset: int | None, length: int) -> None:
+    if offset is not None and not 0 <= offset <= _LAST - length:
+        raise InvalidValueError("offset", offset, "must be 0 to 2**63 less the length")
+
+
 def receive_message(
-    memory: GuestMemory,
+    memory: GuestMemory | IommuMemory,
     address: GuestAddress,
     length: int,
     sock: socket.socket,
@@ -106,14 +167,17 @@ def receive_message(
         MemoryAccessError: when the range is not all memory.
         OSError: what the socket raises.
     """
-    pieces = memory.slices(address, length, Permissions.READ)
+    pieces = [
+        region.buffer[start : start + count]
+        for region, start, count in memory._pieces(address, length, write=True)
+    ]
     count, control, message, sender = sock.recvmsg_into(pieces, ancillary, flags)
     memory.mark_dirty(address, count)
     return count, control, message, sender
 
 
 def send_message(
-    memory: GuestMemory,
+    memory: GuestMemory | IommuMemory,
     address: GuestAddress,
     length: int,
     sock: socket.socket,
@@ -132,12 +196,17 @@ def send_message(
 def _failure(
     memory: GuestMemory, address: GuestAddress, length: int, done: int, errno: int
 ) -> TransferError | BackingLostError:
+    region = memory.find_region(address + done)  # type: ignore[arg-type]
+    fragile = region is not None and (region.fragile or region.mapping.overlaid)
+    return _told(address, length, done, errno, fragile=fragile)
+
+
+def _told(
+    address: GuestAddress, length: int, done: int, errno: int, *, fragile: bool
+) -> TransferError | BackingLostError:
     """EFAULT on memory that was checked means that the kernel found no page behind it."""
-    if errno == _EFAULT:
-        start: GuestAddress = address + done  # type: ignore[assignment]
-        region = memory.find_region(start)
-        if region is not None and (region.fragile or region.mapping.overlaid):
-            return BackingLostError(
-                address, length, f"pages from {address + done:#x} on are lost: a file was truncated"
-            )
+    if errno == _EFAULT and fragile:
+        return BackingLostError(
+            address, length, f"pages from {address + done:#x} on are lost: a file was truncated"
+        )
     return TransferError(address, length, done, errno)

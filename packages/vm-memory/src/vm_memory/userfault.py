@@ -28,13 +28,14 @@ import select
 
 import attrs
 
+from vm_memory._fork import tell_in_children
 from vm_memory._mapping import ANONYMOUS, MAP_HUGETLB, PAGE
 from vm_memory._native import ffi, lib
 from vm_memory.errors import InvalidValueError, MappingError, MemoryAccessError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
     from typing import Any, Self
 
     from vm_memory._native import CData
@@ -89,6 +90,9 @@ class Userfault:
     Memory is held, not closed. Closing this lets everybody who waits go on: with zeros where
     pages were missing, and where they were write-protected without that.
 
+    A child of fork has no missing pages, only zeros: there this is closed, and the memory of which
+    pages may have been missing is lost.
+
     Args:
         memory: the guest memory; ranges of it are registered one by one.
 
@@ -98,12 +102,15 @@ class Userfault:
 
     def __init__(self, memory: GuestMemory) -> None:
         self._regions = memory.regions
+        self._missing: set[GuestRegion] = set()
         self._fd = -1
         error = ffi.new("int *")
         fd = lib.vmm_userfault_open(_EVENT_REMOVE, error)
         if fd < 0:
             raise MappingError("userfaultfd", error[0], _hint(error[0]))
         self._fd = fd
+        tell_in_children(memory)
+        tell_in_children(self)
 
     def fileno(self) -> int:
         """The descriptor, which is readable when `read` has something to give.
@@ -133,6 +140,8 @@ class Userfault:
         for region, offset, count in self._pieces(address, length):
             # What is not there may be anything but zeros from now on.
             region.mapping.overlaid = True
+            if missing:
+                self._missing.add(region)
             self._done(
                 "UFFDIO_REGISTER",
                 lib.vmm_userfault_register(
@@ -257,6 +266,10 @@ class Userfault:
     def __del__(self) -> None:
         self.close()
 
+    def _in_child(self) -> None:
+        self.close()
+        _lose(self._missing)
+
     def _pieces(self, address: GuestAddress, length: int) -> Iterator[tuple[GuestRegion, int, int]]:
         """The range, by region; refused whole before anything is done."""
         found, start, end = [], int(address), address + length
@@ -287,6 +300,13 @@ class Userfault:
     def _done(self, what: str, error: int) -> None:
         if error:
             raise MappingError(what, error, _HINTS.get(error, ""))
+
+
+def _lose(regions: Iterable[GuestRegion]) -> None:
+    """Say that pages of regions will never come."""
+    for region in regions:
+        region.fragile = True
+        region.mapping.lose()
 
 
 _HINTS = {
@@ -341,6 +361,8 @@ class Filler:
     read again. Pages that are thrown away meanwhile become zeros; `GuestMemory.discard` clears them
     without giving them back until `status` or `wait` has told that all is there.
 
+    A child of fork does not take part: memory that is not complete is lost there.
+
     Args:
         memory: new anonymous memory of whole pages that nobody has touched.
         file: what to fill it with, laid out as `looking.export_sparse` does; it stays the
@@ -362,7 +384,6 @@ class Filler:
             raise InvalidValueError("memory", self._regions, rule)
         (page,) = pages
         self._file = os.dup(file if isinstance(file, int) else file.fileno())
-        self._closed = False
         try:
             self._userfault = Userfault(memory)
             rows: list[int] = []
@@ -370,7 +391,6 @@ class Filler:
                 length = -(-region.size // page) * page
                 rows += region.host_address, length, offset
                 offset += -(-region.size // PAGE) * PAGE
-                region.mapping.watch()  # so that what stays missing can be told as lost
                 self._userfault.register(region.guest_address, length)
             error = ffi.new("int *")
             handle = lib.vmm_filler_new(
@@ -380,6 +400,8 @@ class Filler:
             if not handle:
                 raise MappingError("threads that fill memory", error[0])
             self._handle = handle
+            self._userfault._missing.clear()  # from here on this tells what is lost
+            tell_in_children(self)
         except BaseException:
             self._release()
             raise
@@ -454,7 +476,7 @@ class Filler:
         lib.vmm_filler_free(handle)
         if not complete:
             for region in self._regions:
-                lib.vmm_mapping_lose(region.mapping.handle)
+                region.mapping.lose()
         self._release()
 
     def __enter__(self) -> Self:
@@ -465,6 +487,14 @@ class Filler:
 
     def __del__(self) -> None:
         self.close()
+
+    def _in_child(self) -> None:
+        """The threads are the parent's, and so is all that they share with it."""
+        if self._handle is not None:
+            if not self.status.complete:
+                _lose(self._regions)
+            self._handle = None
+            self._release()
 
     def _open(self) -> CData:
         if self._handle is None:
