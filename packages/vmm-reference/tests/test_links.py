@@ -8,7 +8,6 @@ import shutil
 import socket
 import subprocess
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,9 +21,9 @@ from vmm_reference.devices.net import model as net
 from vmm_reference.devices.net.setup import Interface
 from vmm_reference.errors import ConfigError, HostError
 from vmm_reference.loop import Loop
+from vmm_reference.testing import turn
 
 _CLONE_NEWNET = 0x40000000
-PATIENCE = 20.0
 
 
 @pytest.fixture
@@ -35,18 +34,6 @@ def loop() -> Iterator[Loop]:
     yield loop
     loop.stop()
     assert errors == []
-
-
-def turn(loop: Loop, until: Callable[[], object]) -> None:
-    """Run the loop's callbacks here until something holds."""
-    deadline = time.monotonic() + PATIENCE
-    while not until():
-        assert time.monotonic() < deadline, "it does not come"
-        for fd, events in loop._epoll.poll(0.05):
-            if fd == loop._wake:
-                loop._run_soon()
-            elif callback := loop._callbacks.get(fd):
-                callback(events)
 
 
 def frame(size: int = 60, target: bytes = b"\xff" * 6, kind: bytes = b"\x88\xb5") -> bytes:
@@ -253,11 +240,11 @@ def test_a_tap_carries_frames_with_headers() -> None:
         request += bytes(6) + bytes([192, 0, 2, 1])
         arp = b"\xff" * 6 + me + b"\x08\x06" + request
         assert tap.send(0, [bytes(12), arp])
-        while True:  # the host says other things too, such as router solicitations
-            (answer,) = drain(tap, loop, 1)
-            if answer[24:26] == b"\x08\x06" and answer[12:18] == me:
-                break
-        assert answer[34:40] == bytes.fromhex("020000000009")
+        answers: list[bytes] = []
+        while not answers:  # the host says other things too, such as router solicitations
+            every = drain(tap, loop, 1)
+            answers = [each for each in every if each[12:18] == me and each[24:26] == b"\x08\x06"]
+        assert answers[0][34:40] == bytes.fromhex("020000000009")
         with pytest.raises(OSError, match="Invalid"):
             tap.send(0, [bytes(12)])
         with pytest.raises(HostError, match="another process uses it"):

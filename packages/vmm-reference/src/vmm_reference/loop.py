@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["ONESHOT", "READ", "WRITE", "Loop"]
+__all__ = ["HANGUP", "ONESHOT", "READ", "WRITE", "Loop"]
 
 READ = select.EPOLLIN
 WRITE = select.EPOLLOUT
+HANGUP = select.EPOLLHUP  # comes unasked too
 ONESHOT = select.EPOLLONESHOT  # with the others: no further call before `modify`
 
 
@@ -117,14 +118,24 @@ class Loop:
         if self._callbacks.pop(fd, None) is not None and not self._closed:
             self._epoll.unregister(fd)
 
+    def turn(self, seconds: float | None = None) -> None:
+        """Wait for something, at most so long, and call who waits for it: one turn of `start`.
+
+        For an owner who has not started the loop and turns it on a thread of its own.
+        """
+        timeout = self._timeout()
+        if timeout is None or (seconds is not None and seconds < timeout):
+            timeout = seconds
+        for fd, events in self._epoll.poll(timeout):
+            if fd == self._wake:
+                self._run_soon()
+            elif callback := self._callbacks.get(fd):
+                self._call(callback, events)
+        self._run_timers()
+
     def _run(self) -> None:
         while not self._stopping:
-            for fd, events in self._epoll.poll(self._timeout()):
-                if fd == self._wake:
-                    self._run_soon()
-                elif callback := self._callbacks.get(fd):
-                    self._call(callback, events)
-            self._run_timers()
+            self.turn()
 
     def _run_soon(self) -> None:
         with self._lock:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Any
 
 from kvm_ioctls.testing import assemble
@@ -12,9 +13,12 @@ from virtio_queue.testing import Arena, MmioDriver
 from vm_memory import GuestAddress, GuestMemory
 
 if TYPE_CHECKING:
-    from virtio_queue.testing import PackedDriver, SplitDriver, Used
+    from collections.abc import Callable
 
-__all__ = ["KERNEL_ADDRESS", "Bench", "tiny_kernel"]
+    from virtio_queue.testing import PackedDriver, SplitDriver, Used
+    from vmm_reference.loop import Loop
+
+__all__ = ["KERNEL_ADDRESS", "Bench", "tiny_kernel", "turn"]
 
 KERNEL_ADDRESS = 0x100000
 
@@ -115,6 +119,19 @@ class Bench:
     def close(self) -> None:
         """Give the memory back."""
         self.memory.close()
+
+
+def turn(loop: Loop, until: Callable[[], object], seconds: float = 20.0) -> None:
+    """Run an I/O loop that was not started on this thread, until something holds.
+
+    Raises:
+        TimeoutError: it does not within that time.
+    """
+    deadline = time.monotonic() + seconds
+    while not until():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"nothing came of it in {seconds:g} s")
+        loop.turn(0.05)
 
 
 _MACROS = """

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vmm_reference.loop import ONESHOT, READ, WRITE
+from vmm_reference.loop import HANGUP, ONESHOT, READ, WRITE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -46,7 +46,7 @@ class Readiness:
         loop.add(fd, ONESHOT, self._fired)
 
     def wait(self, events: int) -> None:
-        """Call back when one of `events`, READ or WRITE, is there."""
+        """Call back when one of `events` is there: READ, WRITE, or HANGUP, which is read too."""
         if events & ~self._wanted:
             self._wanted |= events
             self._loop.modify(self._fd, self._wanted | ONESHOT)
@@ -56,11 +56,11 @@ class Readiness:
         self._loop.remove(self._fd)
 
     def _fired(self, events: int) -> None:
-        ready = self._wanted & (events if not events & ~(READ | WRITE) else READ | WRITE)
+        ready = self._wanted if events & ~(READ | WRITE) else self._wanted & events
         self._wanted &= ~ready
         if self._wanted:
             self._loop.modify(self._fd, self._wanted | ONESHOT)
-        if ready & READ:
+        if ready & (READ | HANGUP):
             self._readable()
         if ready & WRITE:
             self._writable()

@@ -44,6 +44,7 @@ REGISTRY = {
     "drive": Kind("config:Drive", "devices.blk:build"),
     "net": Kind("devices.net.setup:Interface", "devices.net.setup:build"),
     "rng": Kind("devices.rng:Entropy", "devices.rng:build"),
+    "vsock": Kind("devices.vsock.setup:Socket", "devices.vsock.setup:build"),
 }
 """Every kind of device, by the name that a configuration gives it."""
 

@@ -22,6 +22,7 @@ __all__ = [
     "RtcState",
     "SerialState",
     "StateError",
+    "VsockState",
 ]
 
 
@@ -266,3 +267,16 @@ class NetState:
             raise StateError("NetState.active_pairs", self.active_pairs, f"at most {self.pairs}")
         if len(self.waiting) != self.pairs:
             raise StateError("NetState.waiting", len(self.waiting), f"must be {self.pairs} long")
+
+
+@attrs.frozen
+class VsockState:
+    """A `vmm_reference.devices.vsock.model.Vsock`, without connections, which do not move.
+
+    Attributes:
+        transport_reset: the guest is to be told that they are gone.
+    """
+
+    cid: int = _whole(3, 0xFFFFFFFE)
+    transport_reset: bool = _flag()
+    version: int = _version()

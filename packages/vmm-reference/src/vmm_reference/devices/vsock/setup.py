@@ -1,0 +1,67 @@
+"""What a socket device is configured by, and how it meets the machine and the host's sockets."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+import attrs
+
+from vmm_reference.deviceconfig import DeviceConfig
+from vmm_reference.errors import ConfigError
+
+from .model import Vsock
+
+if TYPE_CHECKING:
+    from vmm_reference.backends.vsock import UnixStream
+    from vmm_reference.wiring import Wiring
+
+__all__ = ["Socket", "build"]
+
+_LONGEST_PATH = 107 - len("_4294967295")  # of a Unix socket, less what is put behind it
+
+
+@attrs.frozen
+class Socket(DeviceConfig):
+    """Sockets between guest and host.
+
+    Attributes:
+        path: of the Unix socket by which the host connects to the guest; with `_PORT` behind it,
+            of those by which the guest connects to the host.
+        cid: the guest's context identifier, 3 to 4294967294.
+    """
+
+    kind: ClassVar[str] = "vsock"
+    positional: ClassVar[str] = "path"
+
+    path: str
+    cid: int = 3
+
+    def check(self, field: str) -> None:
+        """Raise `ConfigError` unless the path and the identifier can be."""
+        super().check(field)
+        path: object = self.path
+        if not isinstance(path, str) or not path or "\0" in path:
+            raise ConfigError(f"{field}.path", repr(path), "must be the path of a socket")
+        if len(path.encode()) > _LONGEST_PATH:
+            raise ConfigError(f"{field}.path", path, f"must be at most {_LONGEST_PATH} bytes")
+        if type(self.cid) is not int or not 3 <= self.cid < 0xFFFFFFFF:
+            rule = "must be a whole number from 3 to 4294967294"
+            raise ConfigError(f"{field}.cid", self.cid, rule)
+
+
+def build(config: Socket, wiring: Wiring) -> Vsock:
+    """A socket device whose host is Unix sockets; returned for its counters."""
+    from vmm_reference.backends.vsock import UnixSockets
+
+    sockets = UnixSockets(wiring.loop, config.path)
+    wiring.on_close(sockets.close)
+    vsock = Vsock(config.cid, sockets.connect, kick=lambda queue: slot.kick(queue))
+    slot = wiring.virtio(vsock)
+
+    def opened(stream: UnixStream, port: int) -> bool:
+        with slot.device.lock:
+            return vsock.open(stream, port)
+
+    sockets.opened = opened
+    wiring.on_close(vsock.reset)
+    return vsock
