@@ -26,6 +26,7 @@ from vm_memory import GuestAddress, GuestMemory
 from vmm_reference.image.initramfs import guest_initramfs
 from vmm_reference.image.kernels import FLAVOURS, Kernel, debian_kernel
 from vmm_reference.image.packages import fetch_package, find_tool
+from vmm_reference.layout import e820_ranges
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -70,13 +71,14 @@ def test_a_kernel_tells_about_itself(kernel: Kernel, tmp_path: Path) -> None:
     assert found.unpacked_size > 3 * found.size
     assert found.entries[Protocol.LINUX64] == 0x1000200
     assert found.entries[Protocol.LINUX32] == 0x1000000
-    assert found.entries[Protocol.PVH] > 0x1000000
     # Debian's kernels embed no configuration; their packages lay one beside them.
     assert found.config_source == str(kernel.vmlinuz.parent / f"config-{kernel.version}")
     assert found.config is not None
     assert found.config["CONFIG_PVH"] == "y"
     assert found.symbols_source == "kallsyms"
-    assert found.symbols["_text"] <= found.symbols["x86_64_start_kernel"] < found.symbols["_end"]
+    # The note's entry is the function's physical address; the kernel's text begins at 16 MiB.
+    assert found.entries[Protocol.PVH] >= 0x1000000
+    assert found.symbols["pvh_start_xen"] & 0xFFFFFFF == found.entries[Protocol.PVH]
 
     # The same image with only its modules' lists beside it, then alone.
     listed = tmp_path / "boot" / kernel.vmlinuz.name
@@ -203,7 +205,8 @@ def test_an_arm64_kernel_is_placed() -> None:
             device_tree=machine,
             cmdline="console=ttyAMA0",
         )
-        assert loaded.entry.pc == base
+        assert (loaded.entry.pc, loaded.wrapping) == (base, "")
+        assert loaded.mapped > 16 << 20
         data = path.read_bytes()
         assert crc32(guest.read(GuestAddress(base), len(data))) == crc32(data)
         (tree,) = [item for item in loaded.placements if item.name == "device tree"]
@@ -232,17 +235,29 @@ def test_memtest86_says_so_itself(width: str, linux: Lab | Direct, vmm: str) -> 
 
 
 @pytest.mark.linux
-def test_a_realtime_kernel_boots(linux: Lab | Direct, vmm: str) -> None:
-    """Debian's PREEMPT_RT kernel runs the self-check of our init."""
-    kernel = debian_kernel("rt")
+@pytest.mark.parametrize(
+    ("flavour", "protocol", "memory"), [("rt", "linux64", 256 << 20), ("cloud", "pvh", 3073 << 20)]
+)
+def test_a_kernel_reads_what_it_was_handed(
+    flavour: str, protocol: str, memory: int, linux: Lab | Direct, vmm: str
+) -> None:
+    """Its own boot log has the memory map and the command line; our init's self-check passes."""
+    kernel = debian_kernel(flavour)
+    cmdline = 'console=ttyS0 vmm.check word="two words"'
     result = linux.run(
         [vmm, "run", "--kernel", kernel.vmlinuz, "--initrd", guest_initramfs(kernel),
-         "--cmdline", "console=ttyS0 vmm.check"],
+         "--protocol", protocol, "--memory", str(memory), "--cmdline", cmdline],
         timeout=300,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-2000:]
-    assert "PREEMPT_RT" in result.stdout
-    assert "vmm-check: result=ok" in result.stdout
+    log = result.stdout.replace("\r", "")
+    assert "vmm-check: result=ok" in log
+    assert ("PREEMPT_RT" in log) == (flavour == "rt")
+    assert f"Command line: {cmdline}\n" in log
+    found = re.findall(r"BIOS-e820: \[mem 0x([0-9a-f]+)-0x([0-9a-f]+)\] (usable|reserved)", log)
+    assert [(int(first, 16), int(last, 16), kind == "usable") for first, last, kind in found] == [
+        (address, address + size - 1, usable) for address, size, usable in e820_ranges(memory)
+    ]
 
 
 @pytest.mark.linux

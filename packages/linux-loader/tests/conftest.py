@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import hypothesis
 import pytest
@@ -19,12 +18,3 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "linux: needs a KVM that runs an unmodified kernel")
     if config.pluginmanager.hasplugin("timeout") and not config.getoption("--timeout", None):
         config.option.timeout = 120
-
-
-@pytest.fixture(scope="session")
-def images() -> Path:
-    """The folder of unpacked distribution packages that LINUX_LOADER_IMAGES names."""
-    folder = os.environ.get("LINUX_LOADER_IMAGES", "")
-    if not folder or not Path(folder).is_dir():
-        pytest.skip("LINUX_LOADER_IMAGES names no folder of unpacked kernel packages")
-    return Path(folder)

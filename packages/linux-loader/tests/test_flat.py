@@ -127,14 +127,3 @@ def test_packaged_firmware_is_recognised() -> None:
         pytest.skip("SeaBIOS is not installed")
     made = plan(path, memory_map=MAP)
     assert made.find("firmware").address == FOUR_GIB - (256 << 10)
-
-
-def test_ovmf_is_recognised(images: Path) -> None:
-    """Every OVMF code image ends in a jump and is placed below 4 GiB."""
-    found = sorted(images.rglob("OVMF_CODE*.fd"))
-    if not found:
-        pytest.skip(f"no OVMF below {images}")
-    for path in found:
-        made = plan(path, memory_map=MAP)
-        placed = made.find("firmware")
-        assert placed.address + placed.size == FOUR_GIB

@@ -298,24 +298,3 @@ def test_lying_symbol_tables(data: bytes) -> None:
         elf_symbols(Source.of_bytes(data, "x"))
     except ImageError:
         return
-
-
-def test_debian_kernels_are_understood(images: Path) -> None:
-    """Real kernels: version, compression, PVH, configuration, and symbols that point right."""
-    found_any = False
-    for path in sorted(images.rglob("vmlinuz-*")):
-        if "-rt-" in path.name:
-            continue  # but for its scheduler the generic one
-        found = inspect(path)
-        found_any = True
-        assert found.version.startswith(path.name.removeprefix("vmlinuz-"))
-        assert found.config_source.endswith(path.name.replace("vmlinuz", "config"))
-        assert found.drivers["serial_console"].state == "built in"
-        assert len(found.symbols) > 40000
-        assert found.symbols["start_kernel"] > 0x10000
-        if found.format is Format.BZIMAGE:
-            assert found.compression == ("lz4" if "cloud" in path.name else "xz")
-            assert found.entries[Protocol.PVH] == 0x1000850
-            assert found.symbols["pvh_start_xen"] & 0xFFFFFFF == found.entries[Protocol.PVH]
-    if not found_any:
-        pytest.skip(f"no kernel below {images}")
