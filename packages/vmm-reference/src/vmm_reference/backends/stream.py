@@ -72,6 +72,19 @@ class StreamOutput:
             self._waiting = False
         self.drain(0)
 
+    def abandon(self) -> None:
+        """Write nothing more: what is pending is dropped. On the loop's thread."""
+        self.broken = self.broken or BrokenPipeError()
+        if self._waiting:
+            self._loop.remove(self._fd)
+            self._waiting = False
+        with self._lock:
+            count = len(self._pending)
+            self._pending.clear()
+        self.dropped += count
+        if count:
+            self._written(count)
+
     def _gather(self) -> None:
         self._loop.call_later(_GATHER, self._flush)
 
@@ -144,6 +157,11 @@ class StreamInput:
     def start(self) -> None:
         """Begin to read. A regular file, which epoll does not take, is read as it is taken."""
         self._listen()
+
+    def stop(self) -> None:
+        """Read no more. On the loop's thread."""
+        self._left = b""
+        self._forget()
 
     def more(self) -> None:
         """The device has room again; from any thread."""

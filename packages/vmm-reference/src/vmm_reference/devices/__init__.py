@@ -40,6 +40,7 @@ class Kind(NamedTuple):
 
 
 REGISTRY = {
+    "console": Kind("devices.console.setup:Ports", "devices.console.setup:build"),
     "debug-console": Kind("devices.debug_console:DebugLog", "devices.debug_console:build"),
     "drive": Kind("config:Drive", "devices.blk:build"),
     "net": Kind("devices.net.setup:Interface", "devices.net.setup:build"),

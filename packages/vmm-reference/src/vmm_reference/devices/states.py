@@ -14,6 +14,7 @@ from vmm_reference.errors import VmmError
 
 __all__ = [
     "BlockState",
+    "ConsoleState",
     "I8042State",
     "LimiterState",
     "NetState",
@@ -280,3 +281,31 @@ class VsockState:
     cid: int = _whole(3, 0xFFFFFFFE)
     transport_reset: bool = _flag()
     version: int = _version()
+
+
+@attrs.frozen(kw_only=True)
+class ConsoleState:
+    """A `vmm_reference.devices.console.model.Console`.
+
+    Attributes:
+        ports: how many there are; a restore needs as many.
+        ready: for each, whether the driver has it.
+        guest_open: for each, whether a program of the guest has it open.
+        offsets: for each, how much of the buffer that is under way has gone.
+        messages: what the driver is still to be told.
+    """
+
+    ports: int = _whole(1, 31)
+    ready: tuple[bool, ...] = _many(_flag(), 31)
+    guest_open: tuple[bool, ...] = _many(_flag(), 31)
+    offsets: tuple[int, ...] = _many(_whole(0, 1 << 32), 31)
+    columns: int = _whole(0, 0xFFFF)
+    rows: int = _whole(0, 0xFFFF)
+    messages: tuple[bytes, ...] = _many(_bytes(8, 1024), 31 * 8)
+    version: int = _version()
+
+    def __attrs_post_init__(self) -> None:
+        for name in ("ready", "guest_open", "offsets"):
+            found = len(getattr(self, name))
+            if found != self.ports:
+                raise StateError(f"ConsoleState.{name}", found, f"must be {self.ports} long")
