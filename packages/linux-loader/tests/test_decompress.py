@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -108,3 +110,19 @@ def test_an_unknown_stream_is_refused() -> None:
     assert compression_of(b"PK\3\4") is None
     with pytest.raises(ImageError, match="zstd"):
         decompress(b"PK\3\4" + bytes(20))
+
+
+def test_regression_a_dictionary_that_lies_is_not_allocated() -> None:
+    """LZMA's header may ask for 4 GiB; more than Linux's 128 MiB is refused. Found by fuzzing."""
+    data = plain(8192)
+    packed = bytearray(compress("lzma", data))
+    packed[1:5] = (128 << 20).to_bytes(4, "little")
+    assert decompress(bytes(packed), size=len(data)) == data
+    packed[1:5] = (160 << 20).to_bytes(4, "little")
+    tracemalloc.start()
+    try:
+        with pytest.raises(ImageError, match="lzma"):
+            decompress(bytes(packed), limit=1 << 20)
+        assert tracemalloc.get_traced_memory()[1] < 16 << 20
+    finally:
+        tracemalloc.stop()

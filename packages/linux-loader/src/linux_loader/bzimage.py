@@ -6,6 +6,7 @@ import struct
 from typing import TYPE_CHECKING
 
 from linux_loader._value import Value
+from linux_loader.decompress import MAX_KERNEL_SIZE
 from linux_loader.errors import ImageError
 from linux_loader.kinds import Format, format_of
 
@@ -61,6 +62,11 @@ class BzImage(Value):
     payload_size: int
     pref_address: int
     init_size: int
+
+    @property
+    def unpacked_limit(self) -> int:
+        """The most bytes that may come out of the payload: it is unpacked inside `init_size`."""
+        return min(self.init_size or MAX_KERNEL_SIZE, MAX_KERNEL_SIZE)
 
 
 def parse_bzimage(source: Source) -> BzImage:

@@ -19,7 +19,7 @@ MAX_KERNEL_SIZE = 1 << 30
 """KERNEL_IMAGE_SIZE of Linux on x86: no kernel unpacks to more."""
 
 _WINDOW = 128 << 20  # zstd -22 --ultra, which Linux uses, needs this window
-_XZ_MEMORY = 256 << 20
+_XZ_MEMORY = 136 << 20  # Linux's largest dictionary of 128 MiB, and liblzma's own tables
 _LZ4_BLOCK = 8 << 20  # of the legacy frame
 _LZO_BLOCK = 256 << 10  # the most that Linux reads too
 _LZO_FILTER = 0x800
@@ -54,6 +54,8 @@ def decompress(
     data: bytes | memoryview, *, limit: int = MAX_KERNEL_SIZE, size: int | None = None
 ) -> bytes:
     """Decompress one stream; what follows it is ignored.
+
+    Besides what comes out, it allocates 136 MiB at most: the window that the stream asks for.
 
     Args:
         data: the stream.

@@ -100,11 +100,9 @@ def _unpack(
     offset, size = image.payload_offset, image.payload_size
     if size < 16 or compression_of(source.read("payload", offset, 16)) is None:
         return None
-    # The kernel unpacks itself inside this room, so more cannot come out.
-    limit = image.init_size or MAX_KERNEL_SIZE
 
     def unpack(piece: bytes) -> bytes:
-        return unpack_payload(piece, limit=limit)
+        return unpack_payload(piece, limit=image.unpacked_limit)
 
     if cache is not None:
         from linux_loader.cache import DecompressionCache
@@ -152,7 +150,7 @@ def unpack_kernel(file: File) -> bytes:
         payload = source.read("payload", image.payload_offset, image.payload_size)
     if len(payload) < 16:
         raise ImageError("payload_length", 0x24C, len(payload), "there is no kernel in this image")
-    return unpack_payload(payload, limit=image.init_size or MAX_KERNEL_SIZE)
+    return unpack_payload(payload, limit=image.unpacked_limit)
 
 
 def _start_bzimage(

@@ -122,7 +122,7 @@ def inspect(file: File) -> Inspection:
 
 def _look_at_bzimage(facts: _Facts) -> None:
     from linux_loader.bzimage import XLF_KERNEL_64, parse_bzimage
-    from linux_loader.decompress import MAX_KERNEL_SIZE, compression_of
+    from linux_loader.decompress import compression_of
     from linux_loader.dispatch import unpack_payload
 
     source = facts.source
@@ -140,8 +140,7 @@ def _look_at_bzimage(facts: _Facts) -> None:
     facts.compression = compression_of(source.read("payload", offset, 16)) or "unknown"
     if facts.compression == "unknown":
         return
-    limit = image.init_size or MAX_KERNEL_SIZE
-    data = unpack_payload(source.read("payload", offset, size), limit=limit)
+    data = unpack_payload(source.read("payload", offset, size), limit=image.unpacked_limit)
     facts.kernel = Source.of_bytes(data, f"kernel of {source.name}")
     facts.sources.append(facts.kernel)
     _look_at_elf(facts, facts.kernel, inner=True)
