@@ -95,6 +95,96 @@ def test_a_firmware_machine_is_saved_and_restored(firmware: Path, tmp_path: Path
     other.close()
 
 
+# Counts in the flash, which lies in the 4 KiB below the code: clears one more bit of its second
+# byte and says by what command it read the status that it then says, and the byte.
+COUNT = """
+start:
+    mov $0xf000, %ax
+    mov %ax, %ds
+    mov $0x402, %dx
+    lgdtl %cs:descriptor
+    mov %cr0, %eax
+    or $1, %al
+    mov %eax, %cr0
+    mov $8, %bx
+    mov %bx, %es
+    and $0xfe, %al
+    mov %eax, %cr0
+    mov $0xfffef001, %ebx
+    mov %es:(%ebx), %cl
+    shl $1, %cl
+    movb $0x10, %es:(%ebx)
+    mov %cl, %es:(%ebx)
+    mov %es:(%ebx), %al
+    out %al, %dx
+    movb $0xff, %es:(%ebx)
+    mov %es:(%ebx), %al
+    out %al, %dx
+    mov $0x600, %dx
+    mov $0x34, %al
+    out %al, %dx
+    hlt
+    .balign 8
+table: .quad 0, 0x00cf93000000ffff
+descriptor: .word 15
+    .long 0xffff0000 + table
+"""
+
+
+@pytest.mark.kvm
+def test_variables_outlive_the_machine(tmp_path: Path) -> None:
+    """What firmware programs into its flash is in the file, and there at the next start."""
+    firmware, variables, said = (tmp_path / name for name in ("code", "variables", "said"))
+    firmware.write_bytes(build(assemble(COUNT, bits=16, origin=0)))
+    variables.write_bytes(b"\xff" * 4096)
+    config = MachineConfig(
+        firmware=str(firmware),
+        variables=str(variables),
+        memory="16M",
+        devices=[DebugLog(str(said))],
+    )
+    for _ in range(3):
+        with Machine(config) as machine:
+            assert machine.wait(30) is Outcome.POWER_OFF
+    assert said.read_bytes() == b"\x80\xfe\x80\xfc\x80\xf8"
+    assert variables.read_bytes() == b"\xff\xf8" + b"\xff" * 4094
+
+
+@pytest.mark.kvm
+def test_a_flash_is_restored_with_its_file(tmp_path: Path) -> None:
+    """A restored machine's chip has what it had, and so has the file again."""
+    firmware, variables = tmp_path / "code", tmp_path / "variables"
+    firmware.write_bytes(build(assemble("1: jmp 1b", bits=16, origin=0)))
+    variables.write_bytes(b"before".ljust(4096, b"\xff"))
+    config = MachineConfig(firmware=str(firmware), variables=str(variables), memory="16M")
+    with Machine(config) as machine:
+        machine.snapshot(tmp_path / "saved")
+    variables.write_bytes(b"after".ljust(4096, b"\xff"))
+    with Machine.restore(tmp_path / "saved") as machine:
+        machine.pause()
+        board = machine._board
+        assert board is not None
+        assert board.memory.read(GuestAddress(ROM - 4096), 6) == b"before"
+    assert variables.read_bytes().startswith(b"before")
+
+
+def test_variables_need_firmware_and_a_file_to_write(firmware: Path, tmp_path: Path) -> None:
+    """Alone, of a wrong size, or too large with the firmware: refused by name."""
+    wrong = tmp_path / "wrong"
+    wrong.write_bytes(bytes(100))
+    large = tmp_path / "large"
+    large.write_bytes(bytes(16 << 20))
+    for fields, field in (
+        ({"variables": str(wrong)}, "variables"),
+        ({"firmware": str(firmware), "variables": str(wrong)}, "variables"),
+        ({"firmware": str(firmware), "variables": str(large)}, "firmware"),
+        ({"firmware": str(firmware), "variables": "/no/such/file"}, "variables"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            MachineConfig(**fields)  # type: ignore[arg-type]
+        assert caught.value.field == field
+
+
 @pytest.mark.kvm
 def test_a_debug_console_that_nobody_reads_holds_nothing_up(firmware: Path, tmp_path: Path) -> None:
     """A directory is refused with what to do; output to a full device is lost, not waited for."""

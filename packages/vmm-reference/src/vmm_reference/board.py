@@ -38,7 +38,7 @@ from .devices.pvpanic import Pvpanic
 from .devices.rtc import Rtc
 from .devices.serial import Serial
 from .errors import ConfigError, HostError
-from .firmware import cmos, load_firmware
+from .firmware import add_flash, add_fw_cfg, cmos, load_firmware, rom_ranges
 from .loop import READ
 from .outcome import Outcome
 from .vcpu import VcpuThread
@@ -118,6 +118,8 @@ class Board:
                 wiring = self.devices[name] = Wiring(self, name)
                 stack.callback(wiring.close)
                 wiring.control = factory(device.kind)(device, wiring)
+            if config.firmware is not None:
+                self._add_firmware(stack, config, restored is not None)
             entry = policy = None
             if restored is None:
                 entry = self._load(config)
@@ -258,9 +260,8 @@ class Board:
 
     def _get_memory(self, config: MachineConfig, restored: Restored | None) -> GuestMemory:
         ranges = [(GuestAddress(a), size) for a, size in layout.ram_ranges(config.memory)]
-        if config.firmware is not None:
-            start, size = layout.firmware_range(os.stat(config.firmware).st_size)  # noqa: PTH116
-            ranges = sorted([*ranges, (GuestAddress(start), size)])
+        roms = rom_ranges(config) if config.firmware is not None else []
+        ranges = sorted([*ranges, *((GuestAddress(start), size) for start, size in roms)])
         if restored is None:
             return GuestMemory.from_ranges(ranges, dirty_page_size=4096)
         found = [(region.guest_address, region.size) for region in restored.memory.regions]
@@ -273,12 +274,12 @@ class Board:
         vm = self.vm
         # Memory first: once there are interrupt controllers, each slot costs some 8 ms.
         for slot, region in enumerate(self.memory.regions):
-            firmware = region.guest_address + region.size == layout.MMIO_GAP_END
+            rom = layout.MMIO_GAP_START <= region.guest_address < layout.MMIO_GAP_END
             vm.set_user_memory_region(
                 slot=slot,
                 guest_phys_addr=region.guest_address,
                 memory=region.buffer,
-                flags=constants.KVM_MEM_READONLY if firmware else 0,
+                flags=constants.KVM_MEM_READONLY if rom else 0,
             )
         vm.set_identity_map_addr(layout.IDENTITY_MAP)
         vm.set_tss_addr(layout.TSS)
@@ -311,6 +312,17 @@ class Board:
         ports.add(pm.PORT, pm.SIZE, self.power)
         self._pvpanic = Pvpanic(self._panicked)
         ports.add(tables.PVPANIC_PORT, 1, self._pvpanic)
+
+    def _add_firmware(self, stack: ExitStack, config: MachineConfig, restored: bool) -> None:
+        """What only firmware looks for; after all that ACPI has to tell."""
+        for name in ("flash", "fw-cfg"):
+            wiring = self.devices[name] = Wiring(self, name)
+            stack.callback(wiring.close)
+        if config.variables is not None:
+            address = rom_ranges(config)[1][0]
+            add_flash(self.devices["flash"], config.variables, address, restored=restored)
+        acpi = tables.build(cpus=config.cpus, devices=self.announced, address=0)
+        add_fw_cfg(self.devices["fw-cfg"], config, acpi)
 
     def _rtc_timer(self, when: float | None) -> None:
         """Call the clock's `expire` at that time; a deadline that has moved meanwhile is stale."""

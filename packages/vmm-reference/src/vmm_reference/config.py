@@ -122,6 +122,8 @@ class MachineConfig:
         kernel: a Linux image: ELF `vmlinux` or `bzImage`; None where firmware finds one itself.
         firmware: what a PC's flash holds, such as SeaBIOS: it begins at the reset vector, in the
             place of a kernel.
+        variables: a file that the firmware's flash chip keeps its variables in, such as a copy of
+            `OVMF_VARS.fd`; None for firmware without one.
         initrd: an initial RAM file system, as it is, or None.
         cmdline: the kernel's command line.
         cpus: number of vCPUs, 1 to 254.
@@ -140,6 +142,7 @@ class MachineConfig:
 
     kernel: str | None = None
     firmware: str | None = None
+    variables: str | None = None
     initrd: str | None = None
     cmdline: str = ""
     cpus: int = 1
@@ -154,6 +157,8 @@ class MachineConfig:
     def __attrs_post_init__(self) -> None:
         if self.firmware is not None:
             self._check_firmware(self.firmware)
+        elif self.variables is not None:
+            raise ConfigError("variables", self.variables, "need firmware, whose they are")
         elif self.kernel is None:
             raise ConfigError("kernel", "(none)", "must be given, or firmware to find one")
         else:
@@ -185,12 +190,13 @@ class MachineConfig:
 
     def _check_firmware(self, path: str) -> None:
         """Firmware fits its place, and is alone: what a boot loader takes, it could not pass on."""
-        name = _file("firmware", path)
-        size = os.stat(name).st_size  # noqa: PTH116
-        if size % 4096 or not 4096 <= size <= MAX_FIRMWARE:
-            raise ConfigError(
-                "firmware", f"{name} ({size} bytes)", "must be 4 KiB to 16 MiB of whole 4 KiB pages"
-            )
+        total = _rom("firmware", path)
+        if self.variables is not None:
+            total += _rom("variables", self.variables)
+            if not os.access(self.variables, os.W_OK):
+                raise ConfigError("variables", self.variables, "can't be written; give a copy")
+        if total > MAX_FIRMWARE:
+            raise ConfigError("firmware", f"{total} bytes with variables", "must be 16 MiB at most")
         for field in ("kernel", "initrd", "cmdline", "kaslr"):
             if value := getattr(self, field):
                 raise ConfigError(field, value, "must not be given: firmware finds its own kernel")
@@ -266,6 +272,16 @@ def _kernel(path: object) -> None:
         head = image.read(1024)
     if not head.startswith(b"\x7fELF") and head[0x202:0x206] != b"HdrS":
         raise ConfigError("kernel", name, "is neither an ELF vmlinux nor a bzImage")
+
+
+def _rom(field: str, path: str) -> int:
+    """The size of a file that is mapped below 4 GiB."""
+    name = _file(field, path)
+    size = os.stat(name).st_size  # noqa: PTH116
+    if size % 4096 or not 4096 <= size <= MAX_FIRMWARE:
+        rule = "must be 4 KiB to 16 MiB of whole 4 KiB pages"
+        raise ConfigError(field, f"{name} ({size} bytes)", rule)
+    return size
 
 
 def _text(field: str, value: object) -> None:

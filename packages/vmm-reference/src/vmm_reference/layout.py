@@ -25,7 +25,6 @@ __all__ = [
     "VIRTIO_MMIO_SIZE",
     "VIRTIO_MMIO_START",
     "e820_ranges",
-    "firmware_range",
     "ram_ranges",
     "virtio_gsi",
     "virtio_mmio_window",
@@ -89,11 +88,6 @@ def ram_ranges(memory: int) -> list[tuple[int, int]]:
     if memory > low:
         ranges.append((MMIO_GAP_END, memory - low))
     return ranges
-
-
-def firmware_range(size: int) -> tuple[int, int]:
-    """Where firmware of `size` bytes lies: its end, with the reset vector, is at 4 GiB."""
-    return MMIO_GAP_END - size, size
 
 
 def e820_ranges(memory: int) -> list[tuple[int, int, bool]]:

@@ -160,6 +160,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--kernel", metavar="PATH", help="Linux image: ELF vmlinux or bzImage")
     add("--firmware", metavar="PATH", help="in the kernel's place: firmware such as SeaBIOS, which "
         "finds a boot loader itself")  # fmt: skip
+    add("--variables", metavar="PATH", help="file of the firmware's flash, such as a copy of "
+        "OVMF_VARS.fd; it is written")  # fmt: skip
     add("--initrd", metavar="PATH", help="initial RAM file system, or `none`; with a drive and "
         "modules beside the kernel the default is one that mounts the root disk")  # fmt: skip
     add("--drive", dest="drives", metavar="PATH[,ro]", action="append",

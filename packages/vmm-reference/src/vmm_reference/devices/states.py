@@ -15,6 +15,8 @@ from vmm_reference.errors import VmmError
 __all__ = [
     "BlockState",
     "ConsoleState",
+    "FlashState",
+    "FwCfgState",
     "I8042State",
     "LimiterState",
     "NetState",
@@ -174,6 +176,36 @@ class RtcState:
     cmos: bytes = _bytes(128, 128)
     offset: int = _whole(-(1 << 62), 1 << 62)
     updated: int = _whole(-(1 << 62), 1 << 62)
+    version: int = _version()
+
+
+@attrs.frozen
+class FwCfgState:
+    """A `vmm_reference.devices.fw_cfg.FwCfg`.
+
+    Attributes:
+        key: the item that is selected.
+        offset: the byte of it that is read next.
+        address_high: the upper half of a DMA access's address, until its lower half comes.
+    """
+
+    key: int = _whole(0, 0xFFFF)
+    offset: int = _whole(0, 1 << 32)
+    address_high: int = _whole(0, 0xFFFFFFFF)
+    version: int = _version()
+
+
+@attrs.frozen
+class FlashState:
+    """A `vmm_reference.devices.flash.Flash`, without its array.
+
+    Attributes:
+        mode: the command that reads and the next write go by.
+        status: the status register.
+    """
+
+    mode: int = _whole(0, 0xFF)
+    status: int = _whole(0, 0xFF)
     version: int = _version()
 
 

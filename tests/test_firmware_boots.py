@@ -1,0 +1,60 @@
+"""Firmware in the machine: it finds a disk, loads GRUB from it, and that loads Linux."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from boot_disk import build_boot_disk
+from lab.direct import Direct
+from lab.lab import Lab
+
+from vmm_reference.image.initramfs import guest_initramfs
+from vmm_reference.image.kernels import Kernel
+from vmm_reference.image.packages import fetch_package
+
+pytestmark = [pytest.mark.linux, pytest.mark.timeout(600)]
+
+
+@pytest.fixture(scope="session")
+def boot_disk(kernels: dict[str, Kernel], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A disk with GRUB and Debian's cloud kernel."""
+    image = tmp_path_factory.mktemp("disk") / "boot.img"
+    build_boot_disk(
+        image,
+        kernel=kernels["cloud"].vmlinuz,
+        initrd=guest_initramfs(kernels["cloud"]),
+        cmdline="console=ttyS0 loglevel=6 vmm.check",
+    )
+    return image
+
+
+@pytest.fixture
+def disk(boot_disk: Path, share: Path, tmp_path: Path) -> Path:
+    """A copy of it that a guest may write."""
+    return Path(shutil.copy(boot_disk, share / f"{tmp_path.name}-boot.img"))
+
+
+def checked(output: str, platform: str) -> str:
+    """What Linux said, after GRUB of that platform had loaded it and its own check passed."""
+    text = output.replace("\r", "")
+    assert f"GRUB on {platform}" in text, text[-3000:]
+    assert "Command line: BOOT_IMAGE=/vmlinuz console=ttyS0 loglevel=6 vmm.check" in text
+    assert "vmm-check: result=ok" in text, text[-3000:]
+    return text
+
+
+def test_seabios_boots_grub_and_linux(linux: Lab | Direct, vmm: str, disk: Path) -> None:
+    """From the first sector of a virtio disk; Linux finds memory, CPUs and ACPI as they are."""
+    bios = fetch_package("seabios").root / "usr/share/seabios/bios-microvm.bin"
+    result = linux.run(
+        [vmm, "run", "--firmware", bios, "--drive", disk, "--memory", "256M", "--cpus", "2"],
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-2000:]
+    text = checked(result.stdout, "pc")
+    assert "SeaBIOS (version " in text
+    assert "vmm-check: cpus=2" in text
+    assert re.search(r"\[vda\] \d+ 512-byte logical blocks", text)
