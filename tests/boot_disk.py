@@ -74,7 +74,7 @@ def _grub(package: str, platform: str, prefix: str, output: Path, *modules: str)
     folder = fetch_package(package).root / "usr/lib/grub" / platform
     program = fetch_package("grub-common").root / "usr/bin/grub-mkimage"
     libraries = fetch_package("libdevmapper1.02.1").root / "lib/x86_64-linux-gnu"
-    command = [program, "-d", folder, "-O", platform, "-p", prefix, "-o", output]
+    command: list[str | Path] = [program, "-d", folder, "-O", platform, "-p", prefix, "-o", output]
     _run([*command, *_MODULES, *modules], LD_LIBRARY_PATH=str(libraries))
     return folder
 

@@ -26,7 +26,7 @@ def boot_disk(kernels: dict[str, Kernel], tmp_path_factory: pytest.TempPathFacto
         image,
         kernel=kernels["cloud"].vmlinuz,
         initrd=guest_initramfs(kernels["cloud"]),
-        cmdline="console=ttyS0 loglevel=6 vmm.check",
+        cmdline="console=ttyS0 loglevel=7 vmm.check",
     )
     return image
 
@@ -41,7 +41,7 @@ def checked(output: str, platform: str) -> str:
     """What Linux said, after GRUB of that platform had loaded it and its own check passed."""
     text = output.replace("\r", "")
     assert f"GRUB on {platform}" in text, text[-3000:]
-    assert "Command line: BOOT_IMAGE=/vmlinuz console=ttyS0 loglevel=6 vmm.check" in text
+    assert "Command line: BOOT_IMAGE=/vmlinuz console=ttyS0 loglevel=7 vmm.check" in text
     assert "vmm-check: result=ok" in text, text[-3000:]
     return text
 
