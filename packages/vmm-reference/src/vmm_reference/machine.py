@@ -100,6 +100,19 @@ class Machine:
             raise AttributeError("this machine's console is on file descriptors")
         return self._console
 
+    def device(self, name: str) -> Any:
+        """How a running device is controlled: what its factory returned; see its documentation.
+
+        Args:
+            name: the device's `id`, by default its kind and a number, such as `net0`.
+
+        Raises:
+            KeyError: the machine has no such device, or does not run.
+        """
+        if self._board is None:
+            raise KeyError(name)
+        return self._board.devices[name].control
+
     def filter_input(self, keys: Callable[[bytes], bytes]) -> None:
         """Pass what comes from the input's descriptor through `keys` first. Before `start`."""
         if self._input is not None:

@@ -40,6 +40,7 @@ class Kind(NamedTuple):
 
 
 REGISTRY = {
+    "balloon": Kind("devices.balloon:MemoryBalloon", "devices.balloon:build"),
     "console": Kind("devices.console.setup:Ports", "devices.console.setup:build"),
     "debug-console": Kind("devices.debug_console:DebugLog", "devices.debug_console:build"),
     "drive": Kind("config:Drive", "devices.blk:build"),

@@ -13,6 +13,7 @@ import attrs
 from vmm_reference.errors import VmmError
 
 __all__ = [
+    "BalloonState",
     "BlockState",
     "ConsoleState",
     "FlashState",
@@ -341,3 +342,23 @@ class ConsoleState:
             found = len(getattr(self, name))
             if found != self.ports:
                 raise StateError(f"ConsoleState.{name}", found, f"must be {self.ports} long")
+
+
+@attrs.frozen(kw_only=True)
+class BalloonState:
+    """A `vmm_reference.devices.balloon.Balloon`.
+
+    Attributes:
+        target: pages that should be in it.
+        actual: pages that the driver says are in it.
+        last: the last command of hinting that was given.
+        wanted: the command of hinting that the guest should answer.
+        answering: the one that it answered last.
+    """
+
+    target: int = _whole(0, 0xFFFFFFFF)
+    actual: int = _whole(0, 0xFFFFFFFF)
+    last: int = _whole(1, 0xFFFFFFFF)
+    wanted: int = _whole(0, 0xFFFFFFFF)
+    answering: int = _whole(0, 0xFFFFFFFF)
+    version: int = _version()
