@@ -1,8 +1,8 @@
-"""Linux uses network, sockets, consoles and balloon: `devices.py KERNEL INITRD FOLDER TRANSPORT`.
+"""Linux uses network, sockets and consoles: `devices.py KERNEL INITRD TRANSPORT`.
 
-Runs where unmodified kernels run. One machine has all the devices; what its shell is told to send and
-receive is compared with what the host sent and received, then again after a pause, and after the
-guest has taken its drivers off the devices and put them on again. Prints a JSON object of findings.
+Runs where unmodified kernels run. One machine has all the devices; what its shell is told to send
+and receive is compared with what the host sent and received, then again after a pause, and after
+the guest has taken its drivers off the devices and put them on again. Prints a JSON object.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vmm_reference.config import MachineConfig
 from vmm_reference.deviceconfig import parse_device
 from vmm_reference.machine import Machine
-from vmm_reference.config import MachineConfig
 from vmm_reference.outcome import Outcome
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-PATIENCE = 200.0
+PATIENCE = 100.0
 SIZE = 1 << 20  # bytes of a transfer
 HOST, GUEST = "192.0.2.1", "192.0.2.2"
 CID = 5
@@ -60,16 +60,26 @@ def receive(listener: socket.socket, into: list[bytes]) -> threading.Thread:
     return thread
 
 
+def send_all(stream: socket.socket, data: bytes) -> None:
+    """Send data and its end."""
+    stream.sendall(data)
+    stream.shutdown(socket.SHUT_WR)
+
+
 class Guest:
     """A machine with a shell on its serial console."""
 
     def __init__(self, kernel: str, initrd: str, transport: str, devices: list[str]) -> None:
         self.machine = Machine(
             MachineConfig(
-                kernel=kernel, initrd=initrd, cpus=1, memory="256M", transport=transport,
+                kernel=kernel,
+                initrd=initrd,
+                cpus=1,
+                memory="256M",
+                transport=transport,
                 cmdline="console=ttyS0 panic=-1 quiet mitigations=off",
                 devices=[parse_device(text) for text in devices],
-            )  # fmt: skip
+            )
         )
         self.machine.start()
         self.machine.console.expect(r"guest:", PATIENCE)
@@ -87,6 +97,12 @@ class Guest:
     def start(self, command: str) -> None:
         """Begin a command, without waiting for its end."""
         self.machine.console.send(f"{command}\n")
+
+    def stand_still(self) -> None:
+        """Pause for a while."""
+        self.machine.pause()
+        time.sleep(1)
+        self.machine.resume()
 
     def power_off(self) -> None:
         self.machine.console.send("poweroff -f\n")
@@ -107,8 +123,7 @@ def over_network(guest: Guest, data: bytes) -> dict[str, bool]:
             f"head -c {SIZE} /dev/urandom >/tmp/out; nc {HOST} 5000 </tmp/out; sha256sum </tmp/out"
         )
         thread.join()
-    guest.start("nc -l -p 5001 >/tmp/in")
-    guest.machine.console.send("echo end-0-end\n")  # printed once that has ended
+    guest.start("nc -l -p 5001 </dev/null >/tmp/in; echo all of it")
     deadline = time.monotonic() + PATIENCE
     while True:
         try:
@@ -119,7 +134,7 @@ def over_network(guest: Guest, data: bytes) -> dict[str, bool]:
             if time.monotonic() > deadline:
                 raise
             time.sleep(0.2)
-    guest.machine.console.expect("end-0-end", PATIENCE)
+    guest.machine.console.expect("all of it", PATIENCE)
     back = guest.tell("sha256sum </tmp/in")
     return {
         "net to host": sent.startswith(digest(got[0])) and len(got[0]) == SIZE,
@@ -140,7 +155,7 @@ def over_sockets(guest: Guest, data: bytes, folder: Path) -> dict[str, bool]:
             f"head -c {SIZE} /dev/urandom >/tmp/out; vsock 2 52 </tmp/out; sha256sum </tmp/out"
         )
         thread.join()
-    os.unlink(f"{path}_52")
+    Path(f"{path}_52").unlink()
     found["vsock to host"] = sent.startswith(digest(got[0])) and len(got[0]) == SIZE
     guest.start("vsock - 53 </tmp/out 2>&1 >/tmp/in")
     guest.machine.console.expect("listening", PATIENCE)
@@ -152,7 +167,7 @@ def over_sockets(guest: Guest, data: bytes, folder: Path) -> dict[str, bool]:
         if not reader.readline().startswith(b"OK "):
             raise RuntimeError("the guest refuses the host's connection")
         # Both ways at once, then the host half closes.
-        writer = threading.Thread(target=lambda: (client.sendall(data), client.shutdown(1)))
+        writer = threading.Thread(target=send_all, args=(client, data))
         writer.start()
         back = reader.read()
         writer.join()
@@ -184,7 +199,7 @@ def over_ports(guest: Guest, data: bytes, folder: Path) -> dict[str, bool]:
         port = guest.tell("basename $(ls -d /sys/class/virtio-ports/vport*p1)")
         guest.tell(f"[ -e /dev/{port} ] || mknod /dev/{port} c "
                    f"$(tr : ' ' </sys/class/virtio-ports/{port}/dev)")  # fmt: skip
-        small = data[: 200_000]
+        small = data[:200_000]
         guest.start(f"head -c {len(small)} /dev/{port} | tee /dev/{port} | sha256sum")
         writer = threading.Thread(target=client.sendall, args=(small,))
         writer.start()
@@ -200,7 +215,7 @@ def over_ports(guest: Guest, data: bytes, folder: Path) -> dict[str, bool]:
 
 def main() -> None:
     """See the module."""
-    kernel, initrd, share, transport = sys.argv[1:]
+    kernel, initrd, transport = sys.argv[1:]
     folder = Path("/tmp/devices")  # sockets live on no file system of the host's
     folder.mkdir()
     ip("tuntap", "add", "dev", "tap0", "mode", "tap", "vnet_hdr")
@@ -217,7 +232,7 @@ def main() -> None:
     )  # fmt: skip
     rounds: dict[str, Callable[[], object]] = {
         "first": lambda: None,
-        "after a pause": lambda: (guest.machine.pause(), time.sleep(1), guest.machine.resume()),
+        "after a pause": guest.stand_still,
         "after a reset": lambda: guest.tell(REBIND),
     }
     findings: dict[str, Any] = {}
