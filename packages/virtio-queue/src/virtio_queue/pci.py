@@ -100,6 +100,8 @@ class PciTransport:
         msix_enabled: whether the driver enabled MSI-X.
         signal: sends the message of one MSI-X vector; masking is its business.
         intx: sets the level of the INTx line; used while MSI-X is disabled.
+        bind: told a queue index or `CONFIG_SOURCE`, and the vector that it has from now on, for
+            who raises its interrupt without coming here.
     """
 
     def __init__(
@@ -111,6 +113,7 @@ class PciTransport:
         msix_enabled: Callable[[], bool],
         signal: Callable[[int], object],
         intx: Callable[[bool], object],
+        bind: Callable[[int, int], object] = lambda _source, _vector: None,
     ) -> None:
         self.device = device
         self.vectors = vectors
@@ -118,6 +121,7 @@ class PciTransport:
         self._msix_enabled = msix_enabled
         self._signal = signal
         self._intx = intx
+        self._bind = bind
         self._forget()
         device.route = self._route
 
@@ -128,6 +132,16 @@ class PciTransport:
         self._queue_select = 0
         self._config_vector = NO_VECTOR
         self._queue_vectors = [NO_VECTOR] * len(self.device.queues)
+        self._bind_all()
+
+    def _bind_all(self) -> None:
+        self._bind(CONFIG_SOURCE, self._config_vector)
+        for queue, vector in enumerate(self._queue_vectors):
+            self._bind(queue, vector)
+
+    def vector(self, source: int) -> int:
+        """The MSI-X vector of a queue or of `CONFIG_SOURCE`, or `NO_VECTOR`."""
+        return self._config_vector if source == CONFIG_SOURCE else self._queue_vectors[source]
 
     def capabilities(
         self, bar: int, shared_memory: Mapping[int, tuple[int, int, int]] | None = None
@@ -170,7 +184,7 @@ class PciTransport:
         if not self._msix_enabled():
             self._intx(True)
             return
-        vector = self._config_vector if source == CONFIG_SOURCE else self._queue_vectors[source]
+        vector = self.vector(source)
         if vector != NO_VECTOR:
             self._signal(vector)
 
@@ -270,10 +284,12 @@ class PciTransport:
             device.write_driver_features(self._driver_feature_select, value)
         elif offset == 0x10:
             self._config_vector = self._vector(value)
+            self._bind(CONFIG_SOURCE, self._config_vector)
         elif offset == 0x16:
             self._queue_select = value
         elif offset == 0x1A and index < len(device.queues):
             self._queue_vectors[index] = self._vector(value)
+            self._bind(index, self._queue_vectors[index])
         elif offset == 0x18:
             device.configure_queue(index, "size", value)
         elif offset == 0x1C and value == 1:
@@ -338,3 +354,4 @@ class PciTransport:
         self._queue_select = state.queue_select
         self._config_vector = state.config_msix_vector
         self._queue_vectors = list(state.queue_msix_vectors)
+        self._bind_all()

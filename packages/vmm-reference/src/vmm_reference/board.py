@@ -55,6 +55,7 @@ if TYPE_CHECKING:
 
     from .config import MachineConfig
     from .loop import Loop
+    from .pci.bus import PciBus
     from .state.snapshot import Restored, Tracking
 
 __all__ = ["Board"]
@@ -101,7 +102,11 @@ class Board:
         self.ports = Bus(0x10000)
         self.mmio = Bus()
         self.announced: list[bytes] = []
+        self._events: list[tuple[int, str]] = []
+        self._tables: list[tuple[bytes, bytes]] = []
         self.devices: dict[str, Wiring] = {}
+        self.pci: PciBus | None = None
+        self.running = False
         self._mmio_devices = 0
         self._rtc_deadline: float | None = None
         with ExitStack() as stack:
@@ -114,8 +119,10 @@ class Board:
             self._create_platform()
             self.serial = Serial(self._line(layout.SERIAL_IRQ), transmit, room=room)
             self._add_legacy_devices(config)
+            if config.transport == "pci":
+                self._add_pci(config)
             for name, device in config.named_devices().items():
-                wiring = self.devices[name] = Wiring(self, name)
+                wiring = self.devices[name] = Wiring(self, name, device.slot)
                 stack.callback(wiring.close)
                 wiring.control = factory(device.kind)(device, wiring)
             if config.firmware is not None:
@@ -153,6 +160,8 @@ class Board:
             "power": self.power,
             "pvpanic": self._pvpanic,
         }
+        if self.pci is not None:
+            found |= {"pci": self.pci, "pci-hotplug": self.hotplug}
         for wiring in self.devices.values():
             found |= wiring.parts
         return found
@@ -204,6 +213,7 @@ class Board:
             from .state.snapshot import start_clock
 
             start_clock(self)
+        self.running = True
         for vcpu in self._vcpus:
             vcpu.start()
 
@@ -341,6 +351,48 @@ class Board:
         if event & 1:
             self._ended(Outcome.GUEST_PANIC, "")
 
+    def _add_pci(self, config: MachineConfig) -> None:
+        """A bus, and its place in ACPI."""
+        from .acpi import pci
+        from .pci.bus import PciBus
+        from .pci.hotplug import PORT, SIZE, PciHotplug
+        from .pci.msix import MsiRoutes
+
+        self._fixed_slots = {d.slot for d in config.named_devices().values() if d.slot is not None}
+        self.routes = MsiRoutes(self.vm)
+        self.pci = PciBus(
+            self.ports,
+            self.mmio,
+            self.vm.irq_line,
+            reset=lambda: self._ended(Outcome.RESET, ""),
+        )
+        self.hotplug = PciHotplug(lambda: self.tell(pm.EVENT_PCI), self._ejected)
+        self.ports.add(PORT, SIZE, self.hotplug)
+        bridge = pci.host_bridge(layout.pci_memory64(config.memory), range(1, 32))
+        self.announced.append(bridge)
+        self._events.append((pm.EVENT_PCI, pci.NOTIFY_METHOD))
+        self._tables.append((b"MCFG", pci.mcfg()))
+
+    def tell(self, event: int) -> None:
+        """Raise an event of the generic event device; not from within its registers."""
+        with self.ports.lock(self.power):
+            self.power.tell(event)
+
+    def _ejected(self, slot: int) -> None:
+        """The guest has given a slot's device up. On a vCPU's thread."""
+        self.loop.call_soon(lambda: self._remove(slot))
+
+    def _remove(self, slot: int) -> None:
+        for name, wiring in list(self.devices.items()):
+            if wiring.slot is not None and getattr(wiring.slot, "number", None) == slot:
+                del self.devices[name]
+                wiring.close()
+
+    def take_slot(self, wanted: int | None) -> int:
+        """The PCI slot of the next device."""
+        assert self.pci is not None
+        return self.pci.free_slot(self._fixed_slots) if wanted is None else wanted
+
     def take_mmio_index(self) -> int:
         """The place of the next virtio-mmio device."""
         self._mmio_devices += 1
@@ -351,7 +403,9 @@ class Board:
         if config.firmware is not None:
             return load_firmware(self.memory, config.firmware, config.memory)
         assert config.kernel is not None
-        acpi = tables.build(cpus=config.cpus, devices=self.announced)
+        acpi = tables.build(
+            cpus=config.cpus, devices=self.announced, events=self._events, more=self._tables
+        )
         self.memory.write(GuestAddress(layout.ACPI_TABLES), acpi)
         self.memory.write(GuestAddress(layout.RESET_VECTOR), pm.RESET_CODE)
         try:
@@ -360,7 +414,9 @@ class Board:
                 config.kernel,
                 memory_map=[
                     E820Entry(address, size, E820Type.RAM if usable else E820Type.RESERVED)
-                    for address, size, usable in layout.e820_ranges(config.memory)
+                    for address, size, usable in layout.e820_ranges(
+                        config.memory, pci=self.pci is not None
+                    )
                 ],
                 cmdline=config.cmdline,
                 initrd=config.initrd,

@@ -76,7 +76,7 @@ class Bus:
         (b'\xff', 1)
     """
 
-    __slots__ = ("_table", "size", "unclaimed_reads", "unclaimed_writes")
+    __slots__ = ("_changing", "_table", "size", "unclaimed_reads", "unclaimed_writes")
 
     def __init__(self, size: int = 1 << 64) -> None:
         self.size = size
@@ -84,6 +84,7 @@ class Bus:
         self.unclaimed_writes = 0
         # First addresses and entries, replaced as one value: a reader never sees half a change.
         self._table: tuple[tuple[int, ...], tuple[_Entry, ...]] = ((), ())
+        self._changing = allocate_lock()
 
     def add(
         self,
@@ -113,14 +114,15 @@ class Bus:
             raise OverlapError(start, size, "must hold at least one address")
         if start < 0 or end > self.size:
             raise OverlapError(start, size, f"must lie within the {self.size:#x} addresses")
-        for first, behind, other, _, _ in self._table[1]:
-            if start < behind and first < end:
-                raise OverlapError(
-                    start, size, f"meets {first:#x}..{behind - 1:#x} of {type(other).__name__}"
-                )
-        if lock is None:
-            lock = self._lock_of(device) or allocate_lock()
-        self._replace((*self._table[1], (start, end, device, offset, lock)))
+        with self._changing:
+            for first, behind, other, _, _ in self._table[1]:
+                if start < behind and first < end:
+                    raise OverlapError(
+                        start, size, f"meets {first:#x}..{behind - 1:#x} of {type(other).__name__}"
+                    )
+            if lock is None:
+                lock = self._lock_of(device) or allocate_lock()
+            self._replace((*self._table[1], (start, end, device, offset, lock)))
 
     def remove(self, start: int) -> None:
         """Give up the range that begins at `start`.
@@ -128,10 +130,11 @@ class Bus:
         Raises:
             KeyError: no range begins there.
         """
-        left = tuple(entry for entry in self._table[1] if entry[0] != start)
-        if len(left) == len(self._table[1]):
-            raise KeyError(f"no range begins at {start:#x}")
-        self._replace(left)
+        with self._changing:
+            left = tuple(entry for entry in self._table[1] if entry[0] != start)
+            if len(left) == len(self._table[1]):
+                raise KeyError(f"no range begins at {start:#x}")
+            self._replace(left)
 
     def lock(self, device: BusDevice) -> Lock:
         """The lock under which the vCPUs enter `device`.

@@ -10,6 +10,8 @@ __all__ = [
     "ACPI_SIZE",
     "ACPI_TABLES",
     "EBDA",
+    "ECAM",
+    "ECAM_SIZE",
     "HIGH_MEMORY",
     "IDENTITY_MAP",
     "IOAPIC",
@@ -17,6 +19,7 @@ __all__ = [
     "LOCAL_APIC",
     "MMIO_GAP_END",
     "MMIO_GAP_START",
+    "PCI_MEMORY32",
     "RESET_VECTOR",
     "SERIAL_IRQ",
     "SERIAL_PORT",
@@ -25,6 +28,8 @@ __all__ = [
     "VIRTIO_MMIO_SIZE",
     "VIRTIO_MMIO_START",
     "e820_ranges",
+    "intx_gsi",
+    "pci_memory64",
     "ram_ranges",
     "virtio_gsi",
     "virtio_mmio_window",
@@ -42,6 +47,10 @@ HIGH_MEMORY = 0x100000
 # RAM stops at 3 GiB and goes on at 4 GiB; what is between belongs to devices.
 MMIO_GAP_START = 3 * GIB
 MMIO_GAP_END = 4 * GIB
+
+# Of a machine with PCI: BARs, and the configuration spaces of bus 0.
+PCI_MEMORY32 = (0xC8000000, 0x18000000)
+ECAM, ECAM_SIZE = 0xE0000000, 0x100000
 
 VIRTIO_MMIO_START = MMIO_GAP_START
 VIRTIO_MMIO_SIZE = 0x1000
@@ -71,6 +80,21 @@ def virtio_gsi(index: int) -> int:
     return _VIRTIO_GSIS[index]
 
 
+def intx_gsi(slot: int) -> int:
+    """The interrupt of the INTA# pin of a PCI slot; eight lines are shared."""
+    return 16 + slot % 8
+
+
+def pci_memory64(memory: int) -> tuple[int, int]:
+    """The range for large BARs, above all memory that the machine has or may get.
+
+    Args:
+        memory: bytes of RAM, with what can be plugged in later.
+    """
+    start = max(256 * GIB, -(-(memory + 4 * GIB) // GIB) * GIB)
+    return start, 256 * GIB
+
+
 def virtio_mmio_window(index: int) -> int:
     """The address of the register file of the virtio-mmio device `index`, counted from 0."""
     return VIRTIO_MMIO_START + index * VIRTIO_MMIO_SIZE
@@ -90,7 +114,7 @@ def ram_ranges(memory: int) -> list[tuple[int, int]]:
     return ranges
 
 
-def e820_ranges(memory: int) -> list[tuple[int, int, bool]]:
+def e820_ranges(memory: int, *, pci: bool = False) -> list[tuple[int, int, bool]]:
     """The memory map as `(address, size, usable)`, sorted, without overlap."""
     low = min(memory, MMIO_GAP_START)
     ranges = [
@@ -98,6 +122,7 @@ def e820_ranges(memory: int) -> list[tuple[int, int, bool]]:
         (EBDA, ISA_HOLE - EBDA, False),
         (ACPI_TABLES, ACPI_SIZE, False),
         (HIGH_MEMORY, low - HIGH_MEMORY, True),
+        *([(ECAM, ECAM_SIZE, False)] if pci else []),
         (IDENTITY_MAP, TSS + 0x3000 - IDENTITY_MAP, False),
     ]
     if memory > low:

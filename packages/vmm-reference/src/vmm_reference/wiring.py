@@ -37,10 +37,12 @@ class Wiring:
         parts: what has `save` and `restore`, by name, in the order of restoring.
         control: what the factory returned: how the machine's owner reaches the running device.
         slot: of its virtio device, or None.
+        number: the PCI slot that it is to have, or None.
     """
 
-    def __init__(self, board: Board, name: str) -> None:
+    def __init__(self, board: Board, name: str, number: int | None = None) -> None:
         self.name = name
+        self.number = number
         self.parts: dict[str, Any] = {}
         self.control: object = None
         self.slot: VirtioSlot | None = None
@@ -65,7 +67,19 @@ class Wiring:
         """
         if hasattr(model, "save"):
             self.parts[f"{self.name}-model"] = model
-        slot = MmioSlot(self, model, self._board.take_mmio_index(), shared_memory or {})
+        slot: VirtioSlot
+        if (bus := self._board.pci) is not None:
+            from .pci.virtio import PciSlot
+
+            if shared_memory:
+                raise ValueError("shared memory regions have no BAR of their own yet")
+            number = self._board.take_slot(self.number)
+            slot = PciSlot(
+                self, model, bus, number, self._board.routes, placed=not self._board.running
+            )
+            self.parts[f"{self.name}-pci"] = slot
+        else:
+            slot = MmioSlot(self, model, self._board.take_mmio_index(), shared_memory or {})
         self.parts[f"{self.name}-transport"] = slot.transport
         self.parts[self.name] = slot.device
         self.slot = slot

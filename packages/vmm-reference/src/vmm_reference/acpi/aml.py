@@ -10,8 +10,13 @@ from struct import pack
 
 __all__ = [
     "ARG0",
+    "BYTE",
+    "DWORD",
     "LOCAL0",
+    "LOCAL1",
     "and_",
+    "bus_numbers",
+    "call",
     "device",
     "eisa_id",
     "field",
@@ -19,7 +24,10 @@ __all__ = [
     "integer",
     "interrupt",
     "io_ports",
+    "io_window",
     "memory32",
+    "memory_window32",
+    "memory_window64",
     "method",
     "name",
     "notify",
@@ -32,7 +40,9 @@ __all__ = [
     "system_io",
 ]
 
-LOCAL0, ARG0 = b"\x60", b"\x68"
+LOCAL0, LOCAL1, ARG0 = b"\x60", b"\x61", b"\x68"
+
+BYTE, DWORD = 1, 3  # access types of fields (20.2.5.2)
 
 _NULL_TARGET = b"\0"
 
@@ -104,10 +114,15 @@ def system_io(path: str, port: int, length: int) -> bytes:
     return b"\x5b\x80" + _path(path) + b"\x01" + integer(port) + integer(length)
 
 
-def field(region: str, *units: tuple[str, int]) -> bytes:
-    """`Field (region, ByteAcc, NoLock, Preserve) {units}`; a unit is a name and its bits."""
+def field(region: str, *units: tuple[str, int], access: int = BYTE) -> bytes:
+    """`Field (region, access, NoLock, Preserve) {units}`; a unit is a name and its bits."""
     names = b"".join(_path(unit) + _length(bits) for unit, bits in units)
-    return b"\x5b\x81" + _sized(_path(region) + b"\x01" + names)
+    return b"\x5b\x81" + _sized(_path(region) + bytes([access]) + names)
+
+
+def call(path: str) -> bytes:
+    """A call of a method without arguments."""
+    return _path(path)
 
 
 def store(source: bytes | str, target: bytes | str) -> bytes:
@@ -154,6 +169,28 @@ def memory32(address: int, length: int) -> bytes:
 def interrupt(gsi: int, *, level: bool = False) -> bytes:
     """`Interrupt (ResourceConsumer, Edge or Level, ActiveHigh, Exclusive) {gsi}` (6.4.3.6)."""
     return pack("<BHBBI", 0x89, 6, 1 if level else 3, 1, gsi)
+
+
+def bus_numbers(first: int, last: int) -> bytes:
+    """`WordBusNumber (ResourceProducer, MinFixed, MaxFixed, PosDecode, ...)` (6.4.3.5.3)."""
+    return pack("<BHBBBHHHHH", 0x88, 13, 2, 0x0C, 0, 0, first, last, 0, last - first + 1)
+
+
+def io_window(first: int, last: int) -> bytes:
+    """`WordIO (ResourceProducer, MinFixed, MaxFixed, PosDecode, EntireRange, ...)`."""
+    return pack("<BHBBBHHHHH", 0x88, 13, 1, 0x0C, 3, 0, first, last, 0, last - first + 1)
+
+
+def memory_window32(address: int, length: int) -> bytes:
+    """`DWordMemory (..., NonCacheable, ReadWrite, ...)` (6.4.3.5.2)."""
+    last = address + length - 1
+    return pack("<BHBBBIIIII", 0x87, 23, 0, 0x0C, 1, 0, address, last, 0, length)
+
+
+def memory_window64(address: int, length: int) -> bytes:
+    """`QWordMemory (..., NonCacheable, ReadWrite, ...)` (6.4.3.5.1)."""
+    last = address + length - 1
+    return pack("<BHBBBQQQQQ", 0x8A, 43, 0, 0x0C, 1, 0, address, last, 0, length)
 
 
 def _term(value: bytes | str) -> bytes:

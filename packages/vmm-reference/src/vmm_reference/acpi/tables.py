@@ -43,12 +43,21 @@ _PIT_GSI = 2  # KVM wires the timer, IRQ 0 of the 8259, to this pin of the IOAPI
 _FIRST_X2APIC = 255  # the broadcast identifier of xAPIC: from here on identifiers have 32 bits
 
 
-def build(*, cpus: int, devices: Sequence[bytes] = (), address: int = ACPI_TABLES) -> bytes:
+def build(
+    *,
+    cpus: int,
+    devices: Sequence[bytes] = (),
+    events: Sequence[tuple[int, str]] = (),
+    more: Sequence[tuple[bytes, bytes]] = (),
+    address: int = ACPI_TABLES,
+) -> bytes:
     r"""All tables as one piece of memory, in which the RSDP is first.
 
     Args:
         cpus: number of processors, whose APIC identifiers count from 0.
         devices: terms that the DSDT has in `\_SB` beside the machine's own.
+        events: bits of the event register, and the method that each of them calls.
+        more: signatures and bodies of further tables, of revision 1.
         address: where the piece will lie, a multiple of 16 below 4 GiB.
 
     Raises:
@@ -67,9 +76,10 @@ def build(*, cpus: int, devices: Sequence[bytes] = (), address: int = ACPI_TABLE
         blob.extend(table)
         return start
 
-    fadt = append(_fadt(append(_dsdt(cpus, devices))))
-    madt = append(_madt(cpus))
-    blob[:_RSDP_SIZE] = _rsdp(append(_table(b"XSDT", 1, pack("<QQ", fadt, madt))))
+    fadt = append(_fadt(append(_dsdt(cpus, devices, events))))
+    found = [fadt, append(_madt(cpus))]
+    found += [append(_table(signature, 1, body)) for signature, body in more]
+    blob[:_RSDP_SIZE] = _rsdp(append(_table(b"XSDT", 1, pack(f"<{len(found)}Q", *found))))
     if len(blob) > RESET_VECTOR - ACPI_TABLES:
         raise ValueError(
             f"ACPI tables of {len(blob)} bytes: must fit into {RESET_VECTOR - ACPI_TABLES}"
@@ -153,7 +163,7 @@ def _madt(cpus: int) -> bytes:
     return _table(b"APIC", 5, b"".join(entries))
 
 
-def _dsdt(cpus: int, devices: Sequence[bytes]) -> bytes:
+def _dsdt(cpus: int, devices: Sequence[bytes], events: Sequence[tuple[int, str]]) -> bytes:
     """What kernels can't find by themselves: devices with their ports, windows and interrupts."""
     processors = [
         aml.device(
@@ -165,7 +175,7 @@ def _dsdt(cpus: int, devices: Sequence[bytes]) -> bytes:
     ]
     content = (
         aml.name("_S5", aml.package(*map(aml.integer, (pm.SLEEP_TYPE_S5, 0, 0, 0)))),
-        aml.scope("_SB", *processors, *_legacy(), *_power(), *devices),
+        aml.scope("_SB", *processors, *_legacy(), *devices, *_power(events)),
     )
     return _table(b"DSDT", 2, b"".join(content))
 
@@ -199,9 +209,12 @@ def _legacy() -> tuple[bytes, ...]:
     )
 
 
-def _power() -> tuple[bytes, ...]:
-    """The power button, pressed through a generic event device (5.6.9)."""
-    pressed = aml.and_(aml.LOCAL0, aml.integer(pm.EVENT_POWER_BUTTON))
+def _power(events: Sequence[tuple[int, str]]) -> tuple[bytes, ...]:
+    """The power button and what else there is to tell, by a generic event device (5.6.9)."""
+
+    def event(bit: int, term: bytes) -> bytes:
+        return aml.if_(aml.and_(aml.LOCAL0, aml.integer(bit)), term)
+
     return (
         aml.device(
             "PWRB",
@@ -218,7 +231,8 @@ def _power() -> tuple[bytes, ...]:
             aml.method(
                 "_EVT", 1,
                 aml.store("EVTS", aml.LOCAL0),
-                aml.if_(pressed, aml.notify("PWRB", 0x80)),
+                event(pm.EVENT_POWER_BUTTON, aml.notify("PWRB", 0x80)),
+                *(event(bit, aml.call(method)) for bit, method in events),
                 serialized=True,
             ),
         ),

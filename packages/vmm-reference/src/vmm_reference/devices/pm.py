@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "EVENTS",
+    "EVENT_PCI",
     "EVENT_POWER_BUTTON",
     "PORT",
     "RESET",
@@ -44,6 +45,7 @@ SLEEP_CONTROL, SLEEP_STATUS, RESET, EVENTS = range(4)
 SLEEP_TYPE_S5 = 5  # the value that the DSDT's \_S5 names
 RESET_VALUE = 0x01
 EVENT_POWER_BUTTON = 0x01
+EVENT_PCI = 0x02
 
 # Real-mode code that resets the machine, for a PC's reset vector: mov $RESET, %dx; mov $VALUE, %al;
 # out %al, %dx; then hlt for as long as the reset takes. Linux jumps there when it reboots on
@@ -83,6 +85,10 @@ class PowerManagement:
     def press_power_button(self) -> None:
         """Ask the guest to shut down; it learns it by an interrupt and may ignore it."""
         self._raise(EVENT_POWER_BUTTON)
+
+    def tell(self, event: int) -> None:
+        """Raise an event of the generic event device."""
+        self._raise(event)
 
     def read(self, offset: int, length: int) -> bytes:
         """The registers; sleep control and reset read as zero."""
