@@ -331,8 +331,7 @@ class Board:
         if config.variables is not None:
             address = rom_ranges(config)[1][0]
             add_flash(self.devices["flash"], config.variables, address, restored=restored)
-        acpi = tables.build(cpus=config.cpus, devices=self.announced, address=0)
-        add_fw_cfg(self.devices["fw-cfg"], config, acpi)
+        add_fw_cfg(self.devices["fw-cfg"], config, self._acpi(config, address=0))
 
     def _rtc_timer(self, when: float | None) -> None:
         """Call the clock's `expire` at that time; a deadline that has moved meanwhile is stale."""
@@ -398,14 +397,22 @@ class Board:
         self._mmio_devices += 1
         return self._mmio_devices - 1
 
+    def _acpi(self, config: MachineConfig, *, address: int) -> bytes:
+        """All tables, with what the devices have to tell."""
+        return tables.build(
+            cpus=config.cpus,
+            devices=self.announced,
+            events=self._events,
+            more=self._tables,
+            address=address,
+        )
+
     def _load(self, config: MachineConfig) -> EntryState:
         """Put ACPI tables, kernel, initrd and boot parameters into memory, which is fresh."""
         if config.firmware is not None:
             return load_firmware(self.memory, config.firmware, config.memory)
         assert config.kernel is not None
-        acpi = tables.build(
-            cpus=config.cpus, devices=self.announced, events=self._events, more=self._tables
-        )
+        acpi = self._acpi(config, address=layout.ACPI_TABLES)
         self.memory.write(GuestAddress(layout.ACPI_TABLES), acpi)
         self.memory.write(GuestAddress(layout.RESET_VECTOR), pm.RESET_CODE)
         try:
