@@ -416,6 +416,14 @@ def test_search_against_find(
     for region in memory.regions:
         for i, value in enumerate(region.buffer):
             assert not value or region.guest_address + i in marked
+    for region in memory.regions:
+        first, size = region.guest_address, region.size // 2
+        some = {at + i for at, n in data_ranges(memory, within=[(first, size)]) for i in range(n)}
+        assert some <= set(range(first, first + size))
+        for i, value in enumerate(region.buffer[:size]):
+            assert not value or first + i in some
+    with pytest.raises(MemoryAccessError):
+        list(data_ranges(memory, within=[(0x2000, 0x10000)]))
 
 
 def test_search_touches_nothing() -> None:

@@ -109,9 +109,11 @@ def choices(world: World, faults: int, attempts: int = 2) -> Iterator[World]:
         if world.source is Source.RUNNING and world.attempts < attempts and not world.source_dead:
             number = world.attempts + 1
             yield at_source(attrs.evolve(world, attempts=number), number)
-        for event in (Event.CONVERGED, Event.CANCEL):
+        for event in (Event.CONVERGED, Event.SWITCH, Event.CANCEL):
             yield at_source(world, event)
         yield at_target(world, Event.CANCEL)
+        if not world.source_dead:  # it has the pages
+            yield at_target(world, Event.FILLED)
     elif not (world.source_dead or world.target_dead):
         yield meet(world)
     if world.faults < faults:
@@ -144,6 +146,8 @@ def reachable(faults: int) -> set[World]:
 def worlds() -> set[World]:
     found = reachable(3)
     assert len(found) > 1000
+    assert {world.source for world in found} == set(Source)
+    assert {world.target for world in found} == set(Destination)
     return found
 
 
@@ -158,8 +162,10 @@ def test_a_copy_is_given_up_only_when_the_other_runs(worlds: set[World]) -> None
     for world in worlds:
         if world.source is Source.DONE:
             assert world.target_ran
-        if not world.source_dead and not world.source.whole:
+        if world.source is Source.DONE:
             assert world.target.whole
+        if world.source is Source.SERVING:
+            assert world.target in (Destination.FILLING, Destination.OWNING)
 
 
 def test_after_a_single_fault_one_runs_or_it_is_paused_whole_and_says_so() -> None:
@@ -176,9 +182,15 @@ def test_after_a_single_fault_one_runs_or_it_is_paused_whole_and_says_so() -> No
         dead = world.source_dead and not world.target.whole
         # With the source dead before the destination had it all, the machine is lost, not moved.
         lost = world.target_dead and world.source is Source.DONE
+        # Nor does a machine survive whose newest pages were on one side alone.
+        if world.target_dead and world.source is Source.SERVING:
+            assert world.source_told
+            lost = True
         assert world.runners == 1 or told or dead or lost, world
-        if dead:
+        if dead and world.target is not Destination.FILLING:
             assert not world.target_ran
+        if world.target is Destination.FILLING and not world.target_dead:
+            assert world.target_told
     assert broken > 10
 
 
@@ -191,11 +203,14 @@ def test_sides_that_meet_again_settle_it(worlds: set[World]) -> None:
         met = meet(cut(world))
         while True:
             following = list(deliver(met))
+            if not following and met.target is Destination.FILLING:
+                following = [at_target(met, Event.FILLED)]
             if not following:
                 break
             met = following[0]
         assert met.runners == 1, (world, met)
         assert met.target in (Destination.ABSENT, Destination.OWNING)
+        assert met.source in (Source.RUNNING, Source.SENDING, Source.DONE)
         settled += 1
     assert settled > 100
 
@@ -228,7 +243,8 @@ def test_only_one_message_lets_a_side_run(
     assert isinstance(step.side.phase, type(phase))
     # It may give the machine back, to a source that has not decided to let it go.
     given_back = phase is Source.SAVING and attempt == 1
-    handed_over = (phase, word, attempt) == (Destination.HOLDING, Word.COMMIT, 1)
+    holding = phase in (Destination.HOLDING, Destination.SPLIT)
+    handed_over = holding and (word, attempt) == (Word.COMMIT, 1)
     assert not step.side.phase.runs or phase.runs or given_back or handed_over
 
 
@@ -268,7 +284,9 @@ class Moving(RuleBasedStateMachine):
     @invariant()
     def it_is_somewhere(self) -> None:
         if not (self.world.source_dead or self.world.target_dead):
-            assert self.world.source.whole or self.world.target.whole
+            split = (Source.SERVING, Destination.FILLING)
+            whole = self.world.source.whole or self.world.target.whole
+            assert whole or (self.world.source, self.world.target) == split
 
 
 TestMoving = Moving.TestCase

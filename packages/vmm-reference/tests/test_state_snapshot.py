@@ -1,7 +1,6 @@
 """Machines that are saved and come back: the guest can't tell, and neither can who compares."""
 
 import gc
-import hashlib
 import os
 import random
 import shutil
@@ -11,11 +10,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import attrs
 import pytest
 
-from kvm_ioctls.state import Regs
-from vm_memory import GuestMemory
 from vm_memory.looking import compare
 from vmm_reference.config import Drive, MachineConfig
 from vmm_reference.errors import HostError
@@ -25,45 +21,13 @@ from vmm_reference.state import memory as pages
 from vmm_reference.state import snapshot
 from vmm_reference.state.folder import SnapshotReader
 from vmm_reference.state.format import FormatError
+from vmm_reference.state.testing import COMPUTE, PIECES, Remains, undisturbed
 from vmm_reference.testing import tiny_kernel
 
 pytestmark = pytest.mark.kvm
 
 WAYS = ("eager", "copy-on-write", "on-demand")
 
-# Writes pseudo-random words all over 4 MiB and reads some back; after each of 24 pieces tells the
-# host how far it is, and waits for a byte: so it ends when it is let, on a host of any speed.
-COMPUTE = """
-    movl $12345, %eax
-    xorl %esi, %esi
-    xorl %ebp, %ebp
-1:  imull $1103515245, %eax
-    addl $12345, %eax
-    movl %eax, %ebx
-    shrl $8, %ebx
-    andl $0x3ffffc, %ebx
-    addl 0x200000(%ebx), %ebp
-    movl %eax, 0x200000(%ebx)
-    incl %esi
-    testl $0x7ff, %esi
-    jnz 1b
-    movl %eax, %edi
-    movl %esi, %eax
-    shrl $11, %eax
-    movw $0x3f8, %dx
-    outb %al, %dx
-2:  movw $0x3fd, %dx
-    inb %dx, %al
-    testb $1, %al
-    jz 2b
-    movw $0x3f8, %dx
-    inb %dx, %al
-    movl %edi, %eax
-    cmpl $0xC000, %esi
-    jb 1b
-    POWER_OFF
-"""
-PIECES = 0xC000 >> 11
 FOREVER = "1: incl 0x300000; jmp 1b"
 
 
@@ -78,37 +42,15 @@ def config(tmp_path: Path) -> Callable[..., MachineConfig]:
     return build
 
 
-def remains(machine: Machine) -> tuple[GuestMemory, Regs]:
-    """Memory and registers of a machine that has ended and is not closed."""
-    board = machine._board
-    assert board is not None
-    # The end comes from outside, before or behind the last `hlt`.
-    return board.memory, attrs.evolve(board.vm.vcpus[0].get_regs(), rip=0)
-
-
-def digest(memory: GuestMemory) -> str:
-    """Of all memory, which takes in what no page table shows."""
-    found = hashlib.sha256()
-    for region in memory.regions:
-        found.update(region.buffer)
-    return found.hexdigest()
-
-
 @pytest.fixture(scope="module")
-def twin(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Regs, bytes]:
+def twin(tmp_path_factory: pytest.TempPathFactory) -> tuple[Remains, bytes]:
     """What the computation leaves when nothing interrupts it."""
-    path = tmp_path_factory.mktemp("twin") / "kernel"
-    path.write_bytes(tiny_kernel(COMPUTE))
-    with Machine(MachineConfig(kernel=str(path), memory="32M", on_reset="exit")) as machine:
-        machine.console.send("g" * PIECES)
-        assert machine.wait(60) is Outcome.POWER_OFF
-        memory, regs = remains(machine)
-        return digest(memory), regs, bytes(machine.console._output)
+    return undisturbed(tmp_path_factory.mktemp("twin") / "kernel", COMPUTE, PIECES)
 
 
 def interrupted(
     config: MachineConfig, folder: Path, how: str, rounds: int, *, differences: bool, live: bool
-) -> tuple[str, Regs, bytes]:
+) -> tuple[Remains, bytes]:
     """Run with a snapshot, the end of the machine and a restore, again and again.
 
     With `live` the guest runs while it is saved, and what it does behind that never happened.
@@ -130,8 +72,7 @@ def interrupted(
     with machine:
         machine.console.send("g" * (rounds + PIECES))
         assert machine.wait(60) is Outcome.POWER_OFF
-        memory, regs = remains(machine)
-        return digest(memory), regs, bytes(output + machine.console._output)
+        return Remains.of(machine), bytes(output + machine.console._output)
 
 
 @pytest.mark.parametrize("live", [False, True], ids=["paused", "live"])
@@ -139,19 +80,17 @@ def interrupted(
 @pytest.mark.parametrize("how", WAYS)
 def test_the_end_is_that_of_an_uninterrupted_twin(
     config: Callable[..., MachineConfig],
-    twin: tuple[str, Regs, bytes],
+    twin: tuple[Remains, bytes],
     tmp_path: Path,
     how: str,
     differences: bool,
     live: bool,
 ) -> None:
     """Memory and registers, after many snapshots; and what came out, none lost, none twice."""
-    memory, regs, output = twin
     found = interrupted(config(COMPUTE), tmp_path, how, 8, differences=differences, live=live)
-    assert found[0] == memory
-    assert found[1] == regs
+    assert found[0] == twin[0]
     if not live:
-        assert found[2] == output
+        assert found[1] == twin[1]
 
 
 @pytest.mark.soak
@@ -163,11 +102,7 @@ def test_a_thousand_restores_change_nothing(
 ) -> None:
     """The same with a longer computation."""
     source = COMPUTE.replace("$0xC000", f"${(1000 + PIECES) << 11}")
-    with Machine(config(source)) as machine:
-        machine.console.send("g" * (1000 + PIECES))
-        assert machine.wait(600) is Outcome.POWER_OFF
-        memory, regs = remains(machine)
-        wanted = digest(memory), regs, bytes(machine.console._output)
+    wanted = undisturbed(tmp_path / "twin", source, 1000 + PIECES)
     found = interrupted(config(source), tmp_path, how, 1000, differences=differences, live=False)
     assert found == wanted
 
@@ -225,18 +160,17 @@ def test_a_difference_is_small_and_a_whole_one_sparse(
 
 
 def test_a_machine_goes_on_after_a_snapshot(
-    config: Callable[..., MachineConfig], twin: tuple[str, Regs, bytes], tmp_path: Path
+    config: Callable[..., MachineConfig], twin: tuple[Remains, bytes], tmp_path: Path
 ) -> None:
     """Many while it runs: it ends as if there had been none, and each is whole."""
     with Machine(config(COMPUTE)) as machine:
-        for _ in range(PIECES - 1):  # after the last one it may have ended
+        for _ in range(PIECES - 1):
             machine.console.send("g")
             machine.snapshot(tmp_path / "a")
             snapshot.verify(tmp_path / "a")
         machine.console.send("g")
         assert machine.wait(60) is Outcome.POWER_OFF
-        memory, regs = remains(machine)
-        assert (digest(memory), regs, bytes(machine.console._output)) == twin
+        assert (Remains.of(machine), bytes(machine.console._output)) == twin
 
 
 def test_what_is_corrupt_is_refused_before_anything_starts(

@@ -21,12 +21,12 @@ from itertools import pairwise
 from vm_memory._mapping import MAP_ANONYMOUS, MAP_SHARED, PAGE
 from vm_memory._native import ffi, lib
 from vm_memory.address import GuestAddress
-from vm_memory.errors import InvalidValueError, TransferError
+from vm_memory.errors import InvalidValueError, MemoryAccessError, TransferError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import re
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from vm_memory.memory import GuestMemory
     from vm_memory.region import GuestRegion
@@ -143,13 +143,32 @@ def hexdump(memory: GuestMemory, address: GuestAddress, length: int) -> str:
     return "\n".join(lines)
 
 
-def data_ranges(memory: GuestMemory, page_size: int = PAGE) -> Iterator[tuple[GuestAddress, int]]:
-    """The ranges of pages that are not all zero: address and length, in order, coalesced."""
+def data_ranges(
+    memory: GuestMemory,
+    page_size: int = PAGE,
+    within: Iterable[tuple[int, int]] | None = None,
+) -> Iterator[tuple[GuestAddress, int]]:
+    """The ranges of pages that are not all zero: address and length, in order, coalesced.
+
+    Args:
+        memory: where to look.
+        page_size: what counts as a page, from the start of each region or range.
+        within: look at these alone, address and length, each in one region and in order.
+
+    Raises:
+        MemoryAccessError: one of `within` is not in a region.
+    """
     _check_page(page_size)
     zero = ffi.new("int *")
     start = end = -1
-    for region in memory.regions:
-        for first, length in _touched(region, 0, region.size):
+    if within is None:
+        looked_at = ((region, 0, region.size) for region in memory.regions)
+    else:
+        looked_at = ((*_place(memory, address, size), size) for address, size in within)
+    for region, offset, size in looked_at:
+        # For a short range it costs less to look at its pages than to ask which were touched.
+        short = within is not None and size <= _WINDOW
+        for first, length in [(offset, size)] if short else _touched(region, offset, size):
             done = 0
             while done < length:
                 host = region.host_address + first + done
@@ -164,6 +183,14 @@ def data_ranges(memory: GuestMemory, page_size: int = PAGE) -> Iterator[tuple[Gu
                 done += count
     if end > start:
         yield GuestAddress(start), end - start
+
+
+def _place(memory: GuestMemory, address: int, size: int) -> tuple[GuestRegion, int]:
+    """The region that holds a range, and where in it."""
+    region = memory.find_region(GuestAddress(address))
+    if region is None or address + size > region.guest_address + region.size:
+        raise MemoryAccessError(address, size, "is not in one region")
+    return region, address - region.guest_address
 
 
 def export_sparse(memory: GuestMemory, file: File) -> int:

@@ -30,6 +30,8 @@ class Advice(enum.IntEnum):
     RANDOM = 1
     SEQUENTIAL = 2
     WILLNEED = 3
+    HUGEPAGE = 14
+    NOHUGEPAGE = 15
     COLD = 20
     PAGEOUT = 21
 

@@ -84,6 +84,16 @@ class Removal:
     length: int
 
 
+@attrs.frozen
+class _Foreign:
+    """A region of another process's memory."""
+
+    guest_address: int
+    host_address: int
+    size: int
+    page_size: int = PAGE
+
+
 class Userfault:
     """A userfaultfd over guest memory; what it reports and does is in guest addresses.
 
@@ -101,7 +111,7 @@ class Userfault:
     """
 
     def __init__(self, memory: GuestMemory) -> None:
-        self._regions = memory.regions
+        self._regions: tuple[GuestRegion | _Foreign, ...] = memory.regions
         self._missing: set[GuestRegion] = set()
         self._fd = -1
         error = ffi.new("int *")
@@ -111,6 +121,25 @@ class Userfault:
         self._fd = fd
         tell_in_children(memory)
         tell_in_children(self)
+
+    @classmethod
+    def inherited(cls, fd: int, regions: Iterable[tuple[int, int, int]]) -> Self:
+        """The userfaultfd of another process, which passed it on; that process registers ranges.
+
+        What is supplied here appears in the memory of that process. It is open until both have
+        closed it.
+
+        Args:
+            fd: taken over.
+            regions: guest address, host address in the other process, and bytes of each region,
+                of pages of 4 KiB.
+        """
+        self = cls.__new__(cls)
+        self._regions = tuple(_Foreign(*region) for region in regions)
+        self._missing = set()
+        self._fd = fd
+        tell_in_children(self)
+        return self
 
     def fileno(self) -> int:
         """The descriptor, which is readable when `read` has something to give.
@@ -138,6 +167,8 @@ class Userfault:
         if not mode:
             raise InvalidValueError("missing, protect", False, "one of them must be asked for")
         for region, offset, count in self._pieces(address, length):
+            if isinstance(region, _Foreign):
+                raise InvalidValueError("userfault", self, "is another process's to register")
             # What is not there may be anything but zeros from now on.
             region.mapping.overlaid = True
             if missing:
@@ -270,9 +301,12 @@ class Userfault:
         self.close()
         _lose(self._missing)
 
-    def _pieces(self, address: GuestAddress, length: int) -> Iterator[tuple[GuestRegion, int, int]]:
+    def _pieces(
+        self, address: GuestAddress, length: int
+    ) -> Iterator[tuple[GuestRegion | _Foreign, int, int]]:
         """The range, by region; refused whole before anything is done."""
-        found, start, end = [], int(address), address + length
+        found: list[tuple[GuestRegion | _Foreign, int, int]] = []
+        start, end = int(address), address + length
         for region in self._regions:
             first = region.guest_address
             if length > 0 and first <= start < first + region.size:

@@ -25,7 +25,7 @@ from linux_loader import (
     load,
 )
 from linux_loader.cache import default_folder
-from vm_memory import GuestAddress, GuestMemory
+from vm_memory import Anonymous, GuestAddress, GuestMemory, Memfd
 
 from . import layout
 from .acpi import tables
@@ -75,6 +75,9 @@ class Board:
         room: told that the serial port takes input again after `receive` refused some.
         ended: told once, from any thread, how the guest ended and what there is to say about it.
         timeline: gets `loaded` and `first_run`.
+        restored: what it is to go on from.
+        incoming: memory whose content is to come, and `restore` with the rest; until `acquire`
+            the machine is still somebody else's, and so are its disks.
 
     Raises:
         ConfigError: the kernel, its command line or the initrd can't be loaded into this machine.
@@ -92,7 +95,9 @@ class Board:
         ended: Callable[[Outcome, str], None],
         timeline: dict[str, float],
         restored: Restored | None = None,
+        incoming: GuestMemory | None = None,
     ) -> None:
+        self.incoming = incoming is not None
         self.tracking: Tracking | None = None
         self.clock: ClockData | None = None  # while the guest stands still
         self._filler: Filler | None = None  # where memory comes on demand
@@ -110,7 +115,7 @@ class Board:
         self._mmio_devices = 0
         self._rtc_deadline: float | None = None
         with ExitStack() as stack:
-            self.memory = self._get_memory(config, restored)
+            self.memory = self._get_memory(config, restored.memory if restored else incoming)
             stack.callback(self.memory.close)
             if restored is not None and restored.filler is not None:
                 stack.callback(restored.filler.close)
@@ -126,9 +131,9 @@ class Board:
                 stack.callback(wiring.close)
                 wiring.control = factory(device.kind)(device, wiring)
             if config.firmware is not None:
-                self._add_firmware(stack, config, restored is not None)
+                self._add_firmware(stack, config, restored is not None or incoming is not None)
             entry = policy = None
-            if restored is None:
+            if restored is None and incoming is None:
                 entry = self._load(config)
                 policy = CpuPolicy(kvm, config.cpus)
             self._vcpus = []
@@ -148,7 +153,7 @@ class Board:
                     )
                 )
             if restored is not None:
-                self._restore(restored)
+                self.restore(restored)
             self._resources = stack.pop_all()
 
     def parts(self) -> dict[str, Any]:
@@ -175,7 +180,7 @@ class Board:
         for name, part in self.parts().items():
             yield name, part.save()
 
-    def _restore(self, restored: Restored) -> None:
+    def restore(self, restored: Restored) -> None:
         """Become what was saved; the guest goes on with `start`."""
         self.tracking = restored.tracking
         if self.tracking is not None:
@@ -258,6 +263,42 @@ class Board:
         self.stop()
         self._resources.close()
 
+    def park(self) -> None:
+        """Ask all vCPUs to stand still for a while; nothing else is touched."""
+        for vcpu in self._vcpus:
+            vcpu.pause()
+
+    def unpark(self) -> None:
+        """Let them run on after `park`."""
+        for vcpu in self._vcpus:
+            vcpu.resume()
+
+    def release(self) -> None:
+        """Give up what only one machine may hold, such as the locks of disks."""
+        for wiring in self.devices.values():
+            wiring.release()
+
+    def acquire(self) -> None:
+        """Take it.
+
+        Raises:
+            HostError: another machine has it; nothing is held then.
+        """
+        try:
+            for wiring in self.devices.values():
+                wiring.acquire()
+        except BaseException:
+            self.release()
+            raise
+        self.incoming = False
+
+    def announce(self) -> None:
+        """Let the network learn where the machine is now; on the loop's thread."""
+        for wiring in self.devices.values():
+            announce = getattr(wiring.control, "announce", None)
+            if announce is not None:
+                announce()
+
     def receive(self, data: bytes) -> int:
         """Input for the serial port; says how many bytes it took."""
         with self.ports.lock(self.serial):
@@ -268,16 +309,17 @@ class Board:
         with self.ports.lock(self.serial):
             self.serial.transmitted(count)
 
-    def _get_memory(self, config: MachineConfig, restored: Restored | None) -> GuestMemory:
+    def _get_memory(self, config: MachineConfig, given: GuestMemory | None) -> GuestMemory:
         ranges = [(GuestAddress(a), size) for a, size in layout.ram_ranges(config.memory)]
         roms = rom_ranges(config) if config.firmware is not None else []
         ranges = sorted([*ranges, *((GuestAddress(start), size) for start, size in roms)])
-        if restored is None:
-            return GuestMemory.from_ranges(ranges, dirty_page_size=4096)
-        found = [(region.guest_address, region.size) for region in restored.memory.regions]
+        if given is None:
+            backing = Memfd() if config.shared_memory else Anonymous()
+            return GuestMemory.from_ranges(ranges, backing=backing, dirty_page_size=4096)
+        found = [(region.guest_address, region.size) for region in given.regions]
         if found != ranges:
             raise HostError("memory", f"{found} was saved", f"this machine has it at {ranges}")
-        return restored.memory
+        return given
 
     def _create_platform(self) -> None:
         """Interrupt controllers, timer and RAM: what KVM itself emulates."""

@@ -132,6 +132,8 @@ class MachineConfig:
         devices: what else there is, configurations of any kind in `vmm_reference.devices.REGISTRY`.
             An entropy device is there in any case.
         transport: how the guest finds virtio devices: `mmio`, at most 15, or `pci`, at most 31.
+        shared_memory: keep RAM in a file that other processes can map: a local hand-over of the
+            running machine to another VMM needs it.
         on_reset: `restart` boots the machine anew when the guest resets it, `exit` ends the run.
         protocol: how the kernel is entered: `auto`, `linux64` or `pvh`.
         kaslr: start a bzImage in its own decompressor, which randomizes the kernel's address.
@@ -150,6 +152,7 @@ class MachineConfig:
     drives: tuple[Drive, ...] = attrs.field(default=(), converter=_tuple)
     devices: tuple[DeviceConfig, ...] = attrs.field(default=(), converter=_tuple)
     transport: str = "mmio"
+    shared_memory: bool = False
     on_reset: str = "restart"
     protocol: str = "auto"
     kaslr: bool = False
@@ -185,8 +188,9 @@ class MachineConfig:
         self._check_places()
         _one_of("on_reset", self.on_reset, ("restart", "exit"))
         _one_of("protocol", self.protocol, ("auto", "linux64", "pvh"))
-        if not isinstance(self.kaslr, bool):
-            raise ConfigError("kaslr", self.kaslr, "must be true or false")
+        for name in ("kaslr", "shared_memory"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(name, getattr(self, name), "must be true or false")
 
     def _check_firmware(self, path: str) -> None:
         """Firmware fits its place, and is alone: what a boot loader takes, it could not pass on."""

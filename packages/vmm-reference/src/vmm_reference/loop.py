@@ -11,10 +11,11 @@ import os
 import select
 import threading
 import time
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 __all__ = ["HANGUP", "ONESHOT", "READ", "WRITE", "Loop"]
 
@@ -99,6 +100,36 @@ class Loop:
                 raise RuntimeError("the I/O loop has ended")
         if errors:
             raise errors[0]
+
+    @contextmanager
+    def hold(self) -> Iterator[Callable[[Callable[[], None]], None]]:
+        """Nothing runs on the loop's thread while the block does; from another thread.
+
+        Gives a function that takes what the loop is to do first when it goes on.
+
+        Raises:
+            RuntimeError: the loop does not run.
+        """
+        held, release = threading.Event(), threading.Event()
+        then: list[Callable[[], None]] = []
+
+        def stand_still() -> None:
+            held.set()
+            release.wait()
+            for callback in then:
+                callback()
+
+        thread = self._thread
+        if self._closed or thread is None:
+            raise RuntimeError("the I/O loop does not run")
+        self.call_soon(stand_still)
+        try:
+            while not held.wait(1):
+                if not thread.is_alive():
+                    raise RuntimeError("the I/O loop has ended")
+            yield then.append
+        finally:
+            release.set()
 
     def call_later(self, seconds: float, callback: Callable[[], None]) -> None:
         """Run `callback` after `seconds`. Only from the loop's own thread."""

@@ -24,9 +24,13 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Any
 
+    from vm_memory import GuestMemory
+
     from .backends.console import Console
     from .backends.stream import StreamInput, StreamOutput
     from .config import MachineConfig
+    from .state.moving import Progress, Report
+    from .state.outgoing import Outgoing
     from .state.snapshot import Restored
 
 __all__ = ["Machine"]
@@ -77,6 +81,7 @@ class Machine:
         self._console: Console | None = None
         self._restored: Restored | None = None  # until the first power-on
         self._paused = False
+        self._outgoing: Outgoing | None = None
         if console is None:
             from .backends.console import Console
 
@@ -144,6 +149,8 @@ class Machine:
         """End the machine as pulling its plug would; from any thread or a signal handler."""
         self._plug_pulled = outcome
         self._ended(outcome, "")
+        if self._outgoing is not None:  # it may stand still between two hosts
+            self._outgoing.let_go(self._carry_out)
 
     def pause(self) -> None:
         """Park every vCPU between two instructions; devices finish what they were asked for.
@@ -152,13 +159,19 @@ class Machine:
             TimeoutError: a vCPU does not come back from the kernel.
         """
         with self._standstill:
+            self._movable("pause")
             if self._board is not None:
                 self._paused = True
                 self._board.pause()
 
     def resume(self) -> None:
-        """Let parked vCPUs run on."""
+        """Let parked vCPUs run on.
+
+        Raises:
+            HostError: a migration was cut, and the machine may run on the other side.
+        """
         with self._standstill:
+            self._movable("resume")
             if self._board is not None:
                 self._paused = False
                 self._board.resume()
@@ -201,6 +214,7 @@ class Machine:
             saving.paused()
 
         with self._standstill:
+            self._movable(f"snapshot {folder}")
             alive()
             assert self._board is not None
             saving = Saving(self._board, self.config, folder, base=base, track=track)
@@ -259,6 +273,102 @@ class Machine:
         machine._restored = restored
         return machine
 
+    def migrate(
+        self,
+        address: str,
+        *,
+        progress: Callable[[Progress], object] | None = None,
+        **options: Any,
+    ) -> Report:
+        """Move the running machine to the VMM that waits at an address; it has ended here then.
+
+        Args:
+            address: `tcp:HOST:PORT` or `unix:PATH`, where `Incoming` (`vmm run --incoming`) waits.
+            progress: called now and then, on this thread.
+            options: fields of `vmm_reference.state.moving.Options`.
+
+        Raises:
+            MigrationError: it has not moved. Mostly it runs on here; where `runs` is false it is
+                paused, and `recover` or `resolve` goes on.
+            ConfigError: an option is none.
+            HostError: the machine does not run.
+        """
+        from .state.moving import Options
+        from .state.outgoing import Outgoing
+        from .state.wire import Address
+
+        with self._standstill:
+            self._movable("migration")
+            chosen = Options(**options)
+            self._outgoing = Outgoing(self, Address.parse(address), chosen, progress)
+            return self._outgoing.run()
+
+    def cancel_migration(self) -> None:
+        """Let the machine stay here, unless its migration has been decided; from any thread."""
+        if self._outgoing is not None:
+            self._outgoing.cancel()
+
+    def recover(self, address: str | None = None) -> Report:
+        """Meet the other side of a migration again that was cut, and bring it to its end.
+
+        Args:
+            address: where the other side is; by default where it was.
+
+        Raises:
+            MigrationError: it could not; the machine is as it was.
+            HostError: there is nothing to recover.
+        """
+        from .state.wire import Address
+
+        with self._standstill:
+            if self._outgoing is None:
+                raise HostError("recovery", "no migration was begun", "there is nothing to recover")
+            return self._outgoing.recover(None if address is None else Address.parse(address))
+
+    def resolve(self) -> None:
+        """Let the machine run on here after a migration that was cut.
+
+        Only who knows that the other side does not run it, and never will, may say so.
+
+        Raises:
+            HostError: the other side has run it for certain, or there is nothing to resolve.
+        """
+        with self._standstill:
+            if self._outgoing is None:
+                raise HostError("resolve", "no migration was begun", "there is nothing to resolve")
+            self._outgoing.resolve()
+
+    def _movable(self, what: str) -> None:
+        """Refuse what can't be while the machine is neither here nor there."""
+        if self._outgoing is not None and not self._outgoing.side.phase.runs:
+            hint = "vmm migrate --recover or --resolve brings that to its end"
+            raise HostError(what, "the machine is being handed over", hint)
+
+    def _prepare(self, memory: GuestMemory) -> None:
+        """Be ready for the state of a machine that another VMM runs: all but running."""
+        self.timeline["start"] = time.monotonic()
+        self._power_on(incoming=memory)
+
+    def _go(self, *, moved: bool) -> None:
+        """Run what was prepared; `moved` says that the network is to be told."""
+        assert self._board is not None
+        self._board.start()
+        self._loop.start()
+        self._started = True
+        if self._input is not None:
+            self._loop.call_soon(self._input.start)
+        if moved:
+            self._loop.call_soon(self._board.announce)
+
+    def _gone(self, where: str) -> None:
+        """The machine runs elsewhere: it ends here, before the I/O loop does anything else."""
+        with self._lock:
+            if self._ending is None:
+                self._ending = Outcome.MIGRATED, where
+        if self._outgoing is not None:
+            self._outgoing.let_go(self._carry_out)
+        self._done.wait()
+
     def close(self) -> None:
         """Stop the machine if it runs, and give everything back. Idempotent."""
         if self._started and not self._done.is_set():
@@ -283,11 +393,12 @@ class Machine:
         return board + (self._output.dropped if self._output is not None else 0)
 
     def __enter__(self) -> Machine:
-        try:
-            self.start()
-        except BaseException:
-            self.close()
-            raise
+        if not self._started:  # one that came from another host runs already
+            try:
+                self.start()
+            except BaseException:
+                self.close()
+                raise
         return self
 
     def __exit__(
@@ -300,7 +411,7 @@ class Machine:
 
     # From here on: what the board, the loop and the console's other end call.
 
-    def _power_on(self) -> None:
+    def _power_on(self, incoming: GuestMemory | None = None) -> None:
         restored, self._restored = self._restored, None
         with Kvm() as kvm:
             self._board = Board(
@@ -312,7 +423,10 @@ class Machine:
                 ended=self._ended,
                 timeline=self.timeline,
                 restored=restored,
+                incoming=incoming,
             )
+        if incoming is not None:
+            return
         try:
             self._board.start()
         except BaseException:

@@ -18,6 +18,7 @@ class Outcome(enum.Enum):
     TRIPLE_FAULT = "triple fault"
     KVM_INTERNAL_ERROR = "KVM internal error"
     STOPPED = "stopped"
+    MIGRATED = "migrated"
 
     @property
     def status(self) -> int:
@@ -28,6 +29,7 @@ class Outcome(enum.Enum):
 _STATUS = {
     Outcome.POWER_OFF: 0,
     Outcome.QUIT: 0,
+    Outcome.MIGRATED: 0,
     Outcome.HOST_FAILURE: 1,
     Outcome.GUEST_PANIC: 3,
     Outcome.RESET: 4,

@@ -51,6 +51,7 @@ class Wiring:
         self._board = board
         self._stack = ExitStack()
         self._pauses: list[tuple[Callable[[], object], Callable[[], object]]] = []
+        self._hand_overs: list[tuple[Callable[[], object], Callable[[], object]]] = []
 
     def virtio(
         self, model: DeviceModel, *, shared_memory: Mapping[int, tuple[int, int]] | None = None
@@ -109,6 +110,29 @@ class Wiring:
         neither called nor needed.
         """
         self._pauses.append((stop, go))
+
+    def on_hand_over(self, release: Callable[[], object], acquire: Callable[[], object]) -> None:
+        """Call `release` when the machine goes to another VMM, `acquire` when it becomes ours.
+
+        `acquire` is called before the first run of a machine that comes from another VMM
+        (`incoming`), and when one that went comes back. It raises `HostError` where it can't.
+        """
+        self._hand_overs.append((release, acquire))
+
+    @property
+    def incoming(self) -> bool:
+        """Whether the machine is still another VMM's: what only one may hold is not to be taken."""
+        return self._board.incoming
+
+    def release(self) -> None:
+        """Give up what only one machine may hold."""
+        for release, _ in self._hand_overs:
+            release()
+
+    def acquire(self) -> None:
+        """Take it."""
+        for _, acquire in self._hand_overs:
+            acquire()
 
     def pause(self) -> None:
         """Let everything of the device stand still."""

@@ -7,6 +7,7 @@ may share it read-only.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -45,6 +46,7 @@ class FileBackend:
     Args:
         path: a regular file or a block device, whose size is a multiple of 512 bytes.
         read_only: open it for reading alone.
+        locked: take its lock; False leaves that to `lock`.
 
     Attributes:
         size: bytes.
@@ -54,7 +56,7 @@ class FileBackend:
         HostError: it can't be opened, another machine uses it, or its size is not whole sectors.
     """
 
-    def __init__(self, path: str, *, read_only: bool = False) -> None:
+    def __init__(self, path: str, *, read_only: bool = False, locked: bool = True) -> None:
         self.read_only = read_only
         self._path = path
         # Without O_NONBLOCK a named pipe would hold us here; on files and disks it means nothing.
@@ -66,7 +68,8 @@ class FileBackend:
             raise HostError(f"drive {path}", error.strerror, hint) from error
         try:
             self._check()
-            self._lock()
+            if locked:
+                self.lock()
             self.size = os.lseek(self._fd, 0, os.SEEK_END)
             if self.size == 0 or self.size % SECTOR:
                 hint = f"make its size a multiple of {SECTOR}, for example with truncate"
@@ -176,12 +179,14 @@ class FileBackend:
                 "name a disk image",
             )
 
-    def _lock(self) -> None:
-        """Share the image for reading, or have it alone for writing."""
-        kind = fcntl.F_RDLCK if self.read_only else fcntl.F_WRLCK
-        whole = struct.pack("=hhxxxxqqixxxx", kind, os.SEEK_SET, 0, 0, 0)
+    def lock(self) -> None:
+        """Share the image for reading, or have it alone for writing.
+
+        Raises:
+            HostError: another machine uses it.
+        """
         try:
-            fcntl.fcntl(self._fd, _F_OFD_SETLK, whole)
+            self._set_lock(fcntl.F_RDLCK if self.read_only else fcntl.F_WRLCK)
         except OSError as error:
             if error.errno not in (errno.EAGAIN, errno.EACCES):
                 return  # a file system without locks: nobody can be asked
@@ -190,6 +195,21 @@ class FileBackend:
                 "another machine uses it",
                 "stop that machine, or let both open it read-only",
             ) from None
+
+    def unlock(self) -> None:
+        """Let another machine have the image; what was written is on stable storage before.
+
+        Raises:
+            OSError: it may not be.
+        """
+        if not self.read_only:
+            self.flush()
+        with contextlib.suppress(OSError):  # a file system without locks
+            self._set_lock(fcntl.F_UNLCK)
+
+    def _set_lock(self, kind: int) -> None:
+        whole = struct.pack("=hhxxxxqqixxxx", kind, os.SEEK_SET, 0, 0, 0)
+        fcntl.fcntl(self._fd, _F_OFD_SETLK, whole)
 
 
 # One system call takes this many buffers (IOV_MAX).

@@ -298,6 +298,7 @@ def build(config: Drive, wiring: Wiring) -> None:
     """A disk on the file or block device that the configuration names."""
     from vmm_reference.backends.file import FileBackend
 
-    backend = FileBackend(config.path, read_only=config.read_only)
+    backend = FileBackend(config.path, read_only=config.read_only, locked=not wiring.incoming)
     wiring.on_close(backend.close)
+    wiring.on_hand_over(backend.unlock, backend.lock)
     wiring.virtio(Block(backend))

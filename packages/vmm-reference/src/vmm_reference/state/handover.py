@@ -18,11 +18,24 @@ moment only the destination may run it, once it has heard so:
     COMMITTED  <-- STARTED --           OWNING        the destination runs it
     DONE                                OWNING        the source lets its copy go
 
+Post-copy hands over a machine some of whose pages are still at the source. Then neither side has it
+whole until the last of them has gone over:
+
+    SAVING     -- SPLIT -->             RECEIVING     all but pages, and which these are
+    SAVING     <-- READY --             SPLIT
+    COMMITTED  -- COMMIT -->            SPLIT
+    COMMITTED  <-- FILLING --           FILLING       the destination runs it
+    SERVING    -- PAGES ... -->         FILLING
+    SERVING    <-- STARTED --           OWNING
+
 The windows, where a fault leaves it paused, whole and reported, until the two sides talk again or
 somebody who knows that the other side is dead resolves it:
 
 - The source is `COMMITTED` and has not heard `STARTED`: the destination may run it, or may not.
 - The destination is `HOLDING` and has not heard `COMMIT`: the source may have gone on running it.
+- In post-copy, the link is gone in `SPLIT`, `FILLING` or `SERVING`: the destination runs until it
+  needs a page that is not there, and goes on when the two have met again. The death of either side
+  is then the loss of the only copy of some page; nobody can resolve that, and nobody pretends to.
 
 Before the decision any fault gives it back to the source, which runs on. When the two sides meet
 again, each says where it stands: `READY` is answered by `COMMIT` or `ABORT`, whatever was decided,
@@ -48,8 +61,10 @@ class Word(enum.Enum):
     OFFER = "offer"
     ACCEPT = "accept"
     STATE = "state"
+    SPLIT = "split"
     READY = "ready"
     COMMIT = "commit"
+    FILLING = "filling"
     STARTED = "started"
     ABORT = "abort"
     UNKNOWN = "unknown"
@@ -59,6 +74,8 @@ class Event(enum.Enum):
     """What happens to a side besides messages."""
 
     CONVERGED = "converged"  # the source has so little left that it pauses and sends the rest
+    SWITCH = "switch"  # the source pauses, and lets pages follow behind the machine
+    FILLED = "filled"  # the last page has come
     CANCEL = "cancel"  # somebody, or a limit, ends it
     LOST = "lost"  # the link is gone, or the other side is silent for too long
     MET = "met"  # a link is there again
@@ -83,6 +100,7 @@ class Source(enum.Enum):
     SENDING = "sending"
     SAVING = "saving"
     COMMITTED = "committed"
+    SERVING = "serving"
     DONE = "done"
 
     @property
@@ -92,8 +110,8 @@ class Source(enum.Enum):
 
     @property
     def whole(self) -> bool:
-        """Whether it has all of the machine."""
-        return self is not Source.DONE
+        """Whether it has all of the machine, as it was when it ran here."""
+        return self not in (Source.SERVING, Source.DONE)
 
 
 class Destination(enum.Enum):
@@ -102,12 +120,14 @@ class Destination(enum.Enum):
     ABSENT = "absent"
     RECEIVING = "receiving"
     HOLDING = "holding"
+    SPLIT = "split"
+    FILLING = "filling"
     OWNING = "owning"
 
     @property
     def runs(self) -> bool:
         """Whether its vCPUs run."""
-        return self is Destination.OWNING
+        return self in (Destination.FILLING, Destination.OWNING)
 
     @property
     def whole(self) -> bool:
@@ -187,7 +207,7 @@ def destination(side: Side, event: Event | Message) -> Step:
             dropped = (Action.DISCARD,) if side.phase is Destination.RECEIVING else ()
             return _step(attempt, Destination.RECEIVING, dropped, (Word.ACCEPT,))
         if attempt != side.attempt or side.phase is Destination.ABSENT:
-            asked = what in (Word.OFFER, Word.STATE, Word.COMMIT)
+            asked = what in (Word.OFFER, Word.STATE, Word.SPLIT, Word.COMMIT)
             return Step(side, send=(Message(Word.UNKNOWN, attempt),) if asked else ())
     else:
         what = event
@@ -211,6 +231,8 @@ def _source(phase: Source | Destination, event: Event | Word) -> _Answer:
     match phase, event:
         case Source.SENDING, Event.CONVERGED:
             return Source.SAVING, (Action.PAUSE,), (Word.STATE,)
+        case Source.SENDING, Event.SWITCH:
+            return Source.SAVING, (Action.PAUSE,), (Word.SPLIT,)
         case Source.SENDING, Event.CANCEL:
             return Source.RUNNING, (), (Word.ABORT,)
         case Source.SENDING, Event.LOST | Word.UNKNOWN | Word.ABORT:
@@ -223,10 +245,12 @@ def _source(phase: Source | Destination, event: Event | Word) -> _Answer:
             return Source.COMMITTED, (Action.RELEASE,), (Word.COMMIT,)
         case Source.COMMITTED, Word.READY | Event.MET:  # it may not have heard
             return Source.COMMITTED, (), (Word.COMMIT,)
-        case Source.COMMITTED, Word.STARTED:
+        case Source.COMMITTED, Word.FILLING:
+            return Source.SERVING, (), ()
+        case Source.COMMITTED | Source.SERVING, Word.STARTED:
             return Source.DONE, (Action.DISCARD,), ()
-        case Source.COMMITTED, Event.LOST | Word.UNKNOWN:
-            return Source.COMMITTED, (Action.REPORT,), ()
+        case Source.COMMITTED | Source.SERVING, Event.LOST | Word.UNKNOWN:
+            return phase, (Action.REPORT,), ()
         case Source.COMMITTED, Event.RESOLVE:
             return Source.RUNNING, (Action.ACQUIRE, Action.RESUME), ()
         case Source.RUNNING, Word.READY:  # of an attempt that ended here
@@ -238,18 +262,26 @@ def _destination(phase: Source | Destination, event: Event | Word) -> _Answer:
     match phase, event:
         case Destination.RECEIVING, Word.STATE:
             return Destination.HOLDING, (), (Word.READY,)
+        case Destination.RECEIVING, Word.SPLIT:
+            return Destination.SPLIT, (), (Word.READY,)
         case Destination.RECEIVING, Event.CANCEL:
             return Destination.ABSENT, (Action.DISCARD,), (Word.ABORT,)
         case Destination.RECEIVING, Event.LOST | Word.ABORT:
             return Destination.ABSENT, (Action.DISCARD,), ()
         case Destination.HOLDING, Word.COMMIT | Event.RESOLVE:
             return Destination.OWNING, (Action.ACQUIRE, Action.RESUME), (Word.STARTED,)
-        case Destination.HOLDING, Word.ABORT:
+        case Destination.SPLIT, Word.COMMIT:
+            return Destination.FILLING, (Action.ACQUIRE, Action.RESUME), (Word.FILLING,)
+        case Destination.HOLDING | Destination.SPLIT, Word.ABORT:
             return Destination.ABSENT, (Action.DISCARD,), ()
-        case Destination.HOLDING, Event.LOST:
-            return Destination.HOLDING, (Action.REPORT,), ()
-        case Destination.HOLDING, Event.MET:
-            return Destination.HOLDING, (), (Word.READY,)
+        case Destination.HOLDING | Destination.SPLIT | Destination.FILLING, Event.LOST:
+            return phase, (Action.REPORT,), ()
+        case Destination.HOLDING | Destination.SPLIT, Event.MET:
+            return phase, (), (Word.READY,)
+        case Destination.FILLING, Event.FILLED:
+            return Destination.OWNING, (), (Word.STARTED,)
+        case Destination.FILLING, Event.MET | Word.COMMIT:
+            return Destination.FILLING, (), (Word.FILLING,)
         case Destination.OWNING, Event.MET | Word.COMMIT:
             return Destination.OWNING, (), (Word.STARTED,)
     return phase, (), ()

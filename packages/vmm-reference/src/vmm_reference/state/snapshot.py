@@ -15,7 +15,7 @@ import enum
 import os
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import attrs
 
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from vmm_reference.board import Board
 
 __all__ = ["Restore", "Restored", "merge", "open_snapshot", "verify"]
+
+T = TypeVar("T")
 
 _LOG_DIRTY_PAGES = 1
 _EINVAL = 22
@@ -220,6 +222,19 @@ def start_clock(board: Board) -> None:
                 raise
 
 
+class States(Protocol):
+    """Where states are read from: a snapshot's folder, or what came over a link."""
+
+    def names(self) -> list[str]:
+        """All states, in the order in which they were saved."""
+
+    def state(self, name: str, kind: type[T]) -> T:
+        """One of them, as exactly this class, or a `FormatError`."""
+
+    def close(self) -> None:
+        """It is not needed any more."""
+
+
 class Restored:
     """An opened snapshot, ready to become a board.
 
@@ -233,7 +248,7 @@ class Restored:
 
     def __init__(
         self,
-        reader: SnapshotReader,
+        reader: States,
         config: MachineConfig,
         memory: GuestMemory,
         filler: Filler | None,

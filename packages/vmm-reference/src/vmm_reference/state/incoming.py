@@ -1,0 +1,494 @@
+"""The side that a machine moves to: waits, takes it in, and runs it once it is told to.
+
+`handover.destination` decides; here it is carried out, on a thread of its own. What comes over the
+links is checked before it is believed, and nothing of the machine runs before the source has let
+it go. The listening socket stays open until the source has said good-bye, so that the two can meet
+again after a cut.
+"""
+
+from __future__ import annotations
+
+import hmac
+import os
+import queue
+import select
+import threading
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from kvm_ioctls import Kvm
+from vm_memory import GuestAddress, GuestMemory, sharing
+from vmm_reference.config import MachineConfig
+from vmm_reference.cpu.compat import refuse_other_cpu
+from vmm_reference.errors import HostError
+from vmm_reference.machine import Machine
+
+from . import handover
+from .format import FormatError, decode, fields
+from .handover import Action, Destination, Event, Message, Side, Step, Word
+from .moving import MAX_STREAMS, MigrationError, Offer
+from .postcopy import PostCopy
+from .snapshot import Restored
+from .stream import Pages, receive_pages
+from .wire import (
+    WORDS,
+    Address,
+    Frame,
+    Kind,
+    Link,
+    LinkLost,
+    Listener,
+    ProtocolError,
+    Role,
+    Tls,
+    greet,
+    secure,
+)
+
+if TYPE_CHECKING:
+    import socket
+    from types import TracebackType
+    from typing import Self
+
+__all__ = ["Incoming"]
+
+_MOST_PARTS = 4096
+_MOST_BYTES = 256 << 20
+_MOST_GREETINGS = 16
+_SILENCE = 30.0
+
+T = TypeVar("T")
+
+
+class _States:
+    """The states that came over the link, as a snapshot's reader gives them."""
+
+    def __init__(self, parts: dict[str, bytes]) -> None:
+        self._parts = parts
+
+    def names(self) -> list[str]:
+        return list(self._parts)
+
+    def state(self, name: str, kind: type[T]) -> T:
+        if name not in self._parts:
+            raise FormatError("states", name, f"is no part of this; there are {self.names()}")
+        return decode(self._parts[name], kind, name)
+
+    def close(self) -> None:
+        pass
+
+
+class Incoming:
+    """Waits for a machine; usable as a context manager that gives everything back.
+
+    Args:
+        address: `tcp:HOST:PORT` or `unix:PATH`.
+        tls: certificates; without them whoever reaches the address may send a machine.
+        console: as for `Machine`.
+        overrides: fields of the machine's configuration that are others here, such as `drives`.
+
+    Attributes:
+        address: where it waits, with the port that the host chose.
+        side: where it stands.
+
+    Raises:
+        HostError: the address can't be had.
+        ConfigError: it is none, or the certificates are not there.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        tls: Tls | None = None,
+        console: tuple[int, int] | None = None,
+        **overrides: Any,
+    ) -> None:
+        self._console, self._overrides, self._tls = console, overrides, tls
+        self._listener = Listener(Address.parse(address), tls)
+        self.address = str(self._listener.address)
+        self.side = Side(Destination.ABSENT)
+        self.reports: list[str] = []  # what there is to say to who waits
+        self._machine: Machine | None = None
+        self._owned = threading.Event()
+        self._changed = threading.Condition()
+        self._controls: queue.Queue[tuple[Link, Frame, bytes]] = queue.Queue(1)
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._greetings = threading.Semaphore(_MOST_GREETINGS)
+        self._closing = False
+        self._resolving = False
+        self._link: Link | None = None
+        self._config: MachineConfig | None = None
+        self._pages: Pages | None = None
+        self._post_copy: PostCopy | None = None
+        self._parts: dict[str, bytes] = {}
+        self._streams: list[Link] = []
+        self._expected = self._size = self._seen = 0
+        self._local = self._parted = False
+        self._threads = [
+            threading.Thread(target=self._accept, name="incoming-accept", daemon=True),
+            threading.Thread(target=self._serve, name="incoming", daemon=True),
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def receive(self, timeout: float | None = None) -> Machine:
+        """Wait for a machine; it runs here when this returns, and is the caller's to close.
+
+        Args:
+            timeout: seconds, or None without limit.
+
+        Raises:
+            TimeoutError: none has come, or it was not handed over, in that time.
+            MigrationError: this was closed.
+        """
+        if not self._owned.wait(timeout):
+            raise TimeoutError(f"no machine came to {self.address} in {timeout:g} s")
+        if self._machine is None:
+            raise MigrationError(f"incoming at {self.address}", "it was closed")
+        return self._machine
+
+    def resolve(self) -> None:
+        """Run a machine that is whole here: somebody states that its source never will again.
+
+        Raises:
+            HostError: there is none, or it is not whole.
+        """
+        phase = self.side.phase
+        if phase in (Destination.SPLIT, Destination.FILLING):
+            hint = "let the source recover; if it is dead, the machine is lost"
+            raise HostError("resolve", "some of the machine's pages are at the source alone", hint)
+        if phase is not Destination.HOLDING:
+            where = f"the machine is {phase.value} here"
+            raise HostError("resolve", where, "there is nothing to resolve")
+        self._resolving = True
+        os.eventfd_write(self._wake, 1)
+        with self._changed:
+            self._changed.wait_for(lambda: not self._resolving, 60)
+        if self.side.phase is Destination.HOLDING:
+            raise HostError("resolve", self.reports[-1] if self.reports else "it did not start")
+
+    def close(self) -> None:
+        """Wait no longer; a machine that was received stays. Idempotent."""
+        if self._closing:
+            return
+        self._closing = True
+        self._listener.close()
+        os.eventfd_write(self._wake, 1)
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join()
+        os.close(self._wake)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    # Connections.
+
+    def _accept(self) -> None:
+        while (sock := self._listener.accept()) is not None:
+            if not self._greetings.acquire(blocking=False):
+                sock.close()  # too many strangers at once
+                continue
+            threading.Thread(target=self._greet, args=(sock,), daemon=True).start()
+
+    def _greet(self, sock: socket.socket) -> None:
+        link: Link | None = None
+        try:
+            try:
+                role = greet(sock)
+                if role is Role.FAULTS:
+                    if self._post_copy is None:
+                        raise ProtocolError("role", role.name, "is not expected")
+                    self._post_copy.give(sock)  # which proves it
+                    return
+                link = secure(sock, role, self._listener.context)
+                frame = link.receive(1 << 20)
+                payload = link.payload(frame)
+            finally:
+                self._greetings.release()
+            if role is Role.CONTROL:
+                self._control(link, frame, payload)
+            else:
+                self._join(link, frame)
+        except (LinkLost, ProtocolError, queue.Full, OSError) as error:
+            self._say(f"a connection was refused: {error}")
+            (link or sock).close()
+
+    def _control(self, link: Link, frame: Frame, payload: bytes) -> None:
+        if frame.kind is Kind.MEET:
+            known = hmac.compare_digest(
+                frame.extra.to_bytes(8, "little"), self.side.attempt.to_bytes(8, "little")
+            )
+            if not known or self.side.phase is Destination.ABSENT:
+                link.send(Kind.UNKNOWN, extra=frame.extra)
+                link.close()
+                return
+            if self._link is not None:
+                self._link.close()  # the source has given the old one up
+        elif frame.kind is not Kind.OFFER or self.side.phase is not Destination.ABSENT:
+            link.send(Kind.REFUSE, b"another machine is here or on its way")
+            link.close()
+            return
+        self._controls.put((link, frame, payload), timeout=5)
+        os.eventfd_write(self._wake, 1)
+
+    def _join(self, link: Link, frame: Frame) -> None:
+        fits = frame.kind is Kind.JOIN and frame.extra == self.side.attempt
+        with self._changed:
+            room = len(self._streams) < self._expected
+            if not fits or not room or self.side.phase is not Destination.RECEIVING:
+                raise ProtocolError("JOIN", frame.argument, "is for no migration here")
+            self._streams.append(link)
+            pages = self._pages
+        assert pages is not None
+        try:
+            receive_pages(link, pages)
+        except LinkLost:
+            pass
+        except ProtocolError as error:
+            self._say(str(error))
+            if self._link is not None:
+                self._link.close()
+        finally:
+            link.close()
+
+    # The thread that owns the machine until it runs.
+
+    def _serve(self) -> None:
+        try:
+            while not self._closing and not self._parted:
+                self._wait()
+        finally:
+            if self._link is not None:
+                self._link.close()
+            if self.side.phase in (Destination.RECEIVING, Destination.HOLDING, Destination.SPLIT):
+                self._discard()
+            if self.side.phase is not Destination.FILLING and self._post_copy is not None:
+                self._post_copy.close()
+            self._owned.set()
+            if self._parted:
+                self._listener.close()
+
+    def _wait(self) -> None:
+        """One thing that happens."""
+        link = self._link
+        waiting: list[Any] = [self._wake]
+        pending = link is not None and link.pending
+        if link is not None:
+            waiting.append(link.socket)
+        try:
+            ready = select.select(waiting, [], [], 0 if pending else _SILENCE)[0]
+        except (OSError, ValueError):  # another thread closed it
+            self._lost(LinkLost("migration link", "it was closed"))
+            return
+        if self._wake in ready:
+            os.eventfd_read(self._wake)
+            self._told()
+        elif link is not None and (pending or link.socket in ready):
+            self._guarded(self._frame)
+        elif self.side.phase is Destination.RECEIVING and not self._moves():
+            self._lost(LinkLost("migration link", "nothing came for too long"))
+
+    def _moves(self) -> bool:
+        """Whether the streams have brought anything since the last look."""
+        seen = sum(link.received for link in self._streams)
+        moves, self._seen = seen != self._seen, seen
+        return moves
+
+    def _told(self) -> None:
+        """Another thread has something."""
+        with suppress(queue.Empty):
+            link, frame, payload = self._controls.get_nowait()
+            self._link = link
+            if frame.kind is Kind.MEET:
+                self._guarded(lambda: self._event(Event.MET))
+            else:
+                self._guarded(lambda: self._offered(frame, payload))
+        if self._post_copy is not None:
+            for report in self._post_copy.reports():
+                self._say(report)
+                if self.side.phase is Destination.FILLING and not self._post_copy.filled:
+                    self._lost(LinkLost("migration link", report))  # so that the source learns it
+            if self._post_copy.filled and self.side.phase is Destination.FILLING:
+                self._post_copy.close()
+                self._guarded(lambda: self._event(Event.FILLED))
+        if self._resolving:
+            if self.side.phase is Destination.HOLDING:
+                self._guarded(lambda: self._event(Event.RESOLVE))
+            with self._changed:
+                self._resolving = False
+                self._changed.notify_all()
+
+    def _guarded(self, work: Any) -> None:
+        """Do something; a link that fails is lost, and a machine that can't be is refused."""
+        try:
+            work()
+        except (LinkLost, ProtocolError) as error:
+            self._lost(error)
+        except (ValueError, OSError, MemoryError) as error:  # ours are among these
+            self._say(f"refused: {error}")
+            self._refuse(error)
+        except BaseException as error:
+            self._say(f"refused: {error!r}")
+            self._refuse(error)
+            raise
+
+    def _refuse(self, error: BaseException) -> None:
+        if self._link is not None:
+            with suppress(LinkLost):
+                self._link.send(Kind.REFUSE, str(error).encode()[:4096])
+        if self.side.phase in (Destination.ABSENT, Destination.RECEIVING):
+            self._lost(error)
+
+    def _lost(self, error: BaseException) -> None:
+        if self._link is not None:
+            self._link.close()
+            self._link = None
+            if self.side.phase is not Destination.OWNING:
+                self._say(str(error))
+        self._event(Event.LOST)
+        if self.side.phase is Destination.ABSENT:
+            self._forget()
+
+    def _frame(self) -> None:
+        link = self._link
+        assert link is not None
+        frame = link.receive()
+        payload = link.payload(frame)
+        if frame.kind is Kind.PART:
+            self._part(payload)
+            return
+        if frame.kind is Kind.BYE:
+            self._parted = self.side.phase is Destination.OWNING
+            return
+        word = next((word for word, kind in WORDS.items() if kind is frame.kind), None)
+        if word is None or word is Word.OFFER:
+            raise ProtocolError("frame", frame.kind.name, "has no place here")
+        receiving = self.side == Side(Destination.RECEIVING, frame.extra)
+        if receiving and word in (Word.STATE, Word.SPLIT):
+            self._take(split=word is Word.SPLIT)
+        self._step(handover.destination(self.side, Message(word, frame.extra)))
+        if self.side.phase is Destination.ABSENT:
+            self._forget()
+
+    def _part(self, payload: bytes) -> None:
+        name, zero, data = payload.partition(b"\0")
+        if self.side.phase is not Destination.RECEIVING or not zero or len(name) > 64:
+            raise ProtocolError("PART", name[:64], "has no place here")
+        self._size += len(data)
+        if len(self._parts) >= _MOST_PARTS or self._size > _MOST_BYTES:
+            raise ProtocolError("PART", len(self._parts), "parts are too many")
+        text = name.decode("ascii", errors="replace")
+        if text in self._parts:
+            raise ProtocolError("PART", text, "is there twice")
+        self._parts[text] = data
+
+    # What the phases consist of.
+
+    def _offered(self, frame: Frame, payload: bytes) -> None:
+        """Build the machine around memory that is still to come."""
+        link = self._link
+        assert link is not None
+        offer = decode(payload, Offer, "offer")
+        if not 0 <= offer.streams <= MAX_STREAMS:
+            raise FormatError("offer.streams", offer.streams, f"must be at most {MAX_STREAMS}")
+        table = fields(offer.config.encode(), "offer.config") | self._overrides
+        config = MachineConfig.from_mapping(table, "offer.config")
+        with Kvm() as kvm:
+            refuse_other_cpu(kvm, offer.cpuid)
+        regions = [(GuestAddress(r.guest_address), r.size) for r in offer.memory.regions]
+        if offer.local:
+            memory = sharing.receive(link.socket, dirty_page_size=4096)
+        else:
+            memory = GuestMemory.from_ranges(regions, dirty_page_size=4096)
+        try:
+            if [(region.guest_address, region.size) for region in memory.regions] != regions:
+                raise FormatError("offer.memory", regions, "is not what came with it")
+            machine = Machine(config, console=self._console)
+            machine._prepare(memory)
+        except BaseException:
+            memory.close()
+            raise
+        self._machine, self._config = machine, config
+        self._local, self._expected = offer.local, 0 if offer.local else offer.streams
+        self._pages = Pages(memory)
+        if offer.post_copy:
+            self._post_copy = PostCopy(memory, frame.extra, self._tls, self._wake)
+        self._step(handover.destination(self.side, Message(Word.OFFER, frame.extra)))
+
+    def _take(self, *, split: bool) -> None:
+        """Become the machine whose states have come; nothing runs yet."""
+        assert self._machine is not None
+        assert self._machine._board is not None
+        board = self._machine._board
+        if split != ("missing" in self._parts):
+            raise ProtocolError("SPLIT", split, "must come with what is missing, and alone")
+        if split:
+            if self._post_copy is None:
+                raise ProtocolError("SPLIT", split, "was not offered")
+            self._post_copy.begin(self._parts.pop("missing"))
+        assert self._config is not None
+        restored = Restored(_States(self._parts), self._config, board.memory, None, None)
+        board.restore(restored)
+
+    def _event(self, event: Event) -> None:
+        self._step(handover.destination(self.side, event))
+
+    def _step(self, step: Step) -> None:
+        if Action.ACQUIRE in step.actions:
+            assert self._machine is not None
+            assert self._machine._board is not None
+            self._machine._board.acquire()  # or nothing changes
+        self.side = step.side
+        for action in step.actions:
+            if action is Action.DISCARD:
+                self._discard()
+            elif action is Action.RESUME:
+                assert self._machine is not None
+                self._machine._go(moved=not self._local)
+                self._owned.set()
+            elif action is Action.REPORT:
+                self._say(self._state_of_affairs())
+        for message in step.send:
+            if self._link is not None:
+                self._link.send(WORDS[message.word], extra=message.attempt)
+
+    def _state_of_affairs(self) -> str:
+        if self.side.phase is Destination.HOLDING:
+            return (
+                "the machine is here, whole and paused; its source may run it, or wait: "
+                "recover there, or resolve here once you know that the source is dead"
+            )
+        return "pages of the machine are at its source alone: recover there (vmm migrate --recover)"
+
+    def _discard(self) -> None:
+        machine, self._machine = self._machine, None
+        for link in self._streams:
+            link.close()
+        if self._post_copy is not None:
+            self._post_copy.close()
+        if machine is not None:
+            machine.close()
+
+    def _forget(self) -> None:
+        """Ready for another machine."""
+        self._machine = self._config = self._pages = self._post_copy = None
+        self._parts, self._streams = {}, []
+        self._expected = self._size = self._seen = 0
+        self._local = self._parted = False
+
+    def _say(self, words: str) -> None:
+        with self._changed:
+            if not self.reports or self.reports[-1] != words:
+                self.reports.append(words)
+                del self.reports[:-100]
+            self._changed.notify_all()

@@ -1,0 +1,182 @@
+"""Post-copy on the side of the destination: the pager's process, as the VMM sees it."""
+
+from __future__ import annotations
+
+import array
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from vm_memory import Advice, GuestAddress
+from vm_memory.userfault import Userfault
+from vmm_reference.errors import HostError
+
+from .stream import PAGE, Ranges, read_table
+from .wire import ProtocolError
+
+if TYPE_CHECKING:
+    from vm_memory import GuestMemory
+
+    from .wire import Tls
+
+__all__ = ["PostCopy"]
+
+_PER_LINE = 1000
+
+
+class PostCopy:
+    """A process that supplies missing pages (`pager`), started early since that takes a while.
+
+    Should it die it is started anew: what it had supplied stays, and is not replaced.
+
+    Args:
+        memory: of the machine.
+        attempt: that links for faults must name.
+        tls: that they must prove.
+        wake: an eventfd that is signalled when there is something to look at.
+
+    Attributes:
+        filled: whether all pages are there.
+    """
+
+    def __init__(self, memory: GuestMemory, attempt: int, tls: Tls | None, wake: int) -> None:
+        self.filled = False
+        self._memory, self._wake = memory, wake
+        self._arguments = [str(attempt), tls.folder if tls is not None else ""]
+        self._userfault: Userfault | None = None
+        self._missing: Ranges = []
+        self._words: list[str] = []
+        self._lock = threading.Lock()
+        self._closed = False
+        self._deaths = 0
+        self._spawn()
+
+    def give(self, sock: socket.socket) -> None:
+        """Pass a connection on."""
+        with self._lock:
+            self._tell({"link": True}, sock.fileno())
+        sock.close()
+
+    def begin(self, missing: bytes) -> None:
+        """Let pages be missing from now on.
+
+        Raises:
+            ProtocolError, MemoryAccessError: they are none of this memory.
+            MappingError: no userfaultfd.
+        """
+        ranges = read_table(missing)
+        for address, length in ranges:
+            if not length or (address | length) % PAGE:
+                raise ProtocolError("missing", (address, length), "must be whole pages")
+        for region in self._memory.regions:
+            # No huge page may appear over pages that are missing.
+            region.advise(Advice.NOHUGEPAGE)
+        for address, length in ranges:
+            self._memory.discard(GuestAddress(address), length)
+        userfault = Userfault(self._memory)
+        for region in self._memory.regions:
+            userfault.register(region.guest_address, region.size)
+        with self._lock:
+            self._userfault, self._missing = userfault, ranges
+            self._hand_over()
+
+    def reports(self) -> list[str]:
+        """What the process has said since."""
+        with self._lock:
+            words, self._words = self._words, []
+        return words
+
+    def close(self) -> None:
+        """End the process; whoever waits for a page gets zeros. Idempotent."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            with suppress(OSError):
+                self._socket.shutdown(socket.SHUT_RDWR)
+        if self._userfault is not None:
+            self._userfault.close()
+        if self.filled:
+            for region in self._memory.regions:
+                region.mapping.overlaid = False
+                region.advise(Advice.HUGEPAGE)
+        self._thread.join()
+        self._socket.close()
+
+    def _spawn(self) -> None:
+        self._socket, child = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        command = [sys.executable, "-m", "vmm_reference.state.pager", str(child.fileno())]
+        try:
+            process = subprocess.Popen(
+                [*command, *self._arguments], pass_fds=[child.fileno()], stdin=subprocess.DEVNULL
+            )
+        except OSError as error:
+            self._socket.close()
+            raise HostError("the process that supplies pages", error.strerror) from error
+        finally:
+            child.close()
+        self._thread = threading.Thread(
+            target=self._hear, args=(process, self._socket), name="pager", daemon=True
+        )
+        self._thread.start()
+
+    def _hand_over(self) -> None:
+        assert self._userfault is not None
+        rows = [[int(r.guest_address), r.host_address, r.size] for r in self._memory.regions]
+        self._tell({"memory": rows}, self._userfault.fileno())
+        for start in range(0, len(self._missing), _PER_LINE):
+            self._tell({"missing": self._missing[start : start + _PER_LINE]})
+        self._tell({"ready": True})
+
+    def _tell(self, words: dict[str, object], fd: int = -1) -> None:
+        data = json.dumps(words).encode() + b"\n"
+        beside = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))] if fd >= 0 else []
+        try:
+            sent = self._socket.sendmsg([data], beside)
+            self._socket.sendall(data[sent:])
+        except OSError as error:
+            raise ProtocolError("pager", error, "is gone") from error
+
+    def _hear(self, process: subprocess.Popen[bytes], sock: socket.socket) -> None:
+        buffer = b""
+        while data := _read(sock):
+            *lines, buffer = (buffer + data).split(b"\n")
+            for line in lines:
+                words = json.loads(line)
+                with self._lock:
+                    self.filled = self.filled or "filled" in words
+                    self._words += [
+                        f"pages: {why}" for word, why in words.items() if why is not True
+                    ]
+                self._signal()
+        process.kill()
+        process.wait()
+        with self._lock:
+            if self._closed or self.filled:
+                return
+            self._deaths += 1
+            self._words.append("the process that supplies pages died, and was started anew")
+            sock.close()
+            try:
+                self._spawn()
+                if self._userfault is not None:
+                    self._hand_over()
+            except (HostError, ProtocolError) as error:
+                self._words.append(f"it could not be: {error}")
+        self._signal()
+
+    def _signal(self) -> None:
+        with suppress(OSError):
+            os.eventfd_write(self._wake, 1)
+
+
+def _read(sock: socket.socket) -> bytes:
+    try:
+        return sock.recv(1 << 16)
+    except OSError:
+        return b""
