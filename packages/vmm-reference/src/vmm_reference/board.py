@@ -156,6 +156,18 @@ class Board:
                 self.restore(restored)
             self._resources = stack.pop_all()
 
+    def add_table(self, signature: bytes, body: bytes) -> None:
+        """Another table for the guest's ACPI; before it is loaded."""
+        self._tables.append((signature, body))
+
+    def add_event(self, bit: int, method: str) -> None:
+        """A method of the guest's ACPI for an event; before that is loaded."""
+        self._events.append((bit, method))
+
+    def end(self, outcome: Outcome, detail: str) -> None:
+        """End the machine; from any thread."""
+        self._ended(outcome, detail)
+
     def parts(self) -> dict[str, Any]:
         """Devices that have state, by name, in the order in which they are restored."""
         found: dict[str, Any] = {

@@ -27,6 +27,7 @@ __all__ = [
     "VIRTIO_MMIO_DEVICES",
     "VIRTIO_MMIO_SIZE",
     "VIRTIO_MMIO_START",
+    "VM_GENERATION",
     "e820_ranges",
     "intx_gsi",
     "pci_memory64",
@@ -41,6 +42,7 @@ EBDA = 0x9FC00  # conventional memory ends here, as kernels expect of a PC
 ISA_HOLE = 0xA0000
 ACPI_TABLES = 0xE0000  # where a kernel without a pointer would search for the RSDP
 ACPI_SIZE = 0x20000
+VM_GENERATION = 0xFFFE0  # 16 bytes
 RESET_VECTOR = 0xFFFF0  # F000:FFF0, the last 16 bytes of what the tables' range reserves
 HIGH_MEMORY = 0x100000
 

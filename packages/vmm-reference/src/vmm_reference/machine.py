@@ -105,6 +105,19 @@ class Machine:
             raise AttributeError("this machine's console is on file descriptors")
         return self._console
 
+    @property
+    def status(self) -> int:
+        """The exit status of `vmm run`: the outcome's, or the one that the guest has set.
+
+        Raises:
+            ValueError: the machine has not ended.
+        """
+        if self.outcome is None:
+            raise ValueError("the machine has not ended: it has no exit status")
+        if self.outcome is Outcome.DEBUG_EXIT:
+            return (int(self.detail) << 1 | 1) & 0xFF
+        return self.outcome.status
+
     def device(self, name: str) -> Any:
         """How a running device is controlled: what its factory returned; see its documentation.
 

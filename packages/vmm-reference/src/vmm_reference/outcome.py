@@ -19,6 +19,7 @@ class Outcome(enum.Enum):
     KVM_INTERNAL_ERROR = "KVM internal error"
     STOPPED = "stopped"
     MIGRATED = "migrated"
+    DEBUG_EXIT = "debug exit"
 
     @property
     def status(self) -> int:
@@ -36,4 +37,5 @@ _STATUS = {
     Outcome.TRIPLE_FAULT: 5,
     Outcome.KVM_INTERNAL_ERROR: 6,
     Outcome.STOPPED: 128 + 15,
+    Outcome.DEBUG_EXIT: 1,  # and twice the value that the guest gave, see `Machine.status`
 }

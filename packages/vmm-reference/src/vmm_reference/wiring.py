@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from virtio_queue import DeviceModel
 
     from .board import Board
+    from .outcome import Outcome
     from .slots import VirtioSlot
 
 __all__ = ["Wiring"]
@@ -98,6 +99,23 @@ class Wiring:
     def announce(self, term: bytes) -> None:
         r"""Add a term of `vmm_reference.acpi.aml` to what the guest's ACPI has in `\_SB`."""
         self._board.announced.append(term)
+
+    def table(self, signature: bytes, body: bytes) -> None:
+        """Give the guest's ACPI another table, without its header."""
+        self._board.add_table(signature, body)
+
+    def on_event(self, bit: int, method: str) -> None:
+        r"""Have the guest's ACPI call a method of `\_SB` for an event of `devices.pm`."""
+        self._board.add_event(bit, method)
+
+    def raise_event(self, bit: int) -> None:
+        """Raise an event of `devices.pm`; any thread but one in the power device."""
+        with self.ports.lock(self._board.power):
+            self._board.power.tell(bit)
+
+    def end(self, outcome: Outcome, detail: str = "") -> None:
+        """End the machine; from any thread."""
+        self._board.end(outcome, detail)
 
     def on_close(self, callback: Callable[[], object]) -> None:
         """Call `callback` when the device goes, before what was registered earlier."""

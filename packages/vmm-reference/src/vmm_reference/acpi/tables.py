@@ -15,9 +15,9 @@ from vmm_reference.layout import (
     ACPI_TABLES,
     IOAPIC,
     LOCAL_APIC,
-    RESET_VECTOR,
     SERIAL_IRQ,
     SERIAL_PORT,
+    VM_GENERATION,
 )
 
 from . import aml
@@ -80,9 +80,9 @@ def build(
     found = [fadt, append(_madt(cpus))]
     found += [append(_table(signature, 1, body)) for signature, body in more]
     blob[:_RSDP_SIZE] = _rsdp(append(_table(b"XSDT", 1, pack(f"<{len(found)}Q", *found))))
-    if len(blob) > RESET_VECTOR - ACPI_TABLES:
+    if len(blob) > VM_GENERATION - ACPI_TABLES:
         raise ValueError(
-            f"ACPI tables of {len(blob)} bytes: must fit into {RESET_VECTOR - ACPI_TABLES}"
+            f"ACPI tables of {len(blob)} bytes: must fit into {VM_GENERATION - ACPI_TABLES}"
         )
     return bytes(blob)
 

@@ -25,7 +25,7 @@ __all__ = ["configuration", "run", "run_on_terminal"]
 STATUSES = """
 Exit status: 0 the guest powered off (or Ctrl-A x), 1 the host failed, 2 a mistake in the
 arguments, 3 the guest panicked, 4 it reset itself with --on-reset exit, 5 triple fault,
-6 KVM internal error, 128 + N ended by signal N.
+6 KVM internal error, 128 + N ended by signal N; or what a device `debug-exit` is told.
 """
 
 
@@ -104,8 +104,8 @@ def run_on_terminal(machine: Machine) -> int:
             previous = signal.signal(signal.SIGCONT, lambda _number, _frame: terminal.set_raw())
             stack.callback(signal.signal, signal.SIGCONT, previous)
         stack.enter_context(machine)
-        outcome = machine.wait()
-    return 128 + caught[0] if caught else outcome.status
+        machine.wait()
+    return 128 + caught[0] if caught else machine.status
 
 
 def run(arguments: list[str]) -> int:

@@ -43,10 +43,13 @@ REGISTRY = {
     "balloon": Kind("devices.balloon:MemoryBalloon", "devices.balloon:build"),
     "console": Kind("devices.console.setup:Ports", "devices.console.setup:build"),
     "debug-console": Kind("devices.debug_console:DebugLog", "devices.debug_console:build"),
+    "debug-exit": Kind("devices.debug_exit:ExitPort", "devices.debug_exit:build"),
     "drive": Kind("config:Drive", "devices.blk:build"),
     "net": Kind("devices.net.setup:Interface", "devices.net.setup:build"),
     "rng": Kind("devices.rng:Entropy", "devices.rng:build"),
+    "vmgenid": Kind("devices.vmgenid:Generation", "devices.vmgenid:build"),
     "vsock": Kind("devices.vsock.setup:Socket", "devices.vsock.setup:build"),
+    "watchdog": Kind("devices.watchdog:Timer", "devices.watchdog:build"),
 }
 """Every kind of device, by the name that a configuration gives it."""
 

@@ -18,6 +18,7 @@ __all__ = [
     "ConsoleState",
     "FlashState",
     "FwCfgState",
+    "GenerationState",
     "I8042State",
     "LimiterState",
     "NetState",
@@ -27,6 +28,7 @@ __all__ = [
     "SerialState",
     "StateError",
     "VsockState",
+    "WatchdogState",
 ]
 
 
@@ -361,4 +363,26 @@ class BalloonState:
     last: int = _whole(1, 0xFFFFFFFF)
     wanted: int = _whole(0, 0xFFFFFFFF)
     answering: int = _whole(0, 0xFFFFFFFF)
+    version: int = _version()
+
+
+@attrs.frozen
+class GenerationState:
+    """A `vmm_reference.devices.vmgenid.VmGeneration`: what the guest that was saved had."""
+
+    identifier: bytes = _bytes(16, 16)
+    version: int = _version()
+
+
+@attrs.frozen(kw_only=True)
+class WatchdogState:
+    """A `vmm_reference.devices.watchdog.Watchdog`.
+
+    Attributes:
+        count: from where it counts down.
+        left: milliseconds until it is at zero, or None where it does not run.
+    """
+
+    count: int = _whole(10, 6000)
+    left: int | None = _maybe(_whole(0, 600_000))
     version: int = _version()
