@@ -25,6 +25,9 @@
 #define KVM_RUN_REQUEST 0xAE80UL
 #define IMMEDIATE_EXIT 1 /* offset in struct kvm_run */
 #define EXIT_REASON 8
+#define UNION 32
+#define EXIT_IO 2
+#define EXIT_MMIO 6
 #define EXIT_MEMORY_FAULT 39
 
 static __thread int thread_id;
@@ -86,25 +89,16 @@ static int prepare_thread(int number)
     return thread_id = (int)syscall(SYS_gettid);
 }
 
-int kvmi_run(kvmi_vcpu *vcpu)
+/* One KVM_RUN: an exit reason, KVMI_KICKED or -errno. */
+static int enter(kvmi_vcpu *vcpu)
 {
-    int tid = thread_id ? thread_id : prepare_thread(vcpu->kick_signal);
     int result;
 
-    if (__atomic_exchange_n(&vcpu->running, 1, __ATOMIC_SEQ_CST))
-        return -EBUSY;
-    if (__atomic_load_n(&vcpu->retired, __ATOMIC_SEQ_CST)) {
-        __atomic_store_n(&vcpu->running, 0, __ATOMIC_SEQ_CST);
-        return -EBADF;
-    }
-    __atomic_store_n(&vcpu->tid, tid, __ATOMIC_SEQ_CST);
     /* EAGAIN: an application processor was woken by INIT or SIPI and is to be entered again. */
     do {
         vcpu->runs++;
         result = ioctl(vcpu->fd, KVM_RUN_REQUEST, 0UL) < 0 ? -errno : 0;
     } while (result == -EAGAIN);
-    __atomic_store_n(&vcpu->tid, 0, __ATOMIC_SEQ_CST);
-
     if (result == -EINTR) {
         if (__atomic_exchange_n(&vcpu->page[IMMEDIATE_EXIT], 0, __ATOMIC_SEQ_CST)) {
             vcpu->kicks++;
@@ -117,8 +111,96 @@ int kvmi_run(kvmi_vcpu *vcpu)
             ((result == -EFAULT || result == -EHWPOISON) && reason == EXIT_MEMORY_FAULT))
             result = reason & 0x7fffffff;
     }
+    return result;
+}
+
+/* The data of port I/O and MMIO in struct kvm_run. */
+struct io {
+    uint8_t direction, size;
+    uint16_t port;
+    uint32_t count;
+    uint64_t data_offset;
+};
+struct mmio {
+    uint64_t phys_addr;
+    uint8_t data[8];
+    uint32_t len;
+    uint8_t is_write;
+};
+
+static int serve(kvmi_vcpu *vcpu, int reason)
+{
+    if (reason == EXIT_IO) {
+        struct io *io = (struct io *)(vcpu->page + UNION);
+        return io->count == 1 && kvmi_hot_serve(vcpu->hot, io->port, io->size, 1, io->direction,
+                                                vcpu->page + io->data_offset);
+    }
+    if (reason == EXIT_MMIO) {
+        struct mmio *mmio = (struct mmio *)(vcpu->page + UNION);
+        return mmio->len <= 8 && kvmi_hot_serve(vcpu->hot, mmio->phys_addr, mmio->len, 0,
+                                                mmio->is_write, mmio->data);
+    }
+    return 0;
+}
+
+/* Writes that were posted come before whatever ended the run, so that waits until they are taken. */
+static int hold(kvmi_vcpu *vcpu, int result)
+{
+    vcpu->has_held = kvmi_hot_waiting(vcpu->hot);
+    vcpu->held = result;
+    return vcpu->has_held ? KVMI_POSTED : result;
+}
+
+static int run_hot(kvmi_vcpu *vcpu)
+{
+    uint32_t left = vcpu->limit;
+    int result = vcpu->held;
+
+    if (vcpu->has_held)
+        return hold(vcpu, result);
+    while (serve(vcpu, result = enter(vcpu))) {
+        vcpu->served++;
+        if (!--left) {
+            result = -EINTR;
+            break;
+        }
+    }
+    return hold(vcpu, result);
+}
+
+int kvmi_run(kvmi_vcpu *vcpu)
+{
+    int tid = thread_id ? thread_id : prepare_thread(vcpu->kick_signal);
+    int result;
+
+    if (__atomic_exchange_n(&vcpu->running, 1, __ATOMIC_SEQ_CST))
+        return -EBUSY;
+    if (__atomic_load_n(&vcpu->retired, __ATOMIC_SEQ_CST)) {
+        __atomic_store_n(&vcpu->running, 0, __ATOMIC_SEQ_CST);
+        return -EBADF;
+    }
+    __atomic_store_n(&vcpu->tid, tid, __ATOMIC_SEQ_CST);
+    result = vcpu->hot ? run_hot(vcpu) : enter(vcpu);
+    __atomic_store_n(&vcpu->tid, 0, __ATOMIC_SEQ_CST);
     __atomic_store_n(&vcpu->running, 0, __ATOMIC_SEQ_CST);
     return result;
+}
+
+/* What ended the run before last posted writes were found; to be called once they are taken. */
+int kvmi_take_held(kvmi_vcpu *vcpu)
+{
+    vcpu->has_held = 0;
+    return vcpu->held;
+}
+
+int kvmi_serve_hot(kvmi_vcpu *vcpu, kvmi_hot *hot, uint32_t limit)
+{
+    if (__atomic_exchange_n(&vcpu->running, 1, __ATOMIC_SEQ_CST))
+        return -EBUSY;
+    vcpu->hot = hot;
+    vcpu->limit = limit;
+    __atomic_store_n(&vcpu->running, 0, __ATOMIC_SEQ_CST);
+    return 0;
 }
 
 int kvmi_kick(kvmi_vcpu *vcpu)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         Unknown,
     )
     from kvm_ioctls.exits.foreign import (
+        ArmDebug,
         ArmLdst64b,
         ArmNisv,
         ArmSea,
@@ -85,6 +86,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "ApResetHold": "rare",
+    "ArmDebug": "foreign",
     "ArmLdst64b": "foreign",
     "ArmNisv": "foreign",
     "ArmSea": "foreign",
@@ -138,6 +140,7 @@ _HOMES = {
 
 __all__ = [
     "ApResetHold",
+    "ArmDebug",
     "ArmLdst64b",
     "ArmNisv",
     "ArmSea",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from os import uname
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -10,7 +11,7 @@ if TYPE_CHECKING:
 
     from kvm_ioctls.exits.base import Exit
 
-__all__ = ["HOMES", "Decoders", "decoders", "interrupted"]
+__all__ = ["HOMES", "OTHERS", "Decoders", "decoders", "interrupted"]
 
 # Reason: module of kvm_ioctls.exits, and its function or constant.
 HOMES: dict[int, tuple[str, str]] = {
@@ -59,6 +60,11 @@ HOMES: dict[int, tuple[str, str]] = {
     43: ("rare", "decode_snp_req_certs"),
 }
 
+# Where an architecture lays out an exit's data in its own way.
+OTHERS: dict[str, dict[int, tuple[str, str]]] = {
+    "aarch64": {4: ("foreign", "decode_arm_debug")},
+}
+
 
 def _constant(value: Exit) -> Callable[[memoryview], Exit]:
     def decode(page: memoryview) -> Exit:
@@ -68,10 +74,13 @@ def _constant(value: Exit) -> Callable[[memoryview], Exit]:
 
 
 class Decoders(dict[int, "Callable[[memoryview], Exit]"]):
-    """Reason to decoder, filled as reasons occur."""
+    """Reason to decoder, filled as reasons occur, for run pages of one machine."""
+
+    def __init__(self, machine: str = "x86_64") -> None:
+        self._homes = HOMES | OTHERS.get(machine, {})
 
     def __missing__(self, reason: int) -> Callable[[memoryview], Exit]:
-        module, name = HOMES.get(reason, ("failures", "decode_unknown"))
+        module, name = self._homes.get(reason, ("failures", "decode_unknown"))
         found: Any = getattr(_load(module), name)
         decoder: Callable[[memoryview], Exit] = found if callable(found) else _constant(found)
         self[reason] = decoder
@@ -84,7 +93,7 @@ def _load(module: str) -> Any:
     return import_module(f"kvm_ioctls.exits.{module}")
 
 
-decoders = Decoders()
+decoders = Decoders(uname().machine)
 
 
 def interrupted(kicked: bool) -> Exit:

@@ -9,9 +9,9 @@ import attrs
 from kvm_ioctls.exits.base import Exit
 
 __all__ = [
-    "ArmLdst64b", "ArmNisv", "ArmSea", "Dcr", "Epr", "LoongarchIocsrRead", "LoongarchIocsrWrite",
-    "Osi", "PaprHcall", "RiscvCsr", "RiscvSbi", "S390Reset", "S390Sieic", "S390Stsi", "S390Tsch",
-    "S390Ucontrol", "Watchdog",
+    "ArmDebug", "ArmLdst64b", "ArmNisv", "ArmSea", "Dcr", "Epr", "LoongarchIocsrRead",
+    "LoongarchIocsrWrite", "Osi", "PaprHcall", "RiscvCsr", "RiscvSbi", "S390Reset", "S390Sieic",
+    "S390Stsi", "S390Tsch", "S390Ucontrol", "Watchdog",
 ]  # fmt: skip
 
 
@@ -27,6 +27,20 @@ class ArmNisv(Exit):
     reason = 28
     esr_iss: int
     fault_ipa: int
+
+
+@attrs.frozen
+class ArmDebug(Exit):
+    """KVM_EXIT_DEBUG on arm64: a breakpoint, watchpoint or single step.
+
+    Attributes:
+        esr: the syndrome (ESR_EL2).
+        far: the address that a watchpoint watched.
+    """
+
+    reason = 4
+    esr: int
+    far: int
 
 
 @attrs.frozen
@@ -356,3 +370,9 @@ def decode_papr_hcall(page: memoryview) -> Exit:
 def decode_epr(page: memoryview) -> Exit:
     """From a run page whose exit reason is KVM_EXIT_EPR."""
     return Epr(page[32:36])
+
+
+def decode_arm_debug(page: memoryview) -> Exit:
+    """From an arm64 run page whose exit reason is KVM_EXIT_DEBUG."""
+    low, high, far = unpack_from("<IIQ", page, 32)
+    return ArmDebug(high << 32 | low, far)

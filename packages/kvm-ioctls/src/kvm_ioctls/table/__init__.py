@@ -9,10 +9,10 @@ Nothing here is imported while a guest runs: only an error message looks a name 
 from __future__ import annotations
 
 from kvm_ioctls.table.exits import EXITS, ExitRow, exit_layout
-from kvm_ioctls.table.ioctls import IOCTLS, Ioctl, find
-from kvm_ioctls.table.structs import STRUCTS, Field, Layout, layout
+from kvm_ioctls.table.ioctls import HOST, IOCTLS, MACHINES, Ioctl, find
+from kvm_ioctls.table.structs import ARCHITECTURES, Field, Layout, layout, structs
 
 __all__ = [
-    "EXITS", "IOCTLS", "STRUCTS", "ExitRow", "Field", "Ioctl", "Layout", "exit_layout", "find",
-    "layout",
+    "ARCHITECTURES", "EXITS", "HOST", "IOCTLS", "MACHINES", "ExitRow", "Field", "Ioctl", "Layout",
+    "exit_layout", "find", "layout", "structs",
 ]  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from kvm_ioctls.table.structs import STRUCTS, layout
+from kvm_ioctls.table.structs import parse
 
 __all__ = ["EXITS", "UNION", "ExitRow", "exit_layout"]
 
@@ -39,10 +39,10 @@ EXITS: tuple[ExitRow, ...] = (
     ExitRow("EXCEPTION", 1, ("ExceptionExit",), "ex", "u32 exception error_code", "x86"),
     ExitRow("IO", 2, ("IoIn", "IoOut"), "io", "u8 direction size; u16 port; u32 count;"
             " u64 data_offset", "x86", "guest"),
-    ExitRow("HYPERCALL", 3, ("Hypercall",), "hypercall", "u64 nr args[6] ret; u32 longmode pad",
+    ExitRow("HYPERCALL", 3, ("Hypercall",), "hypercall", "u64 nr args[6] ret; u32 longmode _pad",
             "all", "page"),
-    ExitRow("DEBUG", 4, ("Debug",), "debug.arch", "u32 exception pad; u64 pc dr6 dr7", "x86",
-            "guest"),
+    ExitRow("DEBUG", 4, ("Debug", "ArmDebug"), "debug.arch", "u32 exception pad; u64 pc dr6 dr7",
+            "x86", "guest"),
     ExitRow("HLT", 5, ("Hlt",), shown="guest"),
     ExitRow("MMIO", 6, ("MmioRead", "MmioWrite"), "mmio", "u64 phys_addr; u8 data[8]; u32 len;"
             " u8 is_write", "all", "guest"),
@@ -106,9 +106,7 @@ def exit_layout(row: ExitRow) -> dict[str, tuple[int, int, int]]:
     """
     if not row.members:
         return {}
-    name = f"exit {row.name}"
-    STRUCTS.setdefault(name, row.members)
     return {
         field.name: (UNION + field.offset, field.size, field.length)
-        for field in layout(name).fields
+        for field in parse(row.name, row.members).fields
     }

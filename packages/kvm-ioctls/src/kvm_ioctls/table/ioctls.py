@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from typing import NamedTuple
 
 from kvm_ioctls.table.structs import layout
 
-__all__ = ["IOCTLS", "KINDS", "Ioctl", "find"]
+__all__ = ["HOST", "IOCTLS", "KINDS", "MACHINES", "Ioctl", "find"]
+
+MACHINES = {"x86_64": "x86", "aarch64": "arm64", "riscv64": "riscv"}
+HOST = MACHINES.get(os.uname().machine, "x86")
+"""The architecture of this machine, as the rows name it."""
 
 KINDS = ("kvm", "vm", "vcpu", "device")
 _DIRECTIONS = {"": 0, "W": 1, "R": 2, "WR": 3}
@@ -19,33 +24,56 @@ class Ioctl(NamedTuple):
         name: as in `linux/kvm.h`.
         direction: `""`, `"W"` (the caller writes), `"R"` or `"WR"`, as in the `_IO` macros.
         nr: its number within KVM's type 0xAE.
-        struct: the structure its size is taken from, or None.
+        struct: the structure its size is taken from, or its bytes where that is all we know of it
+            (KVM of other architectures), or None if it takes no structure.
         fd: kinds of descriptor it works on: `kvm`, `vm`, `vcpu`, `device`.
         capability: the KVM_CAP that announces it, without the prefix, or None.
-        architecture: `all`, `x86`, `arm64`, `riscv`, or several with a slash.
+        architecture: `all`, `x86`, `arm64`, `riscv`, or several with a slash; and, for rows that
+            this library does not carry out, `s390`, `powerpc`, or `none` if no kernel does now.
     """
 
     name: str
     direction: str
     nr: int
-    struct: str | None
+    struct: str | int | None
     fd: str
     capability: str | None = None
     architecture: str = "all"
 
+    def on(self, architecture: str) -> bool:
+        """Whether KVM of an architecture has it."""
+        return self.architecture == "all" or architecture in self.architecture.split("/")
+
     @property
-    def size(self) -> int:
+    def wrapped(self) -> bool:
+        """Whether this library has a method for it."""
+        return any(self.on(architecture) for architecture in MACHINES.values())
+
+    def size(self, architecture: str) -> int:
         """Bytes of the fixed part of its structure; 0 if it takes a plain value."""
-        return layout(self.struct).size if self.struct else 0
+        if isinstance(self.struct, str):
+            return layout(self.struct, architecture).size
+        return self.struct or 0
+
+    def number(self, architecture: str) -> int:
+        """The number that the system call takes on an architecture."""
+        size = self.size(architecture)
+        return _DIRECTIONS[self.direction] << 30 | size << 16 | 0xAE << 8 | self.nr
 
     @property
     def request(self) -> int:
-        """The number that the system call takes."""
-        return _DIRECTIONS[self.direction] << 30 | self.size << 16 | 0xAE << 8 | self.nr
+        """The number on this machine; of a row that it does not have, the number where it is."""
+        if self.on(HOST) or not self.wrapped:
+            return self.number(HOST)
+        return self.number(self.architecture.split("/")[0])
 
     @property
     def method(self) -> str:
-        """The method that carries it out: the name in lower case without `KVM_`."""
+        """The method that carries it out: the name in lower case without `KVM_`.
+
+        Where a structure differs from x86's, the method begins with the architecture: `arm_` and
+        the name.
+        """
         return self.name.removeprefix("KVM_").lower()
 
 
@@ -125,12 +153,14 @@ IOCTLS: tuple[Ioctl, ...] = (
     Ioctl("KVM_GET_MP_STATE", "R", 0x98, "kvm_mp_state", "vcpu", "MP_STATE"),
     Ioctl("KVM_SET_MP_STATE", "W", 0x99, "kvm_mp_state", "vcpu", "MP_STATE"),
     Ioctl("KVM_NMI", "", 0x9A, None, "vcpu", "USER_NMI", _X86),
-    Ioctl("KVM_SET_GUEST_DEBUG", "W", 0x9B, "kvm_guest_debug", "vcpu", "SET_GUEST_DEBUG", _X86),
+    Ioctl("KVM_SET_GUEST_DEBUG", "W", 0x9B, "kvm_guest_debug", "vcpu", "SET_GUEST_DEBUG"),
     Ioctl("KVM_X86_SETUP_MCE", "W", 0x9C, "u64", "vcpu", "MCE", _X86),
     Ioctl("KVM_X86_GET_MCE_CAP_SUPPORTED", "R", 0x9D, "u64", "kvm", "MCE", _X86),
     Ioctl("KVM_X86_SET_MCE", "W", 0x9E, "kvm_x86_mce", "vcpu", "MCE", _X86),
-    Ioctl("KVM_GET_VCPU_EVENTS", "R", 0x9F, "kvm_vcpu_events", "vcpu", "VCPU_EVENTS", _X86),
-    Ioctl("KVM_SET_VCPU_EVENTS", "W", 0xA0, "kvm_vcpu_events", "vcpu", "VCPU_EVENTS", _X86),
+    Ioctl("KVM_GET_VCPU_EVENTS", "R", 0x9F, "kvm_vcpu_events", "vcpu", "VCPU_EVENTS",
+          "x86/arm64"),
+    Ioctl("KVM_SET_VCPU_EVENTS", "W", 0xA0, "kvm_vcpu_events", "vcpu", "VCPU_EVENTS",
+          "x86/arm64"),
     Ioctl("KVM_GET_DEBUGREGS", "R", 0xA1, "kvm_debugregs", "vcpu", "DEBUGREGS", _X86),
     Ioctl("KVM_SET_DEBUGREGS", "W", 0xA2, "kvm_debugregs", "vcpu", "DEBUGREGS", _X86),
     Ioctl("KVM_ENABLE_CAP", "W", 0xA3, "kvm_enable_cap", "vm vcpu", "ENABLE_CAP"),
@@ -169,6 +199,17 @@ IOCTLS: tuple[Ioctl, ...] = (
           "MEMORY_ATTRIBUTES"),
     Ioctl("KVM_CREATE_GUEST_MEMFD", "WR", 0xD4, "kvm_create_guest_memfd", "vm", "GUEST_MEMFD"),
     Ioctl("KVM_PRE_FAULT_MEMORY", "WR", 0xD5, "kvm_pre_fault_memory", "vcpu", "PRE_FAULT_MEMORY"),
+    # --- arm64
+    Ioctl("KVM_ARM_SET_DEVICE_ADDR", "W", 0xAB, "kvm_arm_device_addr", "vm",
+          "ARM_SET_DEVICE_ADDR", "arm64"),
+    Ioctl("KVM_ARM_VCPU_INIT", "W", 0xAE, "kvm_vcpu_init", "vcpu", None, "arm64"),
+    Ioctl("KVM_ARM_PREFERRED_TARGET", "R", 0xAF, "kvm_vcpu_init", "vm", None, "arm64"),
+    Ioctl("KVM_ARM_MTE_COPY_TAGS", "R", 0xB4, "kvm_arm_copy_mte_tags", "vm", "ARM_MTE", "arm64"),
+    Ioctl("KVM_ARM_SET_COUNTER_OFFSET", "W", 0xB5, "kvm_arm_counter_offset", "vm",
+          "COUNTER_OFFSET", "arm64"),
+    Ioctl("KVM_ARM_GET_REG_WRITABLE_MASKS", "R", 0xB6, "reg_mask_range", "vm",
+          "ARM_SUPPORTED_REG_MASK_RANGES", "arm64"),
+    Ioctl("KVM_ARM_VCPU_FINALIZE", "W", 0xC2, "int", "vcpu", "ARM_SVE", "arm64"),
     # --- devices
     Ioctl("KVM_CREATE_DEVICE", "WR", 0xE0, "kvm_create_device", "vm", "DEVICE_CTRL"),
     Ioctl("KVM_SET_DEVICE_ATTR", "W", 0xE1, "kvm_device_attr", "kvm vm vcpu device",
@@ -186,7 +227,5 @@ def find(request: int) -> Ioctl | None:
     >>> find(0xAE80).name
     'KVM_RUN'
     """
-    for row in IOCTLS:
-        if row.request == request:
-            return row
-    return None
+    rows = sorted(IOCTLS, key=lambda row: not row.on(HOST))  # where two share a number, ours speaks
+    return next((row for row in rows if row.request == request), None)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from kvm_ioctls._attributes import Attributes
 from kvm_ioctls._fd import Descriptor
+from kvm_ioctls.vcpu.arm64 import VcpuArm64
 from kvm_ioctls.vcpu.cpu import VcpuCpu
 from kvm_ioctls.vcpu.debug import VcpuDebug
 from kvm_ioctls.vcpu.extras import VcpuExtras
@@ -22,7 +23,9 @@ if TYPE_CHECKING:
 __all__ = ["Vcpu"]
 
 
-class Vcpu(VcpuShared, VcpuRegisters, VcpuInterrupts, VcpuCpu, VcpuDebug, VcpuExtras, Attributes):
+class Vcpu(
+    VcpuShared, VcpuRegisters, VcpuInterrupts, VcpuCpu, VcpuDebug, VcpuExtras, VcpuArm64, Attributes
+):
     """A virtual processor, made by Vm.create_vcpu().
 
     run() and everything that reads or writes its state belongs to one thread at a time; kick() may

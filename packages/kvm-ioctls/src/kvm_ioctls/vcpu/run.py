@@ -13,11 +13,13 @@ if TYPE_CHECKING:
     from typing import Any, NoReturn
 
     from kvm_ioctls.exits.base import Exit
+    from kvm_ioctls.hot import HotExits
 
 __all__ = ["VcpuRun"]
 
 _run = lib.kvmi_run
 _KICKED = lib.KVMI_KICKED
+_POSTED = lib.KVMI_POSTED
 _EINTR = 4
 
 _kick_signal = 0
@@ -41,6 +43,7 @@ class VcpuRun(Descriptor):
     """The part of a vCPU that runs."""
 
     id: int
+    _hot: HotExits | None = None
 
     def _init_run(self, fd: int, mmap_size: int) -> None:
         signal = _install_kick_signal()
@@ -71,14 +74,42 @@ class VcpuRun(Descriptor):
             ClosedError: the vCPU has been closed.
         """
         reason = _run(self._control)
-        if reason < 0:
-            if reason == _KICKED or reason == -_EINTR:
-                return interrupted(reason == _KICKED)
-            self._fail_run(-reason)
-        return decoders[reason](self._page)
+        return decoders[reason](self._page) if reason >= 0 else self._other(reason)
+
+    def _other(self, reason: int) -> Exit:
+        """What run() returns when C did not give it a reason of the kernel's."""
+        if reason == _POSTED and self._hot is not None:
+            self._hot.flush()
+            reason = lib.kvmi_take_held(self._control)
+            if reason >= 0:
+                return decoders[reason](self._page)
+        if reason == _KICKED or reason == -_EINTR:
+            return interrupted(reason == _KICKED)
+        return self._fail_run(-reason)
 
     def _fail_run(self, errno: int) -> NoReturn:
         self._fail(lib.KVM_RUN, errno, {"vcpu": self.id})
+
+    def serve_hot(self, hot: HotExits | None) -> None:
+        """Serve declared exits in C from the next run on; None goes back to serving none.
+
+        See kvm_ioctls.hot. Call it while the vCPU does not run.
+
+        Raises:
+            KvmError: EBUSY if it runs, or if an exit waits for posted writes that the handler
+                refused: run() again first.
+        """
+        self.fileno()
+        handle = ffi.NULL if hot is None else hot._hot
+        result = lib.kvmi_serve_hot(self._control, handle, 0 if hot is None else hot.limit)
+        if result < 0:
+            self._fail("serve_hot", -result, {"vcpu": self.id})
+        self._hot = hot
+
+    @property
+    def served(self) -> int:
+        """How many declared exits were served without returning."""
+        return int(self._control.served)
 
     def kick(self) -> None:
         """End the run under way in another thread, or else the next one: from any thread.
@@ -109,6 +140,57 @@ class VcpuRun(Descriptor):
         return self._page
 
     @property
+    def request_interrupt_window(self) -> bool:
+        """Whether the next run returns `IrqWindowOpen` once the guest can take an interrupt.
+
+        Only where no interrupt controller is in the kernel.
+        """
+        return bool(self._shared()[0])
+
+    @request_interrupt_window.setter
+    def request_interrupt_window(self, wanted: bool) -> None:
+        self._shared()[0] = wanted
+
+    @property
+    def ready_for_interrupt_injection(self) -> bool:
+        """Whether interrupt() would be taken at once, as of the last exit."""
+        return bool(self._shared()[12])
+
+    @property
+    def if_flag(self) -> bool:
+        """Whether the guest had interrupts enabled at the last exit."""
+        return bool(self._shared()[13])
+
+    @property
+    def run_flags(self) -> int:
+        """KVM_RUN_X86_*: what else was true at the last exit, such as system-management mode."""
+        return int.from_bytes(self._shared()[14:16], "little")
+
+    @property
+    def cr8(self) -> int:
+        """The task priority; without a controller in the kernel the next run takes it from here."""
+        return int.from_bytes(self._shared()[16:24], "little")
+
+    @cr8.setter
+    def cr8(self, value: int) -> None:
+        self._shared()[16:24] = value.to_bytes(8, "little")
+
+    @property
+    def apic_base(self) -> int:
+        """The APIC base MSR; without a controller in the kernel the next run takes it from here."""
+        return int.from_bytes(self._shared()[24:32], "little")
+
+    @apic_base.setter
+    def apic_base(self, value: int) -> None:
+        self._shared()[24:32] = value.to_bytes(8, "little")
+
+    def _shared(self) -> memoryview:
+        """The run page; ClosedError if it is gone."""
+        if self._fd < 0:
+            self._fail("run page", 9, {"vcpu": self.id})
+        return self._page
+
+    @property
     def runs(self) -> int:
         """How often KVM_RUN was entered."""
         return int(self._control.runs)
@@ -133,3 +215,4 @@ class VcpuRun(Descriptor):
         # The mapping holds a reference to the VM in the kernel: it goes now, not with the object.
         self._page_owner = None
         self._page = memoryview(b"")
+        self._hot = None

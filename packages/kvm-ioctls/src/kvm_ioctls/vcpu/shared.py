@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from kvm_ioctls._native import ffi, lib
 from kvm_ioctls.vcpu.run import VcpuRun
+from kvm_ioctls.vm.memory import PAGE
 
 if TYPE_CHECKING:
     from typing import Any
@@ -22,6 +23,7 @@ _REGS, _SREGS, _EVENTS = slice(304, 448), slice(448, 760), slice(760, 824)
 _COALESCED = Struct("<QII8s")
 _GFN = Struct("<IIQ")
 _BATCH = 512
+_COALESCED_AT = lib.KVMI_COALESCED_PAGE * PAGE
 
 
 class CoalescedWrite(NamedTuple):
@@ -63,29 +65,29 @@ class VcpuShared(VcpuRun):
 
         Setting it takes effect with the next run (KVM_CAP_SYNC_REGS).
         """
-        return int.from_bytes(self._page[_VALID], "little")
+        return int.from_bytes(self._shared()[_VALID], "little")
 
     @sync_valid.setter
     def sync_valid(self, sets: int) -> None:
-        self._page[_VALID] = sets.to_bytes(8, "little")
+        self._shared()[_VALID] = sets.to_bytes(8, "little")
 
     def sync_regs(self) -> Regs:
         """General registers at the last exit, without an ioctl; needs KVM_SYNC_X86_REGS."""
         from kvm_ioctls.state.regs import Regs
 
-        return Regs.from_bytes(self._page[_REGS])
+        return Regs.from_bytes(self._shared()[_REGS])
 
     def sync_sregs(self) -> Sregs:
         """Special registers at the last exit; needs KVM_SYNC_X86_SREGS."""
         from kvm_ioctls.state.sregs import Sregs
 
-        return Sregs.from_bytes(self._page[_SREGS])
+        return Sregs.from_bytes(self._shared()[_SREGS])
 
     def sync_events(self) -> VcpuEvents:
         """Events at the last exit; needs KVM_SYNC_X86_EVENTS."""
         from kvm_ioctls.state.events import VcpuEvents
 
-        return VcpuEvents.from_bytes(self._page[_EVENTS])
+        return VcpuEvents.from_bytes(self._shared()[_EVENTS])
 
     def set_sync(
         self,
@@ -95,29 +97,30 @@ class VcpuShared(VcpuRun):
         events: VcpuEvents | None = None,
     ) -> None:
         """Registers that the next run takes over before it enters the guest."""
-        dirty = int.from_bytes(self._page[_DIRTY], "little")
+        dirty = int.from_bytes(self._shared()[_DIRTY], "little")
         for bit, place, value in ((1, _REGS, regs), (2, _SREGS, sregs), (4, _EVENTS, events)):
             if value is not None:
-                self._page[place] = value.to_bytes()
+                self._shared()[place] = value.to_bytes()
                 dirty |= bit
-        self._page[_DIRTY] = dirty.to_bytes(8, "little")
+        self._shared()[_DIRTY] = dirty.to_bytes(8, "little")
 
     def coalesced_writes(self, limit: int = 1 << 16) -> list[CoalescedWrite]:
         """Writes to coalesced zones that have not been looked at, oldest first.
 
-        The ring belongs to the VM: any of its vCPUs shows the same one. It holds 170 writes; when
+        The ring belongs to the VM: any of its vCPUs shows the same one. It holds 169 writes; when
         it is full, writes exit as others do, and what is in the ring is older than such an exit.
         Call it from one thread at a time.
         """
-        size = 4096
-        ring = ffi.from_buffer(self._page[2 * size : 3 * size])
-        out = bytearray(24 * 170)
+        size, offset = PAGE, _COALESCED_AT
+        ring = ffi.from_buffer(self._shared()[offset : offset + size])
+        room = (size - 8) // _COALESCED.size
+        out = bytearray(_COALESCED.size * room)
         held = ffi.from_buffer(out)
         found: list[CoalescedWrite] = []
         while len(found) < limit:
             count = lib.kvmi_coalesced_take(
                 ffi.cast("uint8_t *", ring), size, ffi.cast("uint8_t *", held),
-                min(170, limit - len(found)),
+                min(room, limit - len(found)),
             )  # fmt: skip
             for number in range(count):
                 address, length, pio, data = _COALESCED.unpack_from(out, 24 * number)
@@ -133,9 +136,9 @@ class VcpuShared(VcpuRun):
             size: bytes, as given to Vm.enable_cap(KVM_CAP_DIRTY_LOG_RING) before the vCPU was made.
         """
         address = ffi.new("uint8_t **")
-        result = lib.kvmi_map(self._fd, 64 * 4096, size, address)
+        result = lib.kvmi_map(self._fd, 64 * PAGE, size, address)
         if result < 0:
-            self._fail("mmap", -result, {"offset": 64 * 4096, "size": size})
+            self._fail("mmap", -result, {"offset": 64 * PAGE, "size": size})
         self._ring = ffi.gc(address[0], lambda ring: lib.kvmi_unmap(ring, size))
         self._ring_entries = size // _GFN.size
         self._ring_fetch = ffi.new("uint32_t *")

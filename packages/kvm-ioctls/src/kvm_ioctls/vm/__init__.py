@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from kvm_ioctls._attributes import Attributes
 from kvm_ioctls._fd import Descriptor
 from kvm_ioctls._native import lib
+from kvm_ioctls.vm.arm64 import VmArm64
 from kvm_ioctls.vm.events import VmEvents
 from kvm_ioctls.vm.guests import VmGuests
 from kvm_ioctls.vm.irq import VmIrq
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["Vm"]
 
 
-class Vm(VmPages, VmIrq, VmEvents, VmPlatform, VmGuests, Attributes):
+class Vm(VmPages, VmIrq, VmEvents, VmPlatform, VmGuests, VmArm64, Attributes):
     """A virtual machine, made by Kvm.create_vm().
 
     It owns its vCPUs: close() closes these first, waiting for the ones that run. Buffers given as

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from _thread import allocate_lock
+from os import sysconf
 from struct import pack
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
 
 __all__ = ["HostMemory", "Slot", "VmMemory"]
 
-PAGE = 4096
+PAGE = sysconf("SC_PAGESIZE")
+"""Bytes of a page of this machine."""
 _LOG, _READONLY = 1, 2
 _EINVAL, _EEXIST, _ENOENT, _EFAULT = 22, 17, 2, 14
 
