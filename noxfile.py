@@ -41,6 +41,8 @@ SYSTEM = {
     "gcc": "gcc libc6-dev", "as": "binutils", "qemu-system-x86_64": "qemu-system-x86",
     "iasl": "acpica-tools", "dtc": "device-tree-compiler", "mkfs.ext4": "e2fsprogs",
     "cpio": "cpio", "depmod": "kmod",
+    "aarch64-linux-gnu-gcc": "gcc-aarch64-linux-gnu libc6-dev-arm64-cross",
+    "riscv64-linux-gnu-gcc": "gcc-riscv64-linux-gnu libc6-dev-riscv64-cross",
 }  # fmt: skip
 
 
@@ -193,7 +195,10 @@ def doctest(session: nox.Session) -> None:
 def whole(session: nox.Session) -> None:
     """What only the whole can show: boots, the lab, the two commands: `-- PYTEST ARGUMENTS`."""
     environment(session)
-    system(session, "qemu-system-x86_64", "iasl", "mkfs.ext4")
+    system(session, "qemu-system-x86_64", "iasl", "mkfs.ext4",
+           "aarch64-linux-gnu-gcc", "riscv64-linux-gnu-gcc")  # fmt: skip
+    if subprocess.run([PYTHON, "-c", "import ziglang"], capture_output=True).returncode:
+        pip(session, *GROUPS["headers"])
     workers = str(min(len(os.sched_getaffinity(0)), 4))  # one lab each, on a core of its own
     session.run(PYTHON, "-m", "pytest", "-n", workers, "--dist", "worksteal",
                 *(session.posargs or ["tests", "benchmarks"]), external=True)  # fmt: skip

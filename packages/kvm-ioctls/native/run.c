@@ -197,10 +197,13 @@ int kvmi_serve_hot(kvmi_vcpu *vcpu, kvmi_hot *hot, uint32_t limit)
 {
     if (__atomic_exchange_n(&vcpu->running, 1, __ATOMIC_SEQ_CST))
         return -EBUSY;
-    vcpu->hot = hot;
-    vcpu->limit = limit;
+    int result = vcpu->has_held ? -EBUSY : 0;
+    if (!result) {
+        vcpu->hot = hot;
+        vcpu->limit = limit;
+    }
     __atomic_store_n(&vcpu->running, 0, __ATOMIC_SEQ_CST);
-    return 0;
+    return result;
 }
 
 int kvmi_kick(kvmi_vcpu *vcpu)

@@ -29,7 +29,7 @@ class ArmVcpuInit:
     """
 
     target: int = KVM_ARM_TARGET_GENERIC_V8
-    features: frozenset[int] = frozenset()
+    features: tuple[int, ...] = ()
     version: int = attrs.field(default=1, kw_only=True)
 
     @classmethod
@@ -37,14 +37,14 @@ class ArmVcpuInit:
         """From the kernel's 32 bytes."""
         bits = int.from_bytes(data[4:32], "little")
         return cls(
-            int.from_bytes(data[:4], "little"), frozenset(n for n in range(224) if bits >> n & 1)
+            int.from_bytes(data[:4], "little"), tuple(n for n in range(224) if bits >> n & 1)
         )
 
     def to_bytes(self) -> bytes:
         """The kernel's 32 bytes; ArgumentError if a feature's number is above 223."""
         if not all(0 <= number < 224 for number in self.features):
             refuse_field(self, "a feature is a number from 0 to 223")
-        bits = sum(1 << number for number in self.features)
+        bits = sum({1 << number for number in self.features})
         return pack_fields(self, Struct("<I"), (self.target,)) + bits.to_bytes(28, "little")
 
 

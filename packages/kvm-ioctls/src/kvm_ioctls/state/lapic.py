@@ -10,9 +10,9 @@ import attrs
 from kvm_ioctls.state._codec import refuse_field
 
 if TYPE_CHECKING:
-    from typing import Self
+    from typing import Any, Self
 
-__all__ = ["LapicState"]
+__all__ = ["LapicState", "LvtEntry"]
 
 _WORDS = Struct("<256I")
 
@@ -25,6 +25,52 @@ _PLACES = {
     "current_count": 0x390, "divide": 0x3E0,
 }  # fmt: skip
 _BITMAPS = {"isr": 0x100, "tmr": 0x180, "irr": 0x200}
+
+
+@attrs.frozen
+class LvtEntry:
+    """An entry of the local vector table (Intel SDM volume 3, 11.5.1).
+
+    Attributes:
+        vector: 0 to 255.
+        delivery_mode: 0 fixed, 2 SMI, 4 NMI, 5 INIT, 7 ExtINT.
+        delivery_status: 1 while the interrupt waits.
+        polarity: 1 for active low (LINT0 and LINT1).
+        remote_irr: 1 from a level interrupt's acceptance to its end (LINT0 and LINT1).
+        trigger_mode: 1 for level (LINT0 and LINT1).
+        mask: 1 to hold it back.
+        timer_mode: 0 one-shot, 1 periodic, 2 TSC deadline (timer).
+    """
+
+    vector: int = 0
+    delivery_mode: int = 0
+    delivery_status: int = 0
+    polarity: int = 0
+    remote_irr: int = 0
+    trigger_mode: int = 0
+    mask: int = 1
+    timer_mode: int = 0
+
+    @classmethod
+    def from_bits(cls, bits: int) -> Self:
+        """From the 32-bit register."""
+        return cls(
+            bits & 0xFF, bits >> 8 & 7, bits >> 12 & 1, bits >> 13 & 1, bits >> 14 & 1,
+            bits >> 15 & 1, bits >> 16 & 1, bits >> 17 & 3,
+        )  # fmt: skip
+
+    def to_bits(self) -> int:
+        """The 32-bit register; ArgumentError if a field does not fit its bits."""
+        bits = 0
+        for value, shift, width in (
+            (self.vector, 0, 8), (self.delivery_mode, 8, 3), (self.delivery_status, 12, 1),
+            (self.polarity, 13, 1), (self.remote_irr, 14, 1), (self.trigger_mode, 15, 1),
+            (self.mask, 16, 1), (self.timer_mode, 17, 2),
+        ):  # fmt: skip
+            if not 0 <= value < 1 << width:
+                refuse_field(self, f"{value} at bit {shift} needs more than {width} bits")
+            bits |= value << shift
+        return bits
 
 
 @attrs.frozen
@@ -105,3 +151,27 @@ class LapicState:
                 refuse_field(self, f"{value:#x} at offset {offset:#x}")
             pack_into("<I", data, offset, value)
         return bytes(data)
+
+    def lvt(self, name: str) -> LvtEntry:
+        """An entry of the local vector table: `timer`, `lint0`, `lint1`, `error`, ... ."""
+        return LvtEntry.from_bits(getattr(self, f"lvt_{name}"))
+
+    def with_lvt(self, name: str, entry: LvtEntry) -> LapicState:
+        """With another entry in the local vector table."""
+        changes: dict[str, Any] = {f"lvt_{name}": entry.to_bits()}
+        return attrs.evolve(self, **changes)
+
+    def vectors(self, bitmap: str) -> tuple[int, ...]:
+        """The vectors that are set in `irr` (requested), `isr` (in service) or `tmr` (level)."""
+        words = getattr(self, bitmap)
+        return tuple(32 * i + bit for i in range(8) for bit in range(32) if words[i] >> bit & 1)
+
+    @property
+    def enabled(self) -> bool:
+        """Whether software has enabled it (bit 8 of the spurious vector register)."""
+        return bool(self.svr & 0x100)
+
+    @property
+    def timer_divisor(self) -> int:
+        """What the timer's clock is divided by: 1 to 128 (Intel SDM volume 3, figure 11-10)."""
+        return 1 << ((self.divide & 3 | self.divide >> 1 & 4) + 1 & 7)

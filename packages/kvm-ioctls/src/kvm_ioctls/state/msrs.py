@@ -40,6 +40,26 @@ class MsrReport:
     def __getitem__(self, index: int) -> int:
         return self.values[index]
 
+    def require(self) -> MsrReport:
+        """The report itself, if nothing was refused.
+
+        Raises:
+            KvmError: EINVAL; it names every MSR that was refused.
+        """
+        if self.refused:
+            from kvm_ioctls.errors import KvmError
+            from kvm_ioctls.msrs import msr_name
+
+            names = ", ".join(map(msr_name, self.refused))
+            raise KvmError("MSRs", 22, {"refused": self.refused}, f"the kernel refuses {names}")
+        return self
+
+    def __str__(self) -> str:
+        from kvm_ioctls.msrs import msr_name
+
+        lines = [f"{msr_name(index)} = {value:#x}" for index, value in self.values.items()]
+        return "\n".join([*lines, *(f"{msr_name(index)} refused" for index in self.refused)])
+
 
 def _batches(
     source: Descriptor, request: int, pairs: list[tuple[int, int]]

@@ -23,7 +23,7 @@ class VcpuArm64(Descriptor):
     def arm_vcpu_init(self, init: ArmVcpuInit) -> None:
         """KVM_ARM_VCPU_INIT: say which processor it is, and reset it; before anything else."""
         self._write(lib.KVM_ARM_VCPU_INIT, init.to_bytes(), target=init.target,
-                    features=sorted(init.features))  # fmt: skip
+                    features=init.features)  # fmt: skip
 
     def arm_vcpu_finalize(self, feature: int) -> None:
         """KVM_ARM_VCPU_FINALIZE: fix a feature such as KVM_ARM_VCPU_SVE once it is set up."""
