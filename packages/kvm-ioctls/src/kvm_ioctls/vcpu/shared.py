@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from kvm_ioctls.state.events import VcpuEvents
     from kvm_ioctls.state.regs import Regs
     from kvm_ioctls.state.sregs import Sregs
+    from kvm_ioctls.vm import Vm
 
 __all__ = ["CoalescedWrite", "DirtyPage", "VcpuShared"]
 
@@ -54,6 +55,8 @@ class DirtyPage(NamedTuple):
 
 class VcpuShared(VcpuRun):
     """The part of a vCPU that exchanges state through memory instead of ioctls."""
+
+    vm: Vm
 
     _ring: Any = None
     _ring_entries = 0
@@ -129,12 +132,13 @@ class VcpuShared(VcpuRun):
                 break
         return found
 
-    def map_dirty_ring(self, size: int) -> None:
-        """Map the ring of dirty pages, once, before dirty_pages().
+    def _map_dirty_ring(self) -> None:
+        size = self.vm.dirty_ring_size
+        if not size:  # the kernel would map it, and end the process when it is looked at
+            from kvm_ioctls._hints import refuse
 
-        Args:
-            size: bytes, as given to Vm.enable_cap(KVM_CAP_DIRTY_LOG_RING) before the vCPU was made.
-        """
+            raise refuse("dirty_pages", 22, {"vcpu": self.id}, "this VM has no dirty rings: enable"
+                         " KVM_CAP_DIRTY_LOG_RING before the first vCPU")  # fmt: skip
         address = ffi.new("uint8_t **")
         result = lib.kvmi_map(self._fd, 64 * PAGE, size, address)
         if result < 0:
@@ -151,7 +155,7 @@ class VcpuShared(VcpuRun):
         a time; a page that the guest is just writing may come with the next call.
         """
         if self._ring is None:
-            self._fail("dirty_pages", 22, {"vcpu": self.id})
+            self._map_dirty_ring()
         out = bytearray(_GFN.size * _BATCH)
         held = ffi.from_buffer(out)
         found: list[DirtyPage] = []

@@ -187,17 +187,18 @@ class VmMemory(Descriptor):
         Args:
             slot: a slot set through this object, with KVM_MEM_LOG_DIRTY_PAGES.
         """
-        known = self._slots.get(slot)
-        if known is None:
-            from kvm_ioctls._hints import refuse
+        with self._slots_lock:  # the kernel fills a bitmap for the size that the slot has then
+            known = self._slots.get(slot)
+            if known is None:
+                from kvm_ioctls._hints import refuse
 
-            raise refuse("KVM_GET_DIRTY_LOG", _ENOENT, {"slot": slot}, "no such slot was set"
-                         " through this object, so the bitmap's size is unknown")  # fmt: skip
-        bitmap = bytearray(-(-(known.size // PAGE) // 64) * 8)
-        held = ffi.from_buffer(bitmap)
-        self._write(
-            lib.KVM_GET_DIRTY_LOG,
-            pack("<IIQ", slot, 0, int(ffi.cast("uintptr_t", held))),
-            slot=slot,
-        )
+                raise refuse("KVM_GET_DIRTY_LOG", _ENOENT, {"slot": slot}, "no such slot was set"
+                             " through this object, so the bitmap's size is unknown")  # fmt: skip
+            bitmap = bytearray(-(-(known.size // PAGE) // 64) * 8)
+            held = ffi.from_buffer(bitmap)
+            self._write(
+                lib.KVM_GET_DIRTY_LOG,
+                pack("<IIQ", slot, 0, int(ffi.cast("uintptr_t", held))),
+                slot=slot,
+            )
         return bytes(bitmap)

@@ -15,8 +15,20 @@ if TYPE_CHECKING:
 __all__ = ["VmPlatform"]
 
 
+_DIRTY_RINGS = (192, 223)  # KVM_CAP_DIRTY_LOG_RING, KVM_CAP_DIRTY_LOG_RING_ACQ_REL
+_MANUAL_PROTECT = 168  # KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2
+
+
 class VmPlatform(Descriptor):
-    """The part of a VM that deals with the machine as a whole."""
+    """The part of a VM that deals with the machine as a whole.
+
+    Attributes:
+        dirty_ring_size: bytes of each vCPU's ring of dirty pages; 0 where there are none.
+        manual_protect: whether KVM's dirty bitmap stays until clear_dirty_log().
+    """
+
+    dirty_ring_size = 0
+    manual_protect = False
 
     def check_extension(self, cap: int) -> int:
         """KVM_CHECK_EXTENSION for this VM (KVM_CAP_CHECK_EXTENSION_VM): 0 if it is lacking."""
@@ -34,6 +46,10 @@ class VmPlatform(Descriptor):
         self._write(
             lib.KVM_ENABLE_CAP, pack("<II4Q64x", cap, flags, a, b, c, d), cap=cap, args=args
         )
+        if cap in _DIRTY_RINGS:
+            self.dirty_ring_size = a
+        elif cap == _MANUAL_PROTECT:
+            self.manual_protect = bool(a)
 
     def set_tss_addr(self, addr: int) -> None:
         """KVM_SET_TSS_ADDR: three pages below 4 GiB that Intel hosts use in real mode.
