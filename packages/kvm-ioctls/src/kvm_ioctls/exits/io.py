@@ -75,13 +75,13 @@ class MmioWrite(Exit):
     data: bytes
 
 
-_IO = Struct("<BBHIQ").unpack_from
+unpack_io = Struct("<BBHIQ").unpack_from
 _MMIO = Struct("<QQIB").unpack_from
 
 
 def decode_io(page: memoryview) -> Exit:
     """From a run page whose exit reason is KVM_EXIT_IO."""
-    direction, size, port, count, offset = _IO(page, 32)
+    direction, size, port, count, offset = unpack_io(page, 32)
     data = page[offset : offset + size * count]
     if direction:
         return IoOut(port, size, count, data.tobytes())

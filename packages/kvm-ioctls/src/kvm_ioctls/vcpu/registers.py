@@ -13,11 +13,15 @@ if TYPE_CHECKING:
     from kvm_ioctls.state.regs import Regs
     from kvm_ioctls.state.sregs import Sregs, Sregs2
     from kvm_ioctls.state.xsave import Xcrs, Xsave
+    from kvm_ioctls.vcpu.raw import RawRegisters
     from kvm_ioctls.vm import Vm
 
 __all__ = ["VcpuRegisters"]
 
 _CAP_XSAVE2 = 208
+_REGS = ("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rsp", "rbp", "r8", "r9", "r10", "r11", "r12",
+         "r13", "r14", "r15", "rip", "rflags")  # fmt: skip
+_CONTROL = ("cr0", "cr2", "cr3", "cr4", "cr8", "efer", "apic_base")
 
 
 class VcpuRegisters(Descriptor):
@@ -34,6 +38,31 @@ class VcpuRegisters(Descriptor):
     def set_regs(self, regs: Regs) -> None:
         """KVM_SET_REGS."""
         self._write(lib.KVM_SET_REGS, regs.to_bytes())
+
+    def raw_regs(self) -> RawRegisters:
+        """General registers in a buffer of their own, to be read and written without a value.
+
+        >>> from kvm_ioctls.testing import Guest
+        >>> with Guest("hlt") as guest:
+        ...     raw = guest.vcpu.raw_regs()
+        ...     raw.get()["rip"]
+        ...     raw["rip"] = 0x1001
+        ...     raw.set()
+        ...     guest.vcpu.get_regs().rip
+        4096
+        4097
+        """
+        from kvm_ioctls.vcpu.raw import RawRegisters
+
+        names = {name: number for number, name in enumerate(_REGS)}
+        return RawRegisters(self, (lib.KVM_GET_REGS, lib.KVM_SET_REGS), 144, names)
+
+    def raw_sregs(self) -> RawRegisters:
+        """The same for special registers; the names are those of the control registers."""
+        from kvm_ioctls.vcpu.raw import RawRegisters
+
+        names = {name: 28 + number for number, name in enumerate(_CONTROL)}
+        return RawRegisters(self, (lib.KVM_GET_SREGS, lib.KVM_SET_SREGS), 312, names)
 
     def get_sregs(self) -> Sregs:
         """KVM_GET_SREGS: segment, table and control registers."""

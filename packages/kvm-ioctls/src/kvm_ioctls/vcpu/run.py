@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from kvm_ioctls._fd import Descriptor
 from kvm_ioctls._native import ffi, lib
 from kvm_ioctls.exits.decoders import decoders, interrupted
+from kvm_ioctls.exits.io import IoIn, IoOut, unpack_io
 
 if TYPE_CHECKING:
     from typing import Any, NoReturn
@@ -21,6 +22,8 @@ _run = lib.kvmi_run
 _KICKED = lib.KVMI_KICKED
 _POSTED = lib.KVMI_POSTED
 _EINTR = 4
+_IO = 2
+_unpack_io = unpack_io
 
 _kick_signal = 0
 
@@ -74,6 +77,13 @@ class VcpuRun(Descriptor):
             ClosedError: the vCPU has been closed.
         """
         reason = _run(self._control)
+        if reason == _IO:  # what most exits are, without a call: caches are cold after an exit
+            page = self._page
+            direction, size, port, count, offset = _unpack_io(page, 32)
+            data = page[offset : offset + size * count]
+            if direction:
+                return IoOut(port, size, count, data.tobytes())
+            return IoIn(port, size, count, data)
         return decoders[reason](self._page) if reason >= 0 else self._other(reason)
 
     def _other(self, reason: int) -> Exit:
