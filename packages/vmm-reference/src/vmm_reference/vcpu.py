@@ -49,6 +49,7 @@ class VcpuThread:
         self._ended = ended
         self._first_run = first_run
         self._stopping = False
+        self._lock = threading.Lock()  # no pause may follow on a stop
         self._finished = False
         self._running = threading.Event()  # cleared while the vCPU is to be parked
         self._running.set()
@@ -62,7 +63,9 @@ class VcpuThread:
     def pause(self) -> None:
         """Ask the vCPU to stop between two instructions; `wait_parked` waits until it has."""
         self._parked.clear()
-        self._running.clear()
+        with self._lock:
+            if not self._stopping:  # else it would park instead of ending
+                self._running.clear()
         if self._finished:  # its thread does not run, and nothing would ever say so again
             self._parked.set()
         self.vcpu.kick()
@@ -77,8 +80,9 @@ class VcpuThread:
 
     def stop(self) -> None:
         """Ask the thread to end. It may be called from any thread, this one included."""
-        self._stopping = True
-        self._running.set()
+        with self._lock:
+            self._stopping = True
+            self._running.set()
         self.vcpu.kick()
 
     def join(self) -> None:
