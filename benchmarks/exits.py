@@ -259,7 +259,8 @@ def _qemu(bench: Bench, instruction: str) -> Measure:
             firmware.flush()
             command = [
                 str(program), "-accel", "kvm", "-M", "pc", "-m", "16", "-display", "none",
-                "-nodefaults", "-no-reboot", "-bios", firmware.name, "-device", "isa-debug-exit,iobase=0xf4",
+                "-nodefaults", "-no-reboot", "-bios", firmware.name,
+                "-device", "isa-debug-exit,iobase=0xf4",
             ]  # fmt: skip
             start = time.perf_counter_ns()
             try:
