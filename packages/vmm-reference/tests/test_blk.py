@@ -17,8 +17,9 @@ from virtio_queue.testing import Arena, MmioDriver, SplitDriver
 from vm_memory import GuestAddress, GuestMemory
 from vmm_reference.backends.file import FileBackend
 from vmm_reference.devices import blk
-from vmm_reference.devices.blk import Block
+from vmm_reference.devices.blk import F_MQ, Block, DriveControl
 from vmm_reference.devices.states import BlockState, StateError
+from vmm_reference.errors import HostError
 
 IN, OUT, FLUSH, GET_ID, DISCARD, WRITE_ZEROES = 0, 1, 4, 8, 11, 13
 OK, IOERR, UNSUPP, UNTOUCHED = 0, 1, 2, 0xEE
@@ -71,6 +72,64 @@ class Disk:
         self._call("unmap" if unmap else "zero")
         assert offset + length <= self.size
         self.data[offset : offset + length] = bytes(length)
+
+
+def test_a_driver_uses_every_queue() -> None:
+    """5.2.5: each of the queues that the configuration counts carries requests."""
+    disk = Disk()
+    memory = GuestMemory.from_ranges([(GuestAddress(0), RAM)])
+    block = Block(disk, queues=4)
+    device = VirtioDevice(block, memory, lambda: None)
+    driver = MmioDriver(MmioTransport(device, device.process), arena=Arena(0x1000, RAM - 0x1000))
+    driver.start(EVERYTHING)
+    assert block.device_features & F_MQ
+    assert int.from_bytes(block.read_config(34, 2), "little") == 4
+    for number, queue in enumerate(driver.queues):
+        queue.add([struct.pack("<IIQ", OUT, 0, number), bytes([number + 1]) * 512], [1])
+        driver.kick(number)
+        (used,) = queue.reap()
+        assert used.data == b"\0"
+    assert [disk.data[512 * number] for number in range(5)] == [1, 2, 3, 4, 0]
+    block.process(4)
+    assert block.metrics() == {"requests_write": 4, "host_failures": 0, "refused_requests": 0}
+
+
+def test_a_disk_changes_its_size_and_its_image(tmp_path: Path) -> None:
+    """The driver is told, sees the capacity with a new generation, and reaches the new end."""
+    paths = [tmp_path / "a", tmp_path / "b"]
+    for path in paths:
+        path.write_bytes(path.name.encode() * 4096)
+    backend = FileBackend(str(paths[0]))
+    machine = Machine(backend)
+    control = DriveControl(machine.block, backend)
+    control.device = machine.device
+
+    def capacity() -> int:
+        return int.from_bytes(machine.device.read_config(0, 8), "little")
+
+    before = machine.device.read_config_generation()
+    control.resize(16384)
+    assert machine.interrupts == 1
+    assert capacity() == 32
+    assert machine.device.read_config_generation() != before
+    assert machine.request(OUT, 31, b"z" * 512) == OK
+    paths[0].write_bytes(bytes(2048))  # as somebody outside would
+    assert machine.request(IN, 31, room=512) == IOERR
+    control.resize()
+    assert capacity() == 4
+    for size in (0, 511, -512):
+        with pytest.raises(HostError, match="multiple of 512"):
+            control.resize(size)
+    assert capacity() == 4
+    with pytest.raises(HostError, match="No such file"):
+        control.swap(str(tmp_path / "missing"))
+    control.swap(str(paths[1]))
+    assert capacity() == 8
+    assert machine.send([struct.pack("<IIQ", IN, 0, 0)], [512, 1])[1] == b"b" * 512
+    FileBackend(str(paths[0])).close()  # its lock is gone
+    with pytest.raises(HostError, match="another machine"):
+        FileBackend(str(paths[1]))
+    control.close()
 
 
 class Machine:

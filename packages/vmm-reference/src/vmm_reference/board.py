@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from vm_memory.userfault import Filler
 
     from .config import MachineConfig
+    from .deviceconfig import DeviceConfig
     from .loop import Loop
     from .pci.bus import PciBus
     from .state.snapshot import Restored, Tracking
@@ -111,6 +112,7 @@ class Board:
         self._tables: list[tuple[bytes, bytes]] = []
         self.devices: dict[str, Wiring] = {}
         self.pci: PciBus | None = None
+        self.removed: Callable[[str], object] | None = None  # told when the guest gave one up
         self.running = False
         self._mmio_devices = 0
         self._rtc_deadline: float | None = None
@@ -273,6 +275,8 @@ class Board:
     def close(self) -> None:
         """Give everything back. On the loop's thread, or after the loop has stopped."""
         self.stop()
+        for wiring in reversed(self.devices.values()):
+            wiring.close()
         self._resources.close()
 
     def park(self) -> None:
@@ -437,9 +441,71 @@ class Board:
 
     def _remove(self, slot: int) -> None:
         for name, wiring in list(self.devices.items()):
-            if wiring.slot is not None and getattr(wiring.slot, "number", None) == slot:
+            if self.slot_number(name) == slot:
                 del self.devices[name]
                 wiring.close()
+                if self.removed is not None:
+                    self.removed(name)
+
+    def slot_number(self, name: str) -> int | None:
+        """The PCI slot of a device, if it is in one."""
+        return getattr(self._wiring(name).slot, "number", None)
+
+    def control(self, name: str) -> object:
+        """What a device is controlled by.
+
+        Raises:
+            ConfigError: there is no such device, or nothing controls it.
+        """
+        control = self._wiring(name).control
+        if control is None:
+            raise ConfigError("device", name, "has nothing that can be controlled")
+        return control
+
+    def _wiring(self, name: str) -> Wiring:
+        if name not in self.devices:
+            raise ConfigError("device", name, f"is none of {', '.join(self.devices)}")
+        return self.devices[name]
+
+    def plug(self, name: str, device: DeviceConfig) -> None:
+        """Put a device into a slot and tell the guest. On the loop, of a machine with PCI."""
+        wiring = Wiring(self, name, device.slot)
+        try:
+            wiring.control = factory(device.kind)(device, wiring)
+            number = getattr(wiring.slot, "number", None)
+            if number is None:
+                raise ConfigError("device", device.kind, "is none that can be plugged in")
+        except BaseException:
+            wiring.close()
+            raise
+        self.devices[name] = wiring
+        with self.ports.lock(self.hotplug):
+            self.hotplug.plugged(number)
+
+    def ask_for(self, name: str) -> None:
+        """Ask the guest to give a device up.
+
+        Raises:
+            ConfigError: it is not there, or in no slot.
+        """
+        number = self.slot_number(name)
+        if number is None:
+            raise ConfigError("device", name, "is in no PCI slot and can't be unplugged")
+        with self.ports.lock(self.hotplug):
+            self.hotplug.ask_for(number)
+
+    def metrics(self) -> dict[str, dict[str, int]]:
+        """Counters of all devices by name."""
+        found = {
+            "bus": {
+                "unclaimed_reads": self.ports.unclaimed_reads + self.mmio.unclaimed_reads,
+                "unclaimed_writes": self.ports.unclaimed_writes + self.mmio.unclaimed_writes,
+            },
+            "serial": {"dropped": self.serial.dropped, "breaks": self.serial.breaks},
+        }
+        for name, wiring in self.devices.items():
+            found[name] = wiring.metrics()
+        return found
 
     def take_slot(self, wanted: int | None) -> int:
         """The PCI slot of the next device."""

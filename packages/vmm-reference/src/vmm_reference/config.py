@@ -88,7 +88,14 @@ def _file(field: str, path: object, *, block: bool = False) -> str:
 
 @attrs.frozen
 class Drive(DeviceConfig):
-    """A disk image in raw format: a regular file or a block device, never guessed."""
+    """A disk image in raw format: a regular file or a block device, never guessed.
+
+    Attributes:
+        path: of the image.
+        read_only: whether the guest may only read it; any number of machines may share it then.
+        serial: up to 20 characters of ASCII that the guest reads as the disk's identity.
+        queues: how many request queues the guest may use, 1 to 64; one a vCPU is what it can use.
+    """
 
     kind: ClassVar[str] = "drive"
     positional: ClassVar[str] = "path"
@@ -96,12 +103,18 @@ class Drive(DeviceConfig):
 
     path: str
     read_only: bool = False
+    serial: str = ""
+    queues: int = 1
 
     def check(self, field: str) -> None:
         """Raise `ConfigError` unless the image exists, may be opened and has a legal size."""
         super().check(field)
         if not isinstance(self.read_only, bool):
             raise ConfigError(f"{field}.read_only", self.read_only, "must be true or false")
+        serial: object = self.serial
+        if not isinstance(serial, str) or not serial.isascii() or len(serial) > 20:
+            raise ConfigError(f"{field}.serial", repr(serial), "must be at most 20 of ASCII")
+        _whole(f"{field}.queues", self.queues, 1, 64)
         name = _file(field, self.path, block=True)
         if not self.read_only and not os.access(name, os.W_OK):
             raise ConfigError(field, name, "can't be written; add ',ro' or change its permissions")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from kvm_ioctls import Kvm
 
 from .board import Board
+from .control import Control
 from .errors import ConfigError, HostError
 from .loop import Loop
 from .outcome import Outcome
@@ -39,7 +40,7 @@ __all__ = ["Machine"]
 _DRAIN_SECONDS = 5.0
 
 
-class Machine:
+class Machine(Control):
     """A virtual machine, usable as a context manager that starts it and takes it down.
 
     Args:
@@ -63,6 +64,7 @@ class Machine:
     """
 
     def __init__(self, config: MachineConfig, *, console: tuple[int, int] | None = None) -> None:
+        super().__init__()
         self.config = config
         self.outcome: Outcome | None = None
         self.detail = ""
@@ -438,6 +440,7 @@ class Machine:
                 restored=restored,
                 incoming=incoming,
             )
+        self._board.removed = self._removed
         if incoming is not None:
             return
         try:
@@ -459,7 +462,8 @@ class Machine:
             return
         outcome, detail = self._ending
         self._board.stop()
-        if outcome is Outcome.RESET and self.config.on_reset == "restart":
+        asked, self._reset_asked = self._reset_asked, False
+        if outcome is Outcome.RESET and (asked or self.config.on_reset == "restart"):
             if self._plug_pulled is not None:
                 outcome = self._plug_pulled
             elif not (detail := self._restart()):

@@ -152,6 +152,14 @@ class Wiring:
         for _, acquire in self._hand_overs:
             acquire()
 
+    def metrics(self) -> dict[str, int]:
+        """What is counted of the device: by its model's `metrics`, and by virtio itself."""
+        if self.slot is None:
+            return {}
+        device = self.slot.device
+        count = getattr(device.model, "metrics", dict)
+        return {**count(), "refused": device.refused, "needs_reset": int(bool(device.reset_reason))}
+
     def pause(self) -> None:
         """Let everything of the device stand still."""
         for stop, _ in self._pauses:

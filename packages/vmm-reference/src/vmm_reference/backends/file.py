@@ -78,6 +78,33 @@ class FileBackend:
             self.close()
             raise
 
+    def resize(self, size: int | None = None) -> None:
+        """Take another size, or notice that the image has one.
+
+        Args:
+            size: in bytes, which a regular file is cut or extended to; None to ask for the size.
+
+        Raises:
+            HostError: it can't have this size; nothing has changed.
+        """
+        what = f"drive {self._path}"
+        if size is not None and (size <= 0 or size % SECTOR):
+            raise HostError(what, f"can't have {size} bytes", f"give a multiple of {SECTOR}")
+        try:
+            now = os.lseek(self._fd, 0, os.SEEK_END)
+            if size is not None and size != now:
+                if self.read_only:
+                    raise HostError(what, "it is read-only", "change its size outside")
+                os.ftruncate(self._fd, size)
+                now = size
+        except OSError as error:
+            if isinstance(error, HostError):
+                raise
+            raise HostError(what, error.strerror, "change its size outside") from error
+        if now == 0 or now % SECTOR:
+            raise HostError(what, f"it has {now} bytes", f"make it a multiple of {SECTOR}")
+        self.size = now
+
     def close(self) -> None:
         """Close the image, and with it the lock. Idempotent."""
         if self._fd >= 0:

@@ -21,26 +21,32 @@ from virtio_queue.errors import ChainError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from virtio_queue import DescriptorChain, Queue, Reader, Writer
+    from virtio_queue import DescriptorChain, Queue, Reader, VirtioDevice, Writer
     from vm_memory import GuestMemory
+    from vmm_reference.backends.file import FileBackend
     from vmm_reference.config import Drive
     from vmm_reference.wiring import Wiring
 
     from .states import BlockState
 
-__all__ = ["Backend", "Block", "build"]
+__all__ = ["Backend", "Block", "DriveControl", "build"]
 
 SECTOR = 512
 
 # Feature masks, 5.2.3
 F_SIZE_MAX, F_SEG_MAX, F_RO, F_BLK_SIZE = 1 << 1, 1 << 2, 1 << 5, 1 << 6
-F_FLUSH, F_TOPOLOGY, F_CONFIG_WCE = 1 << 9, 1 << 10, 1 << 11
+F_FLUSH, F_TOPOLOGY, F_CONFIG_WCE, F_MQ = 1 << 9, 1 << 10, 1 << 11, 1 << 12
 F_DISCARD, F_WRITE_ZEROES = 1 << 13, 1 << 14
 
 # Request types and status values, 5.2.6
 T_IN, T_OUT, T_FLUSH, T_GET_ID, T_DISCARD, T_WRITE_ZEROES = 0, 1, 4, 8, 11, 13
 KNOWN = frozenset((T_IN, T_OUT, T_FLUSH, T_GET_ID, T_DISCARD, T_WRITE_ZEROES))
 S_OK, S_IOERR, S_UNSUPP = b"\0", b"\1", b"\2"
+
+NAMES = {
+    T_IN: "read", T_OUT: "write", T_FLUSH: "flush", T_GET_ID: "id",
+    T_DISCARD: "discard", T_WRITE_ZEROES: "write_zeroes",
+}  # fmt: skip
 
 HEADER = Struct("<IIQ")
 SEGMENT = Struct("<QII")
@@ -101,6 +107,8 @@ class Block:
     Args:
         backend: the image, of whole sectors.
         serial: up to 20 bytes of ASCII that the guest reads as the disk's identity.
+        queues: how many request queues the guest may use, 1 to 64.
+        physical_exponent: the physical block is 512 bytes times 2 to the power of this.
 
     Attributes:
         requests: how many requests were served, by type; those of unknown types under -1.
@@ -110,9 +118,10 @@ class Block:
     """
 
     device_id = 2
-    queue_sizes = (QUEUE_SIZE,)
 
-    def __init__(self, backend: Backend, *, serial: str = "") -> None:
+    def __init__(
+        self, backend: Backend, *, serial: str = "", queues: int = 1, physical_exponent: int = 3
+    ) -> None:
         if len(serial) > ID_LENGTH or not serial.isascii():
             raise ValueError(f"serial: {serial!r}: must be at most {ID_LENGTH} ASCII characters")
         self.requests: dict[int, int] = {}
@@ -122,18 +131,47 @@ class Block:
         self.device_features = (
             DEFAULT_QUEUE_FEATURES | F_SIZE_MAX | F_SEG_MAX | F_BLK_SIZE | F_FLUSH | F_TOPOLOGY
         ) | (F_RO if backend.read_only else F_CONFIG_WCE | F_DISCARD | F_WRITE_ZEROES)
+        if queues > 1:
+            self.device_features |= F_MQ
+        self.queue_sizes = (QUEUE_SIZE,) * queues
+        self._physical_exponent = physical_exponent
         self._backend = backend
         self._sectors = backend.size // SECTOR
         self._serial = serial.encode().ljust(ID_LENGTH, b"\0")
         self._writeback = True
         self._features = 0
         self._memory: GuestMemory | None = None
-        self._queue: Queue | None = None
+        self._queues: Sequence[Queue] = ()
+
+    def metrics(self) -> dict[str, int]:
+        """Requests by their type, and what went wrong."""
+        served = {f"requests_{NAMES.get(kind, 'unknown')}": n for kind, n in self.requests.items()}
+        return {**served, "host_failures": self.failures, "refused_requests": self.refused}
+
+    @property
+    def backend(self) -> Backend:
+        """What the requests are carried out by."""
+        return self._backend
+
+    def exchange(self, backend: Backend) -> None:
+        """Go on with another image, or the same with another size; the device is locked.
+
+        The caller changes the configuration around it, so that the guest looks at the capacity.
+
+        Raises:
+            ValueError: one can be written and the other can't.
+        """
+        if backend.read_only != self._backend.read_only:
+            raise ValueError("the other image must be read-only if, and only if, this one is")
+        self._backend = backend
+        self._sectors = backend.size // SECTOR
 
     def read_config(self, offset: int, length: int) -> bytes:
         """The configuration space, 5.2.4."""
         config = CONFIG.pack(
-            self._sectors, SIZE_MAX, SEG_MAX, 0, 0, 0, SECTOR, 3, 0, 8, 0, self._writeback, 1,
+            self._sectors, SIZE_MAX, SEG_MAX, 0, 0, 0, SECTOR,
+            self._physical_exponent, 0, 1 << self._physical_exponent, 0,
+            self._writeback, len(self.queue_sizes),
             MAX_DISCARD_SECTORS, MAX_DISCARD_SEGMENTS, 8,
             MAX_ZEROES_SECTORS, MAX_ZEROES_SEGMENTS, 1,
         )  # fmt: skip
@@ -149,12 +187,12 @@ class Block:
         """The driver is ready. One without FLUSH has each write made durable (5.2.5.2)."""
         self._memory = memory
         self._features = driver_features
-        self._queue = queues[0]
+        self._queues = queues
         self._settle_cache_mode()
 
     def reset(self) -> None:
         """Forget the driver; nothing is under way between two calls."""
-        self._memory = self._queue = None
+        self._memory, self._queues = None, ()
         self._features = 0
         self._writeback = True
 
@@ -164,9 +202,10 @@ class Block:
         Raises:
             ChainError: a chain that can't be answered.
         """
-        memory, queue = self._memory, self._queue
-        if memory is None or queue is None or queue_index != 0:
+        memory = self._memory
+        if memory is None or not 0 <= queue_index < len(self._queues):
             return
+        queue = self._queues[queue_index]
         for chain in queue.in_flight:  # only where a state with unfinished requests was restored
             queue.add_used(memory, chain.head, self._serve(chain, memory))
         queue.disable_notifications(memory)
@@ -294,11 +333,79 @@ class Block:
             self._backend.flush()
 
 
-def build(config: Drive, wiring: Wiring) -> None:
+class DriveControl:
+    """What the owner of the machine may do with a running drive, from any thread.
+
+    Args:
+        block: the device's model.
+        backend: the image.
+
+    Attributes:
+        device: whose driver is told of a change.
+    """
+
+    device: VirtioDevice
+
+    def __init__(self, block: Block, backend: FileBackend) -> None:
+        self._block, self._backend = block, backend
+
+    @property
+    def size(self) -> int:
+        """Of the image, in bytes."""
+        return self._backend.size
+
+    def resize(self, size: int | None = None) -> None:
+        """Make the image larger or smaller, or find out its new size; the guest notices by itself.
+
+        Args:
+            size: in bytes, a multiple of 512; by default what the file or block device has now.
+
+        Raises:
+            HostError: it can't be; the drive is as it was.
+        """
+        device = self.device
+        with device.lock:
+            self._backend.resize(size)
+            with device.config_change():
+                self._block.exchange(self._backend)
+
+    def swap(self, path: str) -> None:
+        """Take another image in place of this one, read-only or not as this one is.
+
+        Raises:
+            HostError: it can't be opened, or another machine uses it; the drive is as it was.
+        """
+        from vmm_reference.backends.file import FileBackend
+
+        other = FileBackend(path, read_only=self._backend.read_only)
+        device = self.device
+        with device.lock:
+            with device.config_change():
+                self._block.exchange(other)
+            self._backend.close()
+            self._backend = other
+
+    def close(self) -> None:
+        """Close the image."""
+        self._backend.close()
+
+    def unlock(self) -> None:
+        """Let another machine have the image."""
+        self._backend.unlock()
+
+    def lock(self) -> None:
+        """Have the image again, or raise `HostError`."""
+        self._backend.lock()
+
+
+def build(config: Drive, wiring: Wiring) -> DriveControl:
     """A disk on the file or block device that the configuration names."""
     from vmm_reference.backends.file import FileBackend
 
     backend = FileBackend(config.path, read_only=config.read_only, locked=not wiring.incoming)
-    wiring.on_close(backend.close)
-    wiring.on_hand_over(backend.unlock, backend.lock)
-    wiring.virtio(Block(backend))
+    block = Block(backend, serial=config.serial, queues=config.queues)
+    control = DriveControl(block, backend)
+    wiring.on_close(control.close)
+    wiring.on_hand_over(control.unlock, control.lock)
+    control.device = wiring.virtio(block).device
+    return control

@@ -271,7 +271,7 @@ class Restored:
         own = {"config", "memory", "digests", "vm"}
         own |= {f"vcpu{n}" for n in range(len(self.vcpus))}
         saved = [name for name in self._reader.names() if name not in own]
-        if saved != list(parts):
+        if sorted(saved) != sorted(parts):
             rule = f"are the devices saved; this machine has {', '.join(parts)}"
             raise FormatError("manifest.parts", ", ".join(saved), rule)
         states = [(part, self._reader.state(n, type(part.save()))) for n, part in parts.items()]

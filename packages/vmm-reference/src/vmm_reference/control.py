@@ -1,0 +1,186 @@
+"""What the owner of a running machine may ask of it: power, reset, devices that come and go.
+
+Everything here is called from the owner's threads and done on the I/O thread, where devices are
+made, changed and taken away.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from attrs import evolve
+
+from .errors import ConfigError, HostError
+from .outcome import Outcome
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from .board import Board
+    from .config import MachineConfig
+    from .deviceconfig import DeviceConfig
+    from .devices.blk import DriveControl
+    from .loop import Loop
+
+__all__ = ["Control"]
+
+T = TypeVar("T")
+D = TypeVar("D", bound="DeviceConfig")
+
+
+class Control:
+    """The part of `Machine` by which it is controlled while it runs."""
+
+    config: MachineConfig
+    _board: Board | None
+    _loop: Loop
+    _standstill: threading.RLock
+    _ended: Callable[[Outcome, str], None]
+
+    def __init__(self) -> None:
+        self._reset_asked = False
+        self._removals: dict[str, threading.Event] = {}
+
+    def press_power_button(self) -> None:
+        """Ask the guest to shut down, by ACPI; it may take its time, or ignore it.
+
+        Raises:
+            HostError: the machine does not run.
+        """
+        from .devices.pm import EVENT_POWER_BUTTON
+
+        self._call(lambda board: board.tell(EVENT_POWER_BUTTON))
+
+    def reset(self) -> None:
+        """Power off and on at once, whatever the guest does; its console and timeline go on."""
+        self._reset_asked = True
+        self._ended(Outcome.RESET, "")
+
+    def metrics(self) -> dict[str, dict[str, int]]:
+        """Counters of every device, by the device's name; what went wrong is counted by its name.
+
+        Raises:
+            HostError: the machine does not run.
+        """
+        return self._call(lambda board: board.metrics())
+
+    def plug(self, device: DeviceConfig) -> str:
+        """Put another device into the running machine; the guest is told.
+
+        Needs `transport = "pci"`. The device stays in `config`, and so in snapshots and after a
+        reset.
+
+        Returns:
+            The device's name.
+
+        Raises:
+            ConfigError: it can't be in this machine.
+            HostError: its backend can't be had, or the machine does not run.
+        """
+
+        def plug(board: Board) -> str:
+            if board.pci is None:
+                hint = "make the machine with transport pci"
+                raise HostError("plug", "devices on virtio-mmio are there from the start", hint)
+            pinned = self._pinned(board)
+            config = evolve(pinned, devices=(*pinned.devices, device))
+            name = next(name for name, item in config.named_devices().items() if item is device)
+            board.plug(name, device)
+            self.config = config
+            self.config = self._pinned(board)
+            return name
+
+        with self._standstill:
+            return self._call(plug)
+
+    def resize_drive(self, name: str, size: int | None = None) -> None:
+        """Give a drive's image another size, or let the guest know that it has one.
+
+        Args:
+            name: of the drive, such as `drive0`.
+            size: in bytes; by default what the file or block device has now.
+
+        Raises:
+            ConfigError: there is no such drive.
+            HostError: it can't be; nothing has changed.
+        """
+        self._drive(name).resize(size)
+
+    def swap_drive(self, name: str, path: str) -> None:
+        """Put another image into a drive; what was written to the old one is in it.
+
+        Raises:
+            ConfigError: there is no such drive.
+            HostError: the image can't be opened, or another machine uses it; nothing has changed.
+        """
+        from .config import Drive
+
+        self._drive(name).swap(path)
+
+        def change(device: D) -> D:
+            if device is wanted and isinstance(device, Drive):
+                return evolve(device, path=path)
+            return device
+
+        wanted = self.config.named_devices()[name]
+        self.config = evolve(
+            self.config,
+            drives=tuple(map(change, self.config.drives)),
+            devices=tuple(map(change, self.config.devices)),
+        )
+
+    def _drive(self, name: str) -> DriveControl:
+        from .devices.blk import DriveControl
+
+        control = self._call(lambda board: board.control(name))
+        if not isinstance(control, DriveControl):
+            raise ConfigError("device", name, "is no drive")
+        return control
+
+    def unplug(self, name: str, timeout: float = 30.0) -> None:
+        """Ask the guest to give a device up, and take it away when it has.
+
+        Args:
+            name: of the device.
+            timeout: seconds to wait; the guest may still give it up later.
+
+        Raises:
+            ConfigError: there is no such device in a slot.
+            HostError: the machine does not run.
+            TimeoutError: the guest has not given it up.
+        """
+        gone = self._removals.setdefault(name, threading.Event())
+        self._call(lambda board: board.ask_for(name))
+        if not gone.wait(timeout):
+            raise TimeoutError(f"the guest has not given up {name} within {timeout:g} s")
+
+    def _removed(self, name: str) -> None:
+        """The guest has given a device up. On the I/O thread."""
+        assert self._board is not None
+        self.config = self._pinned(self._board, without=name)
+        self._removals.pop(name, threading.Event()).set()
+
+    def _pinned(self, board: Board, *, without: str = "") -> MachineConfig:
+        """The configuration with the name and the slot that each device has now."""
+        named = {
+            name: evolve(device, id=name, slot=board.slot_number(name))
+            for name, device in self.config.named_devices().items()
+            if name != without
+        }
+        return evolve(self.config, drives=(), devices=tuple(named.values()))
+
+    def _call(self, action: Callable[[Board], T]) -> T:
+        """Do something with the board, on the I/O thread."""
+        result: list[T] = []
+
+        def run() -> None:
+            if self._board is None:
+                raise HostError("control", "the machine does not run", "start it first")
+            result.append(action(self._board))
+
+        try:
+            self._loop.call(run)
+        except RuntimeError as error:
+            raise HostError("control", "the machine does not run", "start it first") from error
+        return result[0]
