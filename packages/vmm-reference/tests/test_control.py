@@ -141,7 +141,7 @@ def test_drives_change_while_the_machine_runs(
         assert machine.device("drive0").size == 8192
         with pytest.raises(HostError, match="another machine"):
             Machine(config(FOREVER, drives=[Drive(images[1])])).start()
-        for name, rule in (("rng0", "no drive"), ("x", "none of")):
+        for name, rule in (("rng0", "nothing that can"), ("x", "none of")):
             with pytest.raises(ConfigError, match=rule):
                 machine.swap_drive(name, images[2])
 
