@@ -78,3 +78,71 @@ int vq_needs_notification(struct vq_ring *ring);
 int vq_enable_notifications(struct vq_ring *ring);
 void vq_disable_notifications(struct vq_ring *ring);
 int vq_adopt(struct vq_ring *ring, uint32_t head, uint32_t slots, uint64_t room, int64_t done);
+uint32_t vq_set_bits(uint32_t *word, uint32_t bits);
+uint32_t vq_clear_bits(uint32_t *word, uint32_t bits);
+
+struct vp_limiter {
+    ...;
+};
+
+struct vp_counters {
+    uint64_t kicks, notifications, notifications_suppressed, chains, publications, throttled;
+    uint64_t reads, writes, flushes, discards, write_zeroes, get_ids, handed_over;
+    uint64_t read_bytes, written_bytes;
+    uint64_t refused_read_only, refused_range, refused_header, refused_segments;
+    uint64_t refused_unsupported;
+    uint64_t failed_reads, failed_writes, failed_flushes, failed_discards, failed_write_zeroes;
+    uint64_t last_errno;
+    uint64_t received_frames, received_bytes, sent_frames, sent_bytes;
+    uint64_t dropped_no_buffer, dropped_too_long, dropped_short, dropped_by_host;
+};
+
+struct vp_queue {
+    struct vq_ring *ring;
+    int interrupt;
+    int faulted;
+    ...;
+};
+
+struct vp_block {
+    int fd;
+    int is_device;
+    uint32_t read_only;
+    uint32_t may_flush, may_discard, may_write_zeroes;
+    uint32_t writeback;
+    uint64_t sectors;
+    uint64_t max_data;
+    uint32_t max_discard_sectors, max_discard_segments;
+    uint32_t max_write_zeroes_sectors, max_write_zeroes_segments;
+    uint8_t id[20];
+};
+
+struct vp_pump {
+    int attention;
+    int running;
+    int64_t thread_id;
+    struct vp_queue queues[64];
+    uint32_t *status;
+    struct vp_limiter *limiter;
+    struct vp_counters counters;
+    struct vp_block block;
+    ...;
+};
+
+struct vp_limiter *vp_limiter_new(void);
+void vp_limiter_free(struct vp_limiter *limiter);
+void vp_limiter_set(struct vp_limiter *limiter, int which, uint64_t size, uint64_t refill,
+                    uint64_t burst, uint64_t now);
+uint64_t vp_limiter_take(struct vp_limiter *limiter, uint64_t bytes, uint64_t now);
+uint64_t vp_now(void);
+struct vp_pump *vp_new(int uring, int *error);
+void vp_free(struct vp_pump *pump);
+int vp_start(struct vp_pump *pump);
+void vp_stop(struct vp_pump *pump);
+int vp_take(struct vp_pump *pump, uint32_t *queue, uint32_t *chain, struct vq_batch **batch);
+void vp_answer(struct vp_pump *pump, uint32_t queue, uint32_t head, uint32_t length);
+int vp_add_queue(struct vp_pump *pump, struct vq_ring *ring, int kick, int interrupt);
+int vp_adopt(struct vp_pump *pump, uint32_t queue, uint32_t head, uint32_t readable,
+             uint32_t writable, const uint64_t *elements);
+struct vq_batch *vp_batch(struct vp_pump *pump, uint32_t queue, uint32_t number);
+void vp_leave(struct vp_pump *pump);

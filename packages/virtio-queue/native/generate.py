@@ -7,5 +7,5 @@ import cffi
 
 ffi = cffi.FFI()
 ffi.cdef(Path(__file__).with_name("cdef.h").read_text(encoding="utf-8"))
-ffi.set_source("virtio_queue._native", '#include "virtio_queue.h"')
+ffi.set_source("virtio_queue._native", '#include "pump.h"')
 ffi.emit_c_code(sys.argv[1])

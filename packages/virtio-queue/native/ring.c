@@ -175,10 +175,9 @@ int vq_undo(struct vq_ring *ring, uint32_t head)
 }
 
 /* A batch's chains are written by whoever holds its iovecs: the dirty bits are set here. */
-static void mark_written(struct vq_ring *ring, const struct vq_flight *flight, uint64_t length)
+void vq_mark_written(struct vq_ring *ring, const struct vq_batch *batch,
+                     const struct vq_chain *chain, uint64_t length)
 {
-    const struct vq_batch *batch = flight->batch;
-    const struct vq_chain *chain = &batch->chains[flight->chain];
     const uint64_t *segment =
         batch->segments + 2 * (size_t)(chain->first_segment + chain->readable_segments);
     for (; length != 0; segment += 2) {
@@ -198,12 +197,28 @@ static void mark_written(struct vq_ring *ring, const struct vq_flight *flight, u
     }
 }
 
+static void mark_batch(struct vq_ring *ring, const struct vq_flight *flight, uint64_t length)
+{
+    vq_mark_written(ring, flight->batch, &flight->batch->chains[flight->chain], length);
+}
+
+void vq_detach(struct vq_ring *ring, struct vq_batch *batch, uint32_t index)
+{
+    struct vq_flight *flight = &ring->flights[batch->chains[index].head];
+    if (flight->slots == 0 || flight->batch != batch || flight->chain != index)
+        return;
+    if (flight->done)
+        mark_batch(ring, flight, flight->length);
+    flight->batch = NULL;
+    batch->outstanding--;
+}
+
 static void publish(struct vq_ring *ring, uint32_t count, const uint32_t *heads,
                     const uint32_t *lengths)
 {
     for (uint32_t i = 0; i < count; i++)
         if (ring->flights[heads[i]].batch != NULL)
-            mark_written(ring, &ring->flights[heads[i]], lengths[i]);
+            mark_batch(ring, &ring->flights[heads[i]], lengths[i]);
     if (ring->packed)
         vq_packed_put(ring, count, heads, lengths);
     else
@@ -330,4 +345,14 @@ int vq_adopt(struct vq_ring *ring, uint32_t head, uint32_t slots, uint64_t room,
         ring->flights[head].length = (uint32_t)done;
     }
     return 0;
+}
+
+uint32_t vq_set_bits(uint32_t *word, uint32_t bits)
+{
+    return __atomic_fetch_or(word, bits, __ATOMIC_SEQ_CST);
+}
+
+uint32_t vq_clear_bits(uint32_t *word, uint32_t bits)
+{
+    return __atomic_fetch_and(word, ~bits, __ATOMIC_SEQ_CST);
 }

@@ -157,6 +157,17 @@ void vq_disable_notifications(struct vq_ring *ring);
 /* Take over a chain in flight of a restored queue; `done` < 0: not completed. */
 int vq_adopt(struct vq_ring *ring, uint32_t head, uint32_t slots, uint64_t room, int64_t done);
 
+/* Bits that threads share, such as an interrupt status; return what was there before. */
+uint32_t vq_set_bits(uint32_t *word, uint32_t bits);
+uint32_t vq_clear_bits(uint32_t *word, uint32_t bits);
+
+/* --- internal: ring.c --- */
+/* Mark the first `length` writable bytes of a batch's chain dirty. */
+void vq_mark_written(struct vq_ring *ring, const struct vq_batch *batch,
+                     const struct vq_chain *chain, uint64_t length);
+/* Make a batch's chain, if it is in flight, one that was taken without a batch. */
+void vq_detach(struct vq_ring *ring, struct vq_batch *batch, uint32_t index);
+
 /* --- internal: memory.c --- */
 struct vq_element {
     uint64_t address;

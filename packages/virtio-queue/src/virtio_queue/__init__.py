@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         ChainError,
         EndOfChainError,
         GuestError,
+        PumpError,
         QueueConfigError,
         QueueStateError,
         StateError,
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from virtio_queue.mmio import MmioTransport
     from virtio_queue.model import DeviceModel, QueueResetModel
     from virtio_queue.pci import PciTransport
+    from virtio_queue.pump import Limiter, TokenBucket
+    from virtio_queue.pump_block import BlockPump
     from virtio_queue.queue import Queue
     from virtio_queue.reader import Reader
     from virtio_queue.state import ChainState, DeviceState, MmioState, PciState, QueueState
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ActivationError",
+    "BlockPump",
     "ChainBatch",
     "ChainError",
     "ChainState",
@@ -41,10 +45,12 @@ __all__ = [
     "DeviceState",
     "EndOfChainError",
     "GuestError",
+    "Limiter",
     "MmioState",
     "MmioTransport",
     "PciState",
     "PciTransport",
+    "PumpError",
     "Queue",
     "QueueConfigError",
     "QueueResetModel",
@@ -52,6 +58,7 @@ __all__ = [
     "QueueStateError",
     "Reader",
     "StateError",
+    "TokenBucket",
     "UsageError",
     "VirtioDevice",
     "VirtioQueueError",
@@ -59,11 +66,13 @@ __all__ = [
 ]
 
 _MODULES = {
+    "BlockPump": "pump_block",
     "ChainBatch": "batch",
     "ChainState": "state",
     "DescriptorChain": "chain",
     "DeviceModel": "model",
     "DeviceState": "state",
+    "Limiter": "pump",
     "MmioState": "state",
     "MmioTransport": "mmio",
     "PciState": "state",
@@ -72,6 +81,7 @@ _MODULES = {
     "QueueResetModel": "model",
     "QueueState": "state",
     "Reader": "reader",
+    "TokenBucket": "pump",
     "VirtioDevice": "device",
     "Writer": "writer",
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, cast
 
+from virtio_queue._native import lib
 from virtio_queue.constants import (
     CONFIG_INTERRUPT,
     F_RING_RESET,
@@ -36,7 +37,7 @@ _LADDER = STATUS_ACKNOWLEDGE, STATUS_DRIVER, STATUS_FEATURES_OK, STATUS_DRIVER_O
 
 def save_device(device: VirtioDevice) -> DeviceState:
     """Return the device's state; see `VirtioDevice.save`."""
-    with device.lock, device.config_lock, device._interrupt_lock:
+    with device.lock, device.config_lock:
         return DeviceState(
             device_id=device.model.device_id,
             device_features=device.device_features,
@@ -73,7 +74,8 @@ def restore_device(device: VirtioDevice, state: DeviceState) -> None:
         device._config_unseen = False
         device.config_generation = state.config_generation
         device._queue_resets = set(state.queue_resets)
-        device.interrupt_status = state.interrupt_status
+        device.take_interrupt_status()
+        lib.vq_set_bits(device.interrupt_word, state.interrupt_status)
         device.status = state.status
         stopped = STATUS_DEVICE_NEEDS_RESET | STATUS_FAILED
         if state.status & STATUS_DRIVER_OK and not state.status & stopped:

@@ -42,6 +42,7 @@ def save_queue(queue: Queue) -> QueueState:
 
 def restore_queue(queue: Queue, state: QueueState, memory: GuestMemory) -> None:
     """Check a state in a queue of its own, then take it over; see `Queue.restore`."""
+    queue._require_kept("restore")
     _expect(state.version == 1, "version", "only version 1 is known")
     _expect(state.max_size == queue.max_size, "max_size", f"must be {queue.max_size} here")
     fresh = Queue(queue.max_size)

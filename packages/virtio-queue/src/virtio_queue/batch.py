@@ -13,13 +13,15 @@ if TYPE_CHECKING:
 
     from virtio_queue._native import CData
 
-__all__ = ["MAX_HEADER", "ChainBatch"]
+__all__ = ["CHAIN_SIZE", "MAX_HEADER", "ChainBatch"]
 
 MAX_HEADER = 64
 """Most bytes of a chain that `Queue.pop_batch` copies as its header."""
 
 # `struct vq_chain` without the members that count iovecs.
 _CHAIN = struct.Struct("=5I12x2Q")
+CHAIN_SIZE = _CHAIN.size
+"""Bytes of a `struct vq_chain`."""
 _CHAIN_WORDS = 12
 _CHAIN_QUADS = 6
 _unpack_chain = _CHAIN.unpack_from

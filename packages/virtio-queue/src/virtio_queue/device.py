@@ -3,7 +3,7 @@
 `VirtioDevice` holds the checks that would otherwise exist once per transport; `mmio` and `pci`
 are register files over it.
 
-Threads and locks. Three locks, always taken in this order:
+Threads and locks. Two locks, always taken in this order:
 
 1. `VirtioDevice.lock` (re-entrant) guards the status, the features, the queues and the model.
    The I/O thread holds it while it works on queues (`process` takes it by itself; completions of
@@ -13,18 +13,18 @@ Threads and locks. Three locks, always taken in this order:
 2. `VirtioDevice.config_lock` (re-entrant) guards the configuration space and its generation.
    Reads by vCPU threads take it alone; a device changes its configuration inside
    `config_change`. Never do I/O under it.
-3. An inner one around the interrupt bits, held for a few instructions.
 
-Reading the status, the features, the queue registers and the interrupt status takes no lock,
-and acknowledging interrupts takes only the third: neither ever waits for I/O in progress. The
-`interrupt` callable may be called with the first lock held: it must not block and must not call
-back.
+Reading the status, the features, the queue registers and the interrupt status takes no lock, nor
+does acknowledging interrupts, whose bits change in single steps: neither ever waits for I/O in
+progress. The `interrupt` callable may be called with the first lock held: it must not block and
+must not call back.
 """
 
 from __future__ import annotations
 
 import threading
 
+from virtio_queue._native import ffi, lib
 from virtio_queue.constants import (
     CONFIG_INTERRUPT,
     F_RING_RESET,
@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from typing import Any, Literal, TypeAlias
 
+    from virtio_queue._native import CData
     from virtio_queue.model import DeviceModel, QueueResetModel
     from virtio_queue.state import DeviceState
     from vm_memory import GuestMemory
@@ -93,7 +94,7 @@ class VirtioDevice:
         device_features: the offered feature bits.
         driver_features: the feature bits the driver wrote.
         status: the device status field (2.1).
-        interrupt_status: the pending interrupt bits.
+        interrupt_word: where the interrupt bits are, for a pump, which sets them without Python.
         config_generation: changes with the configuration space, 0 to 2**32 - 1.
         queues: one for each of the model's `queue_sizes`.
         active: whether the model is started and healthy: the driver set DRIVER_OK and nothing
@@ -120,7 +121,7 @@ class VirtioDevice:
         self.device_features = model.device_features | F_VERSION_1
         self.driver_features = 0
         self.status = 0
-        self.interrupt_status = 0
+        self.interrupt_word: CData = ffi.new("uint32_t *")
         self.config_generation = 0
         self.queues = tuple(Queue(size) for size in model.queue_sizes)
         self.active = False
@@ -132,7 +133,6 @@ class VirtioDevice:
         self._interrupt = interrupt
         # The configuration has changed since the driver last looked.
         self._config_unseen = False
-        self._interrupt_lock = threading.Lock()
         # Queues that were reset under VIRTIO_F_RING_RESET and not enabled again.
         self._queue_resets: set[int] = set()
         # What the driver wrote last where that was refused: it believes a value that is not there.
@@ -212,8 +212,7 @@ class VirtioDevice:
         self._queue_resets.clear()
         self._misconfigured.clear()
         self.driver_features = 0
-        with self._interrupt_lock:
-            self.interrupt_status = 0
+        self.take_interrupt_status()
         self.reset_reason = failure
         self.status = STATUS_DEVICE_NEEDS_RESET if failure else 0
 
@@ -378,12 +377,15 @@ class VirtioDevice:
     # Interrupts ---------------------------------------------------------------------------
 
     def notify_used(self) -> None:
-        """Announce used buffers of all queues whose driver wants to hear of them."""
+        """Announce used buffers of all queues whose driver wants to hear of them.
+
+        A pump announces those of the queues it serves.
+        """
         with self.lock:
             told = [
                 index
                 for index, queue in enumerate(self.queues)
-                if queue.ready and queue.needs_notification(self.memory)
+                if queue.ready and not queue.lent and queue.needs_notification(self.memory)
             ]
             if told:
                 self._raise(USED_BUFFER_INTERRUPT, told)
@@ -409,20 +411,22 @@ class VirtioDevice:
         """
         return ConfigChange(self)
 
+    @property
+    def interrupt_status(self) -> int:
+        """The pending interrupt bits."""
+        status: int = self.interrupt_word[0]
+        return status
+
     def acknowledge_interrupt(self, mask: int) -> None:
         """Clear interrupt bits the driver has handled. Waits for nothing."""
-        with self._interrupt_lock:
-            self.interrupt_status &= ~mask
+        lib.vq_clear_bits(self.interrupt_word, mask & _MASK32)
 
     def take_interrupt_status(self) -> int:
         """Return the interrupt bits and clear them, as reading the PCI ISR does (4.1.4.5.1)."""
-        with self._interrupt_lock:
-            status, self.interrupt_status = self.interrupt_status, 0
-        return status
+        return lib.vq_clear_bits(self.interrupt_word, _MASK32)
 
     def _raise(self, bit: int, sources: tuple[int, ...] | list[int]) -> None:
-        with self._interrupt_lock:
-            self.interrupt_status |= bit
+        lib.vq_set_bits(self.interrupt_word, bit)
         if self.route is None:
             self._interrupt()
         else:

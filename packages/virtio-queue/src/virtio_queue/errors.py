@@ -8,11 +8,14 @@ pickling.
 
 from __future__ import annotations
 
+import os
+
 __all__ = [
     "ActivationError",
     "ChainError",
     "EndOfChainError",
     "GuestError",
+    "PumpError",
     "QueueConfigError",
     "QueueStateError",
     "StateError",
@@ -136,3 +139,20 @@ class ActivationError(VirtioQueueError):
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
         self.reason = reason
+
+
+class PumpError(VirtioQueueError, OSError):
+    """The host has not what a pump needs.
+
+    Attributes:
+        what: what was asked for.
+        errno: the system's number.
+        hint: what to do.
+    """
+
+    _fields = ("what", "errno", "hint")
+
+    def __init__(self, what: str, errno: int, hint: str) -> None:
+        OSError.__init__(self, errno, f"{what}: {os.strerror(errno)}; {hint}")
+        self.what = what
+        self.hint = hint

@@ -86,9 +86,10 @@ class Queue(QueueConfiguration):
         descriptor_area: guest address of the descriptor table or ring.
         driver_area: guest address of the available ring or the driver event suppression.
         device_area: guest address of the used ring or the device event suppression.
+        lent: whether a pump serves the queue; it can't be used otherwise until the pump stops.
     """
 
-    __slots__ = ("_batches", "_in_flight", "_memory", "_one", "_ring")
+    __slots__ = ("_batches", "_in_flight", "_memory", "_one", "_ring", "lent")
 
     def __init__(self, max_size: int) -> None:
         super().__init__(max_size)
@@ -98,9 +99,11 @@ class Queue(QueueConfiguration):
         # Chains taken one by one; those of batches stay in the batch's arrays.
         self._in_flight: dict[int, DescriptorChain] = {}
         self._batches: list[ChainBatch] = []
+        self.lent = False
 
     def reset(self) -> None:
         """Return to the state after construction (2.6.1): chains in flight are forgotten."""
+        self._require_kept("reset")
         self._clear()
         self._drop_ring()
 
@@ -134,6 +137,7 @@ class Queue(QueueConfiguration):
 
     def disable(self) -> None:
         """Stop using the rings; the configuration stays, chains in flight are forgotten."""
+        self._require_kept("disable")
         self._ready = False
         self._drop_ring()
 
@@ -158,6 +162,14 @@ class Queue(QueueConfiguration):
             self._bind(memory)
         return self._ring
 
+    def _require_ready(self, what: str) -> None:
+        super()._require_ready(what)
+        self._require_kept(what)
+
+    def _require_kept(self, what: str) -> None:
+        if self.lent:
+            raise QueueStateError(what, "a pump serves the queue; stop the pump first")
+
     def _fault(self) -> ChainError:
         fault = self._ring.fault
         descriptor = None if fault.descriptor < 0 else fault.descriptor
@@ -175,6 +187,7 @@ class Queue(QueueConfiguration):
 
     def _flying(self) -> list[tuple[DescriptorChain, int | None]]:
         """All chains in flight with the length of a completion that waits, oldest first."""
+        self._require_kept("in_flight")
         chains = list(self._in_flight.values())
         for batch in self._batches:
             if batch.outstanding:
@@ -188,7 +201,8 @@ class Queue(QueueConfiguration):
         return [(chain, flight.length if flight.done else None) for flight, chain in flights]
 
     def _flight(self, head: int) -> CData:
-        return self._ring.flights[head]
+        flight: CData = self._ring.flights[head]
+        return flight
 
     def pop(self, memory: GuestMemory) -> DescriptorChain | None:
         """Take the next chain, checked as a whole, or None when there is none.
@@ -269,6 +283,27 @@ class Queue(QueueConfiguration):
         batch = ChainBatch(self.size, segments, 2 * segments)
         self._batches.append(batch)
         return batch
+
+    def lend(self, memory: GuestMemory) -> tuple[CData, list[DescriptorChain]]:
+        """Leave the ring and the chains in flight to a pump, until `take_back`.
+
+        Raises:
+            QueueStateError: the queue is not ready, or lent already.
+        """
+        self._require_ready("lend")
+        self._bind(memory)
+        flying = self._flying()
+        # Completions that wait for their turn are the ring's own business.
+        self._in_flight = {chain.head: chain for chain, done in flying if done is not None}
+        self._memory = _UNBOUND
+        self.lent = True
+        return self._ring, [chain for chain, done in flying if done is None]
+
+    def take_back(self, chains: Iterable[DescriptorChain]) -> None:
+        """Have the ring again, with these chains in flight."""
+        self.lent = False
+        self._in_flight |= {chain.head: chain for chain in chains}
+        self._forget_used()
 
     def undo_pop(self, chain: DescriptorChain) -> None:
         """Give back the chain that was taken last, to take it again later.

@@ -1,0 +1,215 @@
+/* A thread that serves the queues of a device without Python: it takes and checks chains, moves
+ * their bytes between a file descriptor and guest memory, publishes, and notifies.
+ *
+ * Between `vp_start` and `vp_stop` the rings belong to the thread alone; what Python may change or
+ * read meanwhile are the fields marked so (aligned words, one store each) and what takes `lock`. */
+#ifndef VIRTIO_PUMP_H
+#define VIRTIO_PUMP_H
+
+#include <pthread.h>
+#include <sys/uio.h>
+
+#include "virtio_queue.h"
+
+enum { VP_QUEUES = 64, VP_BATCHES = 64, VP_CHAINS = 64, VP_SEGMENTS = 256, VP_HEADER = 16 };
+
+/* --- pump_limit.c --- */
+/* Tokens that come back at a steady rate. Whoever finds a token left may take any number: what is
+ * owed then delays the next one, so that the rate holds whatever the requests' sizes. */
+struct vp_bucket {
+    uint64_t size;   /* 0: no limit */
+    uint64_t refill; /* nanoseconds in which an empty bucket fills */
+    uint64_t burst;  /* tokens spent before those of the bucket, once */
+    int64_t budget;
+    uint64_t last;   /* CLOCK_MONOTONIC, in nanoseconds */
+};
+
+/* What one device, or several, may do: shared by any number of threads. */
+struct vp_limiter {
+    pthread_mutex_t lock;
+    struct vp_bucket bytes, operations;
+};
+
+struct vp_limiter *vp_limiter_new(void);
+void vp_limiter_free(struct vp_limiter *limiter);
+/* Set a bucket (0: bytes, 1: operations), full, at any time. */
+void vp_limiter_set(struct vp_limiter *limiter, int which, uint64_t size, uint64_t refill,
+                    uint64_t burst, uint64_t now);
+/* Take one operation of so many bytes: 0, or the nanoseconds until there is a token. */
+uint64_t vp_limiter_take(struct vp_limiter *limiter, uint64_t bytes, uint64_t now);
+
+/* --- what Python reads at any time --- */
+struct vp_counters {
+    uint64_t kicks, notifications, notifications_suppressed, chains, publications, throttled;
+    uint64_t reads, writes, flushes, discards, write_zeroes, get_ids, handed_over;
+    uint64_t read_bytes, written_bytes;
+    uint64_t refused_read_only, refused_range, refused_header, refused_segments;
+    uint64_t refused_unsupported;
+    uint64_t failed_reads, failed_writes, failed_flushes, failed_discards, failed_write_zeroes;
+    uint64_t last_errno;
+    uint64_t received_frames, received_bytes, sent_frames, sent_bytes;
+    uint64_t dropped_no_buffer, dropped_too_long, dropped_short, dropped_by_host;
+};
+
+/* --- one chain on its way --- */
+enum vp_operation { VP_NONE, VP_READ, VP_WRITE, VP_SYNC, VP_PUNCH, VP_ZERO, VP_FILL };
+
+struct vp_segment { /* 5.2.6: struct virtio_blk_discard_write_zeroes */
+    uint64_t sector;
+    uint32_t sectors, flags;
+};
+
+struct vp_request {
+    struct vp_queue *queue;
+    struct vp_batch *batch;
+    uint32_t chain;             /* index in the batch */
+    uint32_t kind;              /* VIRTIO_BLK_T_* */
+    uint32_t operation;         /* what the engine has to do next */
+    uint32_t prepared;          /* parsed, and not started: 2 when a limit is the reason */
+    struct iovec *iovecs;       /* what is left to move */
+    uint32_t iovec_count;
+    uint32_t segment, segment_count;
+    uint64_t offset, left;      /* bytes */
+    uint64_t cost;              /* bytes, for the limiter */
+    uint64_t written;           /* into the chain, the status byte apart */
+    struct vp_segment *segments;
+    uint8_t *status;
+};
+
+struct vp_batch {
+    struct vq_batch *chains;
+    int busy;
+    struct vp_request requests[VP_CHAINS];
+};
+
+struct vp_queue {
+    struct vp_pump *pump;
+    struct vq_ring *ring;
+    int kick;                   /* eventfd, or -1 */
+    int interrupt;              /* eventfd, or -1; Python may change it */
+    int asked;                  /* the driver was asked for kicks */
+    int asleep;                 /* until there is one */
+    int faulted;                /* malformed: not served any more; Python reads it */
+    struct vp_batch *current;   /* of its chains, those before `next` were started */
+    uint32_t next;
+    uint32_t adopted, adopted_next; /* batches of chains that were in flight before the start */
+    uint32_t batch_count, free_count;
+    struct vp_batch **batches, **free; /* room for VP_BATCHES and all that were in flight */
+    uint32_t done;              /* completed, to be published */
+    uint64_t done_bytes;
+    uint32_t heads[VP_CHAINS], lengths[VP_CHAINS];
+};
+
+/* --- devices --- */
+struct vp_block {
+    int fd;
+    int is_device;              /* a block device, not a file */
+    uint32_t read_only;
+    uint32_t may_flush, may_discard, may_write_zeroes; /* negotiated */
+    uint32_t writeback;         /* Python may change it */
+    uint64_t sectors;           /* Python may change it */
+    uint64_t max_data;          /* bytes of one request */
+    uint32_t max_discard_sectors, max_discard_segments;
+    uint32_t max_write_zeroes_sectors, max_write_zeroes_segments;
+    uint8_t id[20];
+};
+
+struct vp_uring {
+    int fd;
+    uint32_t *sq_head, *sq_tail, *sq_array, *cq_head, *cq_tail;
+    uint32_t sq_mask, cq_mask, sq_entries, cq_entries;
+    uint32_t queued, in_kernel;
+    void *sqes, *cqes, *sq_map, *cq_map;
+    size_t sq_size, cq_size, sqes_size;
+};
+
+struct vp_pump {
+    int control;                /* eventfd that wakes the thread */
+    int attention;              /* eventfd that wakes Python */
+    int running;
+    int stopping;
+    int has_uring;
+    pthread_t thread;
+    int64_t thread_id;
+    pthread_mutex_t lock;
+    uint32_t queue_count;
+    struct vp_queue queues[VP_QUEUES];
+    uint32_t *status;           /* interrupt status of the transport, or NULL */
+    struct vp_limiter *limiter; /* or NULL */
+    uint64_t wake;              /* when there are tokens again; 0: nothing waits */
+    struct vp_counters counters;
+    struct vp_block block;
+    struct vp_uring uring;
+    /* Guarded by `lock`; room for as many as can be in flight. */
+    struct vp_request **handed;
+    struct vp_answer *answers;
+    uint32_t handed_count, answer_count;
+};
+
+struct vp_answer {
+    uint32_t queue, head, length;
+};
+
+/* --- pump.c --- */
+/* NULL with an errno in *error. `uring` asks for that engine. */
+struct vp_pump *vp_new(int uring, int *error);
+void vp_free(struct vp_pump *pump);
+/* 0 or an errno. */
+int vp_start(struct vp_pump *pump);
+/* End the thread. What was started is finished before; the rest is given back or stays in flight. */
+void vp_stop(struct vp_pump *pump);
+/* Requests that are Python's: 1 and where it is, or 0. */
+int vp_take(struct vp_pump *pump, uint32_t *queue, uint32_t *chain, struct vq_batch **batch);
+/* Answer one of them. */
+void vp_answer(struct vp_pump *pump, uint32_t queue, uint32_t head, uint32_t length);
+
+uint64_t vp_now(void);
+void vp_wake(int fd);
+void vp_hand_over(struct vp_request *request);
+
+static inline int vp_stopping(struct vp_pump *pump)
+{
+    return __atomic_load_n(&pump->stopping, __ATOMIC_ACQUIRE);
+}
+
+/* --- pump_queue.c --- */
+/* Add a ring, before the start. 0; -1 when there are too many; -2 without memory of the host's. */
+int vp_add_queue(struct vp_pump *pump, struct vq_ring *ring, int kick, int interrupt);
+/* Make a chain that is in flight the thread's own, before the start: `elements` are pairs of guest
+ * address and length. 0; -1 when it is not all memory; -2 without memory of the host's. */
+int vp_adopt(struct vp_pump *pump, uint32_t queue, uint32_t head, uint32_t readable,
+             uint32_t writable, const uint64_t *elements);
+/* After the stop: batches of a queue, to look for chains that are still in flight; NULL behind the
+ * last. `vp_leave` then makes them chains that were taken one by one, and forgets the queues. */
+struct vq_batch *vp_batch(struct vp_pump *pump, uint32_t queue, uint32_t number);
+void vp_leave(struct vp_pump *pump);
+/* The next chains into `current`: 1; 0 when it is worth asking again at once; -1 when it is not. */
+int vp_get_chains(struct vp_queue *queue);
+void vp_give_back(struct vp_queue *queue);
+void vp_finish(struct vp_request *request, uint64_t length);
+void vp_publish(struct vp_queue *queue);
+
+/* --- pump_block.c --- */
+/* Let a queue's requests go on: whether there was something to do. */
+int vp_block_serve(struct vp_queue *queue);
+/* Parse a request. 1: `operation` is to be done; 0: answered; -1: for Python to see. */
+int vp_block_prepare(struct vp_request *request);
+/* Take note of the operation's result (bytes or -errno). 1: `operation` is to be done; 0: answered. */
+int vp_block_step(struct vp_request *request, int64_t result);
+
+/* --- pump_file.c --- */
+int vp_file_write_flags(const struct vp_block *disk);
+int64_t vp_file_do(struct vp_request *request);
+/* Flags of `fallocate` for an operation. */
+int vp_file_mode(const struct vp_request *request);
+
+/* --- pump_uring.c --- */
+int vp_uring_open(struct vp_uring *uring, uint32_t entries);
+void vp_uring_close(struct vp_uring *uring);
+int vp_uring_has_room(const struct vp_uring *uring);
+/* 0, or -1 when the kernel has no room or does not know the operation. */
+int vp_uring_start(struct vp_uring *uring, struct vp_request *request);
+/* Hand what was started to the kernel, and take results: whether anything moved. */
+int vp_uring_turn(struct vp_pump *pump);
+
+#endif

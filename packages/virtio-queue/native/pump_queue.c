@@ -1,0 +1,229 @@
+/* Queues of a pump: chains into batches and back, publication and notification. */
+
+#include "pump.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+/* So many bytes are worth a publication of their own. */
+#define PUBLISH_BYTES (128u << 10)
+
+int vp_add_queue(struct vp_pump *pump, struct vq_ring *ring, int kick, int interrupt)
+{
+    struct vp_queue *queue = &pump->queues[pump->queue_count];
+    if (pump->queue_count == VP_QUEUES)
+        return -1;
+    size_t room = VP_BATCHES + (size_t)ring->in_flight;
+    memset(queue, 0, sizeof *queue);
+    queue->batches = calloc(2 * room, sizeof *queue->batches);
+    if (queue->batches == NULL)
+        return -2;
+    queue->free = queue->batches + room;
+    queue->pump = pump;
+    queue->ring = ring;
+    queue->kick = kick;
+    queue->interrupt = interrupt;
+    queue->asked = 1;
+    pump->queue_count++;
+    return 0;
+}
+
+/* --- batches --- */
+
+/* A batch without chains; NULL without memory of the host's. */
+static struct vp_batch *get_batch(struct vp_queue *queue)
+{
+    uint32_t size = queue->ring->size;
+    uint32_t segments = size + (size > VQ_MAX_INDIRECT ? size : VQ_MAX_INDIRECT) + 4 * VP_CHAINS;
+    if (queue->free_count != 0) {
+        queue->free[--queue->free_count]->busy = 1;
+        return queue->free[queue->free_count];
+    }
+    struct vp_batch *batch = calloc(1, sizeof *batch);
+    if (batch == NULL)
+        return NULL;
+    batch->chains = vq_batch_new(VP_CHAINS, segments, 2 * segments);
+    if (batch->chains == NULL) {
+        free(batch);
+        return NULL;
+    }
+    batch->chains->header_size = VP_HEADER;
+    batch->busy = 1;
+    queue->batches[queue->batch_count++] = batch;
+    return batch;
+}
+
+static void set_request(struct vp_queue *queue, struct vp_batch *batch, uint32_t chain)
+{
+    struct vp_request *request = &batch->requests[chain];
+    free(request->segments);
+    memset(request, 0, sizeof *request);
+    request->queue = queue;
+    request->batch = batch;
+    request->chain = chain;
+}
+
+int vp_adopt(struct vp_pump *pump, uint32_t number, uint32_t head, uint32_t readable,
+             uint32_t writable, const uint64_t *elements)
+{
+    struct vp_queue *queue = &pump->queues[number];
+    struct vq_flight *flight = &queue->ring->flights[head];
+    struct vp_batch *batch = queue->adopted ? queue->batches[queue->adopted - 1] : NULL;
+    uint32_t count = readable + writable;
+    if (batch == NULL || batch->chains->count == VP_CHAINS ||
+        batch->chains->segment_count + count > batch->chains->segment_capacity) {
+        batch = get_batch(queue);
+        if (batch == NULL)
+            return -2;
+        queue->adopted++;
+    }
+    struct vq_batch *chains = batch->chains;
+    struct vq_chain *chain = &chains->chains[chains->count];
+    struct vq_walk walk = {.ring = queue->ring, .batch = chains, .chain = chain};
+    memset(chain, 0, sizeof *chain);
+    chain->head = head;
+    chain->slots = flight->slots;
+    chain->first_segment = chains->segment_count;
+    chain->first_iovec = chains->iovec_count;
+    for (uint32_t i = 0; i < count; i++)
+        if (vq_add_element(&walk, i, elements[2 * i], (uint32_t)elements[2 * i + 1], i >= readable))
+            return -1;
+    vq_copy_header(queue->ring, chains, chain);
+    if (flight->batch != NULL)
+        flight->batch->outstanding--;
+    flight->batch = chains;
+    flight->chain = chains->count;
+    set_request(queue, batch, chains->count);
+    chains->count++;
+    chains->outstanding++;
+    return 0;
+}
+
+/* Batches whose chains have all been used are free again. */
+static void reclaim(struct vp_queue *queue)
+{
+    for (uint32_t i = 0; i < queue->batch_count; i++) {
+        struct vp_batch *batch = queue->batches[i];
+        if (batch->busy && batch->chains->outstanding == 0 && i >= queue->adopted) {
+            batch->busy = 0;
+            queue->free[queue->free_count++] = batch;
+        }
+    }
+}
+
+int vp_get_chains(struct vp_queue *queue)
+{
+    struct vp_pump *pump = queue->pump;
+    queue->next = 0;
+    if (queue->adopted_next < queue->adopted) {
+        queue->current = queue->batches[queue->adopted_next++];
+        return 1;
+    }
+    queue->current = NULL;
+    vp_publish(queue);
+    if (queue->free_count == 0)
+        reclaim(queue);
+    if (queue->free_count == 0 && queue->batch_count - queue->adopted == VP_BATCHES)
+        return -1; /* until requests complete */
+    struct vp_batch *batch = get_batch(queue);
+    if (batch == NULL)
+        return -1;
+    int64_t count = vq_pop(queue->ring, batch->chains, VP_CHAINS, 1);
+    if (count > 0) {
+        if (queue->asked)
+            vq_disable_notifications(queue->ring);
+        queue->asked = 0;
+        for (uint32_t i = 0; i < count; i++)
+            set_request(queue, batch, i);
+        queue->current = batch;
+        pump->counters.chains += (uint64_t)count;
+        return 1;
+    }
+    batch->busy = 0;
+    queue->free[queue->free_count++] = batch;
+    if (count == 0) {
+        queue->asked = 1;
+        count = vq_enable_notifications(queue->ring);
+    }
+    if (count > 0)
+        return 0;
+    queue->asleep = 1;
+    if (count < 0) {
+        __atomic_store_n(&queue->faulted, 1, __ATOMIC_RELEASE);
+        vp_wake(pump->attention);
+    }
+    return -1;
+}
+
+/* Chains that were taken last and not started are available again. */
+void vp_give_back(struct vp_queue *queue)
+{
+    const struct vq_batch *chains = queue->current != NULL ? queue->current->chains : NULL;
+    if (chains == NULL || queue->adopted_next < queue->adopted)
+        return;
+    for (uint32_t i = chains->count; i-- > queue->next;)
+        if (vq_undo(queue->ring, chains->chains[i].head))
+            break;
+}
+
+void vp_finish(struct vp_request *request, uint64_t length)
+{
+    struct vp_queue *queue = request->queue;
+    queue->heads[queue->done] = request->batch->chains->chains[request->chain].head;
+    queue->lengths[queue->done++] = length > UINT32_MAX ? UINT32_MAX : (uint32_t)length;
+    queue->done_bytes += request->cost;
+    if (queue->done == VP_CHAINS || queue->done_bytes >= PUBLISH_BYTES)
+        vp_publish(queue);
+}
+
+void vp_publish(struct vp_queue *queue)
+{
+    struct vp_pump *pump = queue->pump;
+    if (queue->done == 0)
+        return;
+    int64_t count = vq_complete(queue->ring, queue->done, queue->heads, queue->lengths);
+    queue->done = 0;
+    queue->done_bytes = 0;
+    if (count <= 0)
+        return; /* in order: not their turn yet */
+    pump->counters.publications++;
+    if (!vq_needs_notification(queue->ring)) {
+        pump->counters.notifications_suppressed++;
+        return;
+    }
+    pump->counters.notifications++;
+    if (pump->status != NULL)
+        __atomic_fetch_or(pump->status, 1, __ATOMIC_SEQ_CST);
+    int fd = __atomic_load_n(&queue->interrupt, __ATOMIC_RELAXED);
+    if (fd >= 0)
+        vp_wake(fd);
+}
+
+struct vq_batch *vp_batch(struct vp_pump *pump, uint32_t number, uint32_t index)
+{
+    struct vp_queue *queue = &pump->queues[number];
+    return index < queue->batch_count ? queue->batches[index]->chains : NULL;
+}
+
+static void free_batch(struct vp_queue *queue, struct vp_batch *batch)
+{
+    struct vq_batch *chains = batch->chains;
+    for (uint32_t i = 0; i < VP_CHAINS; i++)
+        free(batch->requests[i].segments);
+    if (chains->outstanding != 0)
+        for (uint32_t i = 0; i < chains->count; i++)
+            vq_detach(queue->ring, chains, i);
+    vq_batch_free(chains);
+    free(batch);
+}
+
+void vp_leave(struct vp_pump *pump)
+{
+    for (uint32_t i = 0; i < pump->queue_count; i++) {
+        struct vp_queue *queue = &pump->queues[i];
+        for (uint32_t j = 0; j < queue->batch_count; j++)
+            free_batch(queue, queue->batches[j]);
+        free(queue->batches);
+    }
+    pump->queue_count = 0;
+}
