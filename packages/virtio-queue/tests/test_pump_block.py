@@ -76,7 +76,8 @@ class Bench:
         read_only: bool = False,
         file: int | None = None,
         dirty: int | None = None,
-        **limits: tuple[int, int],
+        max_discard: tuple[int, int] = (1 << 22, 64),
+        max_write_zeroes: tuple[int, int] = (1 << 17, 1),
     ) -> None:
         # Buffers that cross from one region into the next one are cut.
         ranges = [(GuestAddress(0), 1 << 19), (GuestAddress(1 << 19), 3 << 19)]
@@ -92,7 +93,7 @@ class Bench:
         stack.callback(os.close, self.interrupt)
         self.pump = BlockPump(
             self.file, sectors=SECTORS, identity=b"serial", engine=engine, limiter=limiter,
-            read_only=read_only, **limits,
+            read_only=read_only, max_discard=max_discard, max_write_zeroes=max_write_zeroes,
         )  # fmt: skip
         self.pump.wire([self.kick], [self.interrupt])
         stack.callback(self.pump.stop)
@@ -423,8 +424,9 @@ def test_failures_of_the_host_have_names(stack: ExitStack, engine: Engine) -> No
     assert bench.do(header(IN, 1), writable=[512, 1]) == b""
     assert bench.pump.counters["last_errno"] == errno.EIO
     bench.pump.stop()
-    read, write = os.pipe()
-    bench.pump.set_file(read)
+    gone = os.memfd_create("gone")
+    bench.pump.set_file(gone)
+    os.close(gone)
     bench.start()
     assert bench.do(header(IN), writable=[512, 1]) == b""
     assert bench.do(header(OUT), bytes(512)) == b"\1"
@@ -432,8 +434,6 @@ def test_failures_of_the_host_have_names(stack: ExitStack, engine: Engine) -> No
     assert bench.do(header(DISCARD), segment(0, 1)) == b"\1"
     assert bench.do(header(ZEROES), segment(0, 1)) == b"\1"
     assert bench.do(header(ZEROES), segment(0, 1, 1)) == b"\1"
-    os.close(read)
-    os.close(write)
     counters = bench.pump.counters
     names = {name: n for name, n in counters.items() if name.startswith("failed")}
     assert names == {
@@ -485,6 +485,56 @@ def test_more_pieces_than_a_system_call_takes(stack: ExitStack, engine: Engine) 
     pieces = [28] * 1097 + [4, 1]
     assert sum(pieces) == 60 * 512 + 1
     assert bench.do(header(IN), writable=pieces) == pattern()[: 60 * 512] + b"\0"
+
+
+def _rings() -> set[int]:
+    """Descriptors of io_uring that are open."""
+    links = Path("/proc/self/fd").iterdir()
+    return {int(entry.name) for entry in links if "[io_uring]" in os.path.realpath(entry)}
+
+
+def test_a_ring_of_the_kernel_that_fails(stack: ExitStack) -> None:
+    """What it refuses is done by system calls."""
+    before = _rings()
+    bench = Bench(stack, SplitDriver, "io_uring")
+    (ring,) = _rings() - before
+    os.dup2(bench.kick, ring)
+    bench.start()
+    assert bench.do(header(IN, 1), writable=[512, 1]) == pattern()[512:1024] + b"\0"
+    assert bench.do(header(ZEROES), segment(1, 1)) == b"\0"
+    assert bench.do(header(IN, 1), writable=[512, 1]) == bytes(513)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_long_batch_is_published_at_once(stack: ExitStack, engine: Engine) -> None:
+    """64 chains, one publication, one decision about an interrupt."""
+    bench = Bench(stack, SplitDriver, engine, size=256)
+    for _ in range(70):
+        bench.driver.add([header(GET_ID)], [20, 1])
+    bench.start()
+    assert {item.data for item in bench.reap(70)} == {b"serial".ljust(21, b"\0")}
+    assert bench.pump.counters["publications"] == 2
+
+
+def test_completions_that_wait_for_their_turn(stack: ExitStack) -> None:
+    """2.7.9: a stop leaves them in the queue, and they go with the one they wait for."""
+    bench = Bench(stack, SplitDriver, "sync", features=F_IN_ORDER, dirty=4096)
+    bench.driver.add([header(99)], [1])
+    bench.driver.add([header(IN)], [512, 1])
+    bench.start()
+    _attention(bench.pump)
+    bench.pump.stop()
+    (first,) = bench.queue.in_flight
+    waiting = [chain.completed for chain in bench.queue.save().in_flight]
+    assert waiting in ([None, 513], [None])
+    bench.start()
+    while bench.pump.counters["reads"] == 0:
+        os.sched_yield()
+    bench.pump.stop()
+    assert [chain.completed for chain in bench.queue.save().in_flight] == [None, 513]
+    bench.queue.add_used(bench.memory, first.head, 0)
+    assert [item.length for item in bench.driver.reap()] == [0, 513]
+    assert bench.queue.in_flight == ()
 
 
 def test_the_disk_changes_while_it_runs(stack: ExitStack) -> None:
@@ -574,12 +624,14 @@ def test_arguments_out_of_range(stack: ExitStack) -> None:
         BlockPump(bench.file, sectors=1, max_discard=(1, 257))
     with pytest.raises(UsageError, match="sectors"):
         BlockPump(bench.file, sectors=1 << 54)
+    with pytest.raises(UsageError, match="neither a file nor a block device"):
+        BlockPump(bench.kick, sectors=1)
     with pytest.raises(UsageError, match="2 kicks and 1 interrupts"):
         bench.pump.wire([1, 2], [3])
     with pytest.raises(UsageError, match="2 queues, and wired for 1"):
         bench.pump.start(bench.memory, [bench.queue] * 2, 0)
+    bench.pump.wire([bench.kick] * 2, [-1] * 2)
     with pytest.raises(QueueStateError, match="a pump serves"):
-        bench.pump.wire([bench.kick] * 2, [-1] * 2)
         bench.pump.start(bench.memory, [bench.queue] * 2, 0)
     assert not bench.queue.lent
     for bucket in (TokenBucket(0, 1), TokenBucket(1, 0), TokenBucket(1, 1, -1)):

@@ -137,11 +137,15 @@ class BlockPump(Pump):
 
         Raises:
             QueueStateError: the pump runs.
+            UsageError: `fd` is neither a file nor a block device.
             OSError: `fd` is not open.
         """
         if self.running:
             raise QueueStateError("set_file", "the pump runs; stop it first")
-        self._block.is_device = stat.S_ISBLK(os.fstat(fd).st_mode)
+        mode = os.fstat(fd).st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
+            raise UsageError("fd", f"{fd} is neither a file nor a block device")
+        self._block.is_device = stat.S_ISBLK(mode)
         self._block.fd = fd
 
     def start(self, memory: GuestMemory, queues: Sequence[Queue], driver_features: int) -> None:

@@ -1,0 +1,93 @@
+"""Block requests from the ring to the file: a pump under a driver in another process.
+
+The driver is a C program on shared memory that polls for used buffers and kicks when it is asked
+to; the floor is the same reads by a bare loop around pread, or io_uring. The file is in the host's
+page cache, so what is measured is what each request costs beside the copy. Operations a second.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Literal
+
+from benchmarks.harness import CACHE, Bench, Goal, Measure, Row
+from virtio_queue import BlockPump, Queue
+from virtio_queue.constants import F_EVENT_IDX
+from vm_memory import GuestAddress, GuestMemory, Memfd
+
+PROGRAM = Path(__file__).parent / "native" / "block_driver.c"
+FILE_SIZE = 64 << 20
+SIZE = 256  # of the queue
+DESC, AVAIL, USED = 0x1000, 0x3000, 0x4000  # as the program has them
+KIB, MIB = 1 << 10, 1 << 20
+
+# Name, bytes of a request, depth, how many of them, and the least share of the floor's rate.
+LOADS = (
+    ("4 KiB random, depth 1", 4 * KIB, 1, 20_000, None),
+    ("4 KiB random, depth 32", 4 * KIB, 32, 100_000, 0.7),
+    ("1 MiB sequential, depth 1", MIB, 1, 1000, 0.95),
+    ("1 MiB sequential, depth 32", MIB, 32, 1000, 0.95),
+)
+ENGINES: tuple[Literal["sync", "io_uring"], ...] = ("sync", "io_uring")
+
+
+def rows(bench: Bench) -> Iterator[Row]:
+    """Each row in turn; see the module's text."""
+    program = bench.compile(PROGRAM)
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=CACHE) as file:
+        file.write(os.urandom(MIB) * (FILE_SIZE // MIB))
+        file.flush()
+        for engine in ENGINES:
+            for name, size, depth, count, share in LOADS:
+                load = [str(n) for n in (size, depth, count, FILE_SIZE // 512)]
+                yield bench.compare(
+                    f"{engine}: {name}", "op/s",
+                    ours=_pumped(program, file.fileno(), engine, size * depth, load),
+                    floor=_floor(program, engine, file.name, load),
+                    goal=() if share is None else Goal.floor_rate(share),
+                )  # fmt: skip
+
+
+def _figure(*command: str | Path, fds: tuple[int, ...] = ()) -> float:
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, timeout=60, pass_fds=fds)
+    return float(done.stdout)
+
+
+def _floor(program: Path, engine: str, file: str, load: list[str]) -> Measure:
+    return lambda: _figure(program, "floor", engine, file, *load)
+
+
+def _pumped(
+    program: Path, file: int, engine: Literal["sync", "io_uring"], data: int, load: list[str]
+) -> Measure:
+    def measure() -> float:
+        with ExitStack() as stack:
+            size = MIB + data
+            memory = stack.enter_context(
+                GuestMemory.from_ranges([(GuestAddress(0), size)], backing=Memfd())
+            )
+            shared = memory.regions[0].fd
+            assert shared is not None
+            # Touched before: page faults are not what is measured.
+            memory.fill(GuestAddress(0), size, 0)
+            queue = Queue(SIZE)
+            queue.set_features(F_EVENT_IDX)
+            queue.set_descriptor_area(DESC)
+            queue.set_driver_area(AVAIL)
+            queue.set_device_area(USED)
+            queue.enable(memory)
+            kick = os.eventfd(0)
+            stack.callback(os.close, kick)
+            pump = BlockPump(file, sectors=FILE_SIZE // 512, engine=engine)
+            pump.wire([kick], [-1])
+            pump.start(memory, [queue], 0)
+            stack.callback(pump.stop)
+            return _figure(program, "drive", str(shared), str(kick), *load, fds=(shared, kick))
+
+    return measure
