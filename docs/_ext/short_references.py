@@ -68,7 +68,10 @@ class FullNames(SphinxPostTransform):
         objects = self.env.domains["py"].objects  # type: ignore[attr-defined] # of this domain
         for node in self.document.findall(pending_xref):
             target, module = str(node["reftarget"]), str(node.get("py:module") or "")
-            if node.get("refdomain") != "py" or target in objects or is_foreign(target, module):
+            if node.get("refdomain") != "py" or target in objects:
+                continue
+            if is_foreign(target, module):
+                node.attributes.pop("refspecific", None)  # `type` is not any attribute of that name
                 continue
             ending = f".{target.lstrip('.')}"
             package = f"{module.partition('.')[0]}."

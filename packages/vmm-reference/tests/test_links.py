@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -219,9 +220,11 @@ def in_a_namespace(test: Callable[[], None]) -> None:
         raise item
 
 
-def ip(*arguments: str) -> None:
+def ip(*arguments: str) -> bytes:
     path = "/usr/sbin:/sbin:/usr/bin:/bin"
-    subprocess.run(["ip", *arguments], check=True, capture_output=True, env={"PATH": path})
+    return subprocess.run(
+        ["ip", *arguments], check=True, capture_output=True, env={"PATH": path}
+    ).stdout
 
 
 def test_a_tap_carries_frames_with_headers() -> None:
@@ -235,6 +238,8 @@ def test_a_tap_carries_frames_with_headers() -> None:
         loop = Loop(errors.append)
         tap = Tap(loop, "tap9")
         tap.set_offloads(0)
+        while b" state UP " not in ip("-o", "link", "show", "tap9"):
+            time.sleep(0.01)  # until then the host is not heard, as on a cable just plugged in
         me = bytes.fromhex("020000000001")
         request = bytes.fromhex("0001080006040001") + me + bytes([192, 0, 2, 2])
         request += bytes(6) + bytes([192, 0, 2, 1])

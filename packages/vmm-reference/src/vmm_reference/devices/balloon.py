@@ -80,7 +80,10 @@ class Balloon:
         target: pages that should be in it; change it inside `VirtioDevice.config_change`.
         actual: pages that the driver says are in it.
         statistics: what the guest said last, by name.
-        inflated, deflated, hinted, reported: pages, so far.
+        inflated: pages that went into it, so far.
+        deflated: pages that came out.
+        hinted: pages given back as the hints said.
+        reported: pages given back as the reports said.
         refused: pages or ranges that were no whole pages of RAM, and buffers that made no sense.
         hints_done: whether the guest has answered the last `start_hinting`.
         unfinished: whether `process` left something for another call.

@@ -85,7 +85,8 @@ class Console:
         kick: called with a queue's number when `process` should be called for it.
 
     Attributes:
-        sent, received: bytes from and to the guest.
+        sent: bytes from the guest.
+        received: bytes to it.
         dropped: bytes of consoles that the host had no room for.
         refused: control messages that made no sense.
         unfinished: whether `process` left something for another call.

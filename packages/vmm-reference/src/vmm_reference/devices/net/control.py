@@ -45,7 +45,8 @@ class Control:
         permanent: the address after a reset.
         mac: the address now.
         mode: receive modes as bits, `PROMISC` to `NOBCAST`, and the tables' overflows.
-        unicast, multicast: addresses that pass.
+        unicast: addresses of single stations that pass.
+        multicast: addresses of groups that pass.
         vlans: VLANs that pass.
         offloads: the `GUEST_` offloads a driver chose, or None for all that it negotiated.
     """

@@ -118,8 +118,10 @@ class Net:
         tx_limiter: limits what the guest sends, or None.
 
     Attributes:
-        sent, received: frames that passed.
-        sent_bytes, received_bytes: their bytes, without headers of virtio.
+        sent: frames that passed from the guest.
+        received: frames that passed to it.
+        sent_bytes: bytes from the guest, without headers of virtio.
+        received_bytes: bytes to it, likewise.
         dropped: frames that did not, by reason: `no header`, `header` (malformed), `offload` (not
             negotiated), `short`, `long`, `no room` (no driver's buffers can hold it), `filtered`,
             `link` (broken).

@@ -62,10 +62,12 @@ class Connection:
     """A stream that both sides know, or that waits for the guest's answer.
 
     Attributes:
-        guest_port, host_port: its name.
+        guest_port: the guest's half of its name.
+        host_port: the host's.
         stream: the host's end.
         open: whether the guest has agreed.
-        guest_sends, guest_receives: whether it may do so still.
+        guest_sends: whether the guest may send still.
+        guest_receives: whether it may be sent something still.
         ended: whether the guest was told that the host sends no more.
     """
 
