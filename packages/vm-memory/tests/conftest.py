@@ -12,6 +12,7 @@ import pytest
 
 hypothesis.settings.register_profile("ci", derandomize=True, deadline=None)
 hypothesis.settings.register_profile("soak", max_examples=2000, deadline=None)
+hypothesis.settings.register_profile("fuzz", max_examples=2000, deadline=None, print_blob=True)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 

@@ -260,4 +260,4 @@ class MemoryMachine(RuleBasedStateMachine):
 
 
 TestMemory = MemoryMachine.TestCase
-TestMemory.settings = settings(max_examples=50, stateful_step_count=40, deadline=None)
+TestMemory.settings = settings(max_examples=settings().max_examples // 2, stateful_step_count=40)

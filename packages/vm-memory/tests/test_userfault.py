@@ -97,7 +97,7 @@ def whole(userfault: Userfault, *, missing: bool = True, protect: bool = False) 
         userfault.register(address(first), count * PAGE, missing=missing, protect=protect)
 
 
-@settings(max_examples=30)
+@settings(max_examples=max(settings().max_examples // 4, 25))
 @given(
     page=st.integers(0, PAGES - 1),
     write=st.booleans(),
@@ -248,7 +248,7 @@ STEPS = st.lists(
 )
 
 
-@settings(max_examples=60)
+@settings(max_examples=max(settings().max_examples // 2, 50))
 @given(content=CONTENTS, steps=STEPS, background=st.booleans())
 def test_memory_is_the_file_whoever_comes_first(
     content: list[int | None], steps: list[tuple[str, int]], background: bool
