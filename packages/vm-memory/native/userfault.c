@@ -493,6 +493,8 @@ static int start(struct vmm_filler *filler, void *(*main)(void *))
 
 int vmm_filler_start(struct vmm_filler *filler, int background)
 {
+    if (filler->running != 0)
+        return EALREADY;
     filler->background = background;
     int error = start(filler, serve_faults);
     return error == 0 && background ? start(filler, fill_all) : error;
@@ -524,6 +526,8 @@ void vmm_filler_free(struct vmm_filler *filler)
     uint64_t one = 1;
     ssize_t ignored = filler->stop >= 0 ? write(filler->stop, &one, sizeof one) : 0;
     (void)ignored;
+    if (filler->notify >= 0)
+        notify(filler); /* whoever waits for the end */
     for (int i = 0; i < filler->running; i++)
         pthread_join(filler->threads[i], NULL);
     if (filler->stop >= 0)

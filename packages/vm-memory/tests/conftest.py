@@ -21,7 +21,9 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "kvm: needs a /dev/kvm that this user may open")
     config.addinivalue_line("markers", "linux: needs a KVM that runs an unmodified kernel")
     if config.pluginmanager.hasplugin("timeout") and not config.getoption("--timeout", None):
-        config.option.timeout = 120
+        long = {"soak", "fuzz"} & {os.environ.get("HYPOTHESIS_PROFILE"),
+                                   config.getoption("--hypothesis-profile", None)}  # fmt: skip
+        config.option.timeout = 1200 if long else 120
 
 
 @pytest.fixture

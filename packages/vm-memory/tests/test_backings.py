@@ -23,6 +23,7 @@ from vm_memory import (
     FileShared,
     GuestAddress,
     GuestMemory,
+    GuestRegion,
     InvalidValueError,
     Lock,
     MappingError,
@@ -301,8 +302,9 @@ def test_guard_pages() -> None:
     assert any(text.endswith(f"-{start:x}") for text in inaccessible)
     assert any(text.startswith(f"{start + (1 << 20):x}-") for text in inaccessible)
     assert in_child(lambda: int(GuestMemory.from_ranges([(A(0), 8)]).read_u8(A(0)))) == 0
-    with pytest.raises(InvalidValueError, match="as 4096"):
-        Options(guard=100)
+    for guard, nearest in ((100, "4096"), (-4096, "0"), (1 << 63, "1099511627776")):
+        with pytest.raises(InvalidValueError, match=f"as {nearest}"):
+            Options(guard=guard)
 
 
 def test_numa() -> None:
@@ -357,6 +359,22 @@ def test_discarded_pages_read_as_zeros(kind: str, path: Path) -> None:
         assert smaps(memory)["Rss"] == "8 kB"
     assert memory.read(A(0), 3 * 4096) == b"\1" * 100 + bytes(8192) + b"\1" * (4096 - 100)
     assert list(memory.harvest_dirty()) == [(0, 3 * 4096)]
+
+
+def test_discarding_a_shared_file_stays_within_the_region(path: Path) -> None:
+    """What lies behind the region in the last page of its file is somebody else's."""
+    memory = GuestMemory.from_ranges([(A(0), 4096 + 100)], backing=FileShared(path))
+    memory.discard(A(0), 4096 + 100)
+    assert memory.read(A(0), 4196) == bytes(4196)
+    assert path.read_bytes() == bytes(4196) + b"b" * (4096 - 100) + b"c" * 4096
+
+
+def test_a_region_is_no_longer_than_its_mapping() -> None:
+    """Who makes a region by hand cannot make it reach past its memory, or where none can be."""
+    (region,) = GuestMemory.from_ranges([(A(0), 4096)]).regions
+    for address, size in ((0, 4097), (4, 8), (0, 0), (-8, 8)):
+        with pytest.raises(RegionError):
+            GuestRegion(A(address), size, region.mapping, Anonymous())
 
 
 def test_guest_memfd_alongside() -> None:

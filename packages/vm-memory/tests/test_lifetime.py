@@ -32,7 +32,7 @@ A = GuestAddress
 SIZE = 3 * 4096
 OPERATIONS = ["map", "slice", "cast", "iovec", "scalar", "buffer", "region", "table", "close",
               "forget map", "forget all maps", "forget view", "collect", "cycle", "raise",
-              "overlay", "insert"]  # fmt: skip
+              "overlay", "insert", "discard", "fork", "thread"]  # fmt: skip
 
 
 def mapped(host_address: int) -> bool:
@@ -95,6 +95,13 @@ def test_views_outlive_everything(steps: list[tuple[str, int]]) -> None:
             views.pop(number % len(views))
         elif name == "collect":
             gc.collect()
+        elif name == "discard":
+            with contextlib.suppress(VmMemoryError):
+                memory.discard(A(number % SIZE), SIZE)
+        elif name == "fork":
+            forked(*views, *maps)
+        elif name == "thread":
+            beside(memory, *views)
         elif name == "cycle":
             Holder([memory, *views][number % (len(views) + 1)])
         elif name in ("slice", "cast", "iovec", "scalar", "buffer", "region", "table", "overlay",
@@ -104,6 +111,39 @@ def test_views_outlive_everything(steps: list[tuple[str, int]]) -> None:
         for thing in (*views, *maps):
             touch(thing)
         del memory
+
+
+def forked(*things: object) -> None:
+    """Touch everything in a child, after its own collection."""
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            for thing in things:
+                touch(thing)
+            gc.collect()
+            status = 0
+        finally:
+            os._exit(status)
+    assert os.waitpid(pid, 0)[1] == 0
+
+
+def beside(memory: GuestMemory, *views: object) -> None:
+    """Touch everything in a thread, while the map is closed here."""
+    wrong: list[BaseException] = []
+
+    def work(*things: object) -> None:
+        try:
+            for thing in things * 3:
+                touch(thing)
+        except BaseException as error:
+            wrong.append(error)
+
+    thread = threading.Thread(target=work, args=(memory, *views))
+    thread.start()
+    memory.close()
+    thread.join()
+    assert not wrong
 
 
 def make(name: str, memory: GuestMemory, other: GuestMemory, number: int) -> list[object]:

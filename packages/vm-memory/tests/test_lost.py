@@ -19,9 +19,12 @@ from vm_memory import (
     FileShared,
     GuestAddress,
     GuestMemory,
+    IommuMemory,
+    Iotlb,
     MappingError,
     Memfd,
     Order,
+    Permissions,
 )
 from vm_memory.sharing import MemoryDescription, RegionDescription, rebuild
 
@@ -108,6 +111,28 @@ def test_mapped_kernel_image_that_is_truncated(path: Path) -> None:
         file.truncate(0)
         with pytest.raises(BackingLostError):
             fresh.write_all_to_file(A(0), file.fileno(), 10)
+
+
+def test_what_was_lost_before_is_not_transferred_as_if_it_were_there(path: Path) -> None:
+    """Zeros in place of lost pages never reach a file unsaid, however often they are asked for."""
+    kernel = path.with_name("kernel")
+    kernel.write_bytes(b"\2" * SIZE)
+    shared = GuestMemory.from_ranges([(A(0), SIZE)], backing=FileShared(path))
+    overlaid = GuestMemory.from_ranges([(A(0), SIZE)])
+    with kernel.open("rb") as file:
+        assert overlaid.map_private_file(A(0), file.fileno(), 0, SIZE)
+    tlb = Iotlb()
+    tlb.set_mapping(0, 0, SIZE, Permissions.READ_WRITE)
+    os.truncate(path, 0)
+    os.truncate(kernel, 0)
+    (view,) = overlaid.slices(A(0), SIZE, Permissions.READ)
+    assert bytes(view) == bytes(SIZE)
+    for memory in (shared, overlaid, IommuMemory(shared, tlb), IommuMemory(overlaid, tlb)):
+        for _ in range(2):
+            with pytest.raises(BackingLostError), path.with_name("out").open("wb") as out:
+                memory.write_all_to_file(A(0), out, SIZE, 0)
+            with pytest.raises(BackingLostError):
+                memory.read_from_file(A(0), ZEROS, SIZE)
 
 
 def test_a_handler_that_comes_later_changes_nothing(path: Path) -> None:

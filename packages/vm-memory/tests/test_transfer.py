@@ -18,6 +18,8 @@ from typing import IO
 import attrs
 import cffi
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from vm_memory import (
     GuestAddress,
@@ -249,6 +251,20 @@ def test_copies(memory: GuestMemory) -> None:
         memory.read_into(A(0x100FFF), bytearray(2))
     with pytest.raises((TypeError, BufferError, ValueError)):
         single.read_into(A(0), bytes(10))  # type: ignore[arg-type]
+
+
+@given(st.integers(0, 150), st.integers(0, 150), st.integers(0, 120))
+def test_overlapping_copies_over_many_regions(target: int, source: int, length: int) -> None:
+    """A copy is as if all were read before anything is written, wherever regions begin."""
+    sizes = [40, 8, 64, 24, 136]
+    starts = itertools.accumulate(sizes[:-1], initial=0)
+    memory = GuestMemory.from_ranges([(A(at), n) for at, n in zip(starts, sizes, strict=True)])
+    content = bytes(range(256)) + bytes(16)
+    memory.write(A(0), content)
+    memory.copy(A(target), A(source), length)
+    expected = bytearray(content)
+    expected[target : target + length] = content[source : source + length]
+    assert memory.read(A(0), 272) == expected
 
 
 @attrs.frozen

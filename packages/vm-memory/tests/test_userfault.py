@@ -447,3 +447,41 @@ def test_a_child_does_not_keep_waiters_waiting(memory: GuestMemory) -> None:
     assert toucher.seen == bytes(PAGE)
     os.close(writer)
     os.waitpid(pid, 0)
+
+
+def test_a_filler_is_used_by_threads_in_any_order(memory: GuestMemory) -> None:
+    """Asking, waiting and closing at once ends in an answer; it is started once."""
+    with tempfile.TemporaryFile() as file:
+        file.truncate(PAGES * PAGE)
+        with pytest.raises(InvalidValueError, match="offset"):
+            Filler(memory, file, offset=-PAGE)
+        filler = Filler(memory, file)
+        filler.start(background=False)
+        for background in (False, True):
+            with pytest.raises(InvalidValueError, match="started already"):
+                filler.start(background=background)
+        wrong: list[BaseException] = []
+
+        def ask() -> None:
+            try:
+                while not filler.wait(0):
+                    assert filler.status.pages == PAGES
+            except InvalidValueError:
+                pass  # it was closed
+            except BaseException as error:
+                wrong.append(error)
+
+        def wait() -> None:
+            try:
+                assert not filler.wait()
+            except BaseException as error:
+                wrong.append(error)
+
+        threads = [threading.Thread(target=call) for call in (ask, ask, wait)]
+        for thread in threads:
+            thread.start()
+        time.sleep(0.05)
+        filler.close()
+        for thread in threads:
+            thread.join()
+        assert not wrong

@@ -186,22 +186,18 @@ class ByteAccess:
     def copy(self, target: GuestAddress, source: GuestAddress, length: int) -> None:
         """Copy within the memory, as memmove does: the ranges may overlap.
 
+        That is told by their addresses: the same bytes at two places are not seen to overlap.
+
         Raises:
             MemoryAccessError: when either range is not all memory; nothing is written then.
             BackingLostError: when pages of them are lost.
         """
         froms = self._pieces(source, length)
         tos = self._pieces(target, length, write=True)
-        if len(froms) == len(tos) == 1:
-            (one, start, _), (other, offset, _) = froms[0], tos[0]
-            _copy(other.host_address + offset, one.host_address + start, length)
-        else:
-            # Piecewise in either direction an overlap could be overwritten before it is read.
-            data = b"".join([r.buffer[start : start + count] for r, start, count in froms])
-            done = 0
-            for region, start, count in tos:
-                region.buffer[start : start + count] = data[done : done + count]
-                done += count
+        parts = _parts(tos, froms)
+        # Forwards or backwards, so that nothing is overwritten before it is read.
+        for to, start, count in parts if target <= source else reversed(parts):
+            _copy(to, start, count)
         self._wrote(target, tos)
         self._check_lost(source, length, froms)
         self._check_lost(target, length, tos)
@@ -249,6 +245,26 @@ class ByteAccess:
         if 0 <= offset < offset + length <= region.size:
             return length
         return sum([count for _, _, count in self._front(address, length, write=write)])
+
+
+def _parts(tos: list[Piece], froms: list[Piece]) -> list[tuple[int, int, int]]:
+    """Host addresses of target and source, and bytes, of what is in one piece in both."""
+    parts = []
+    sources = iter(froms)
+    start = left = 0
+    for region, offset, count in tos:
+        to = region.host_address + offset
+        while count:
+            if not left:
+                other, other_offset, left = next(sources)
+                start = other.host_address + other_offset
+            step = min(count, left)
+            parts.append((to, start, step))
+            to += step
+            start += step
+            count -= step
+            left -= step
+    return parts
 
 
 def _flat(data: Buffer) -> memoryview:

@@ -148,7 +148,9 @@ def _open_file(backing: FileShared | FilePrivate, ranges: list[tuple[int, int]])
         total = sum(-(-size // page) * page for _, size in ranges)
         end = os.fstat(fd).st_size
         if end == 0:
+            place = os.lseek(fd, 0, os.SEEK_CUR)
             end = os.lseek(fd, 0, os.SEEK_END)  # a block device says 0 above
+            os.lseek(fd, place, os.SEEK_SET)
         if backing.offset + total > -(-end // page) * page:
             rule = f"has {end} bytes, but the regions need {total} from offset {backing.offset} on"
             raise InvalidValueError("file", backing.file, rule)

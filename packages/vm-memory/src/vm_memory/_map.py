@@ -49,6 +49,7 @@ class _Nowhere:
     u32 = _EMPTY.cast("I")
     u64 = _EMPTY.cast("Q")
     dirty = None
+    mapping: Mapping  # never asked for
 
 
 NOWHERE: Final = _Nowhere()

@@ -92,7 +92,12 @@ class GuestMemory(MemoryMap, RecordAccess):
         region = self._recent
         start = address - region.guest_address
         end = start + length
-        if offset is not None and 0 <= start < end <= region.size and length <= _ONE_CALL:
+        if (
+            offset is not None
+            and 0 <= start < end <= region.size
+            and length <= _ONE_CALL
+            and not region.mapping.overlaid
+        ):
             # One piece at a place of its own: what this leaves undone is done again below.
             fd = file if isinstance(file, int) else file.fileno()
             try:
@@ -137,7 +142,12 @@ class GuestMemory(MemoryMap, RecordAccess):
         region = self._recent
         start = address - region.guest_address
         end = start + length
-        if offset is not None and 0 <= start < end <= region.size and length <= _ONE_CALL:
+        if (
+            offset is not None
+            and 0 <= start < end <= region.size
+            and length <= _ONE_CALL
+            and not region.mapping.overlaid
+        ):
             # One piece at a place of its own: what this leaves undone is done again below.
             fd = file if isinstance(file, int) else file.fileno()
             try:

@@ -65,12 +65,9 @@ class NumaPolicy:
 
 
 def _check_guard(_instance: object, _attribute: object, guard: int) -> None:
-    if guard < 0 or guard % 4096:
-        raise InvalidValueError(
-            "guard",
-            guard,
-            f"must be whole pages, as {-(-guard // 4096) * 4096 if guard > 0 else 0}",
-        )
+    if not 0 <= guard <= 1 << 40 or guard % 4096:
+        nearest = min(max(-(-guard // 4096) * 4096, 0), 1 << 40)
+        raise InvalidValueError("guard", guard, f"must be whole pages up to 2**40, as {nearest}")
 
 
 def _check_prefault(_instance: object, _attribute: object, threads: int) -> None:

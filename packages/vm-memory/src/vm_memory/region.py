@@ -69,7 +69,15 @@ class GuestRegion:
         fragile: bool = False,
         guest_memfd: GuestMemfd | None = None,
     ) -> None:
-        """Wrap a mapping; `GuestMemory.from_ranges` is the usual way to get a region."""
+        """Wrap a mapping; `GuestMemory.from_ranges` is the usual way to get a region.
+
+        Raises:
+            RegionError: when no region can be there, or the mapping is shorter.
+        """
+        check_region(guest_address, size)
+        if size > mapping.length:
+            rule = f"the mapping has only {mapping.length:#x} bytes"
+            raise RegionError(guest_address, size, rule)
         self.guest_address = guest_address
         self.size = size
         self.mapping = mapping
@@ -158,7 +166,6 @@ class GuestRegion:
         advise(self.mapping, advice, offset, length)
 
     def _like(self, guest_address: GuestAddress, guest_memfd: GuestMemfd | None) -> GuestRegion:
-        check_region(guest_address, self.size)
         return GuestRegion(
             guest_address,
             self.size,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from vm_memory._map import WHY_LOST
 from vm_memory._native import ffi, lib
 from vm_memory.errors import (
     BackingLostError,
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Protocol, TypeAlias
 
+    from vm_memory._map import Piece
     from vm_memory.address import GuestAddress
     from vm_memory.iommu import IommuMemory
     from vm_memory.memory import GuestMemory
@@ -83,10 +85,13 @@ def transfer(
                 continue
             return done
         if error[0]:
-            raise _failure(memory, address, length, done, error[0])
+            raise _told(
+                address, length, done, error[0], memory._walk(address + done, length - done)
+            )
         if exact and done < length:
             raise ShortTransferError(address, length, done)
         break
+    _check_lost(address, length, memory._walk(address, done))
     return done
 
 
@@ -121,15 +126,16 @@ def transfer_pieces(
             else:
                 count = os.preadv(fd, views, offset + done)
         except OSError as error:
-            fragile = any(region.fragile or region.mapping.overlaid for region, _, _ in pieces)
-            raise _told(address, length, done, error.errno or 0, fragile=fragile) from error
+            raise _told(address, length, done, error.errno or 0, pieces) from error
         if not out and count:
             memory.mark_dirty(address + done, count)  # type: ignore[arg-type]
         done += count
         if not exact:
+            _check_lost(address, length, pieces)
             break
         if count == 0:
             raise ShortTransferError(address, length, done)
+        _check_lost(address, length, pieces)
     return done
 
 
@@ -193,20 +199,23 @@ def send_message(
     return sock.sendmsg(memory.slices(address, length, Permissions.READ), ancillary, flags)
 
 
-def _failure(
-    memory: GuestMemory, address: GuestAddress, length: int, done: int, errno: int
-) -> TransferError | BackingLostError:
-    region = memory.find_region(address + done)  # type: ignore[arg-type]
-    fragile = region is not None and (region.fragile or region.mapping.overlaid)
-    return _told(address, length, done, errno, fragile=fragile)
-
-
 def _told(
-    address: GuestAddress, length: int, done: int, errno: int, *, fragile: bool
+    address: GuestAddress, length: int, done: int, errno: int, pieces: list[Piece]
 ) -> TransferError | BackingLostError:
     """EFAULT on memory that was checked means that the kernel found no page behind it."""
-    if errno == _EFAULT and fragile:
+    if errno == _EFAULT and any(r.fragile or r.mapping.overlaid for r, _, _ in pieces):
         return BackingLostError(
-            address, length, f"pages from {address + done:#x} on are lost: a file was truncated"
+            address, length, f"pages from {address + done:#x} on are lost: {WHY_LOST}"
         )
     return TransferError(address, length, done, errno)
+
+
+def _check_lost(address: GuestAddress, length: int, pieces: list[Piece]) -> None:
+    """What was moved is not the guest's if pages were lost before, and are zeros now."""
+    for region, _, _ in pieces:
+        if (region.fragile or region.mapping.overlaid) and region.mapping.lost:
+            raise BackingLostError(
+                address,
+                length,
+                f"the region at {region.guest_address:#x} has lost pages: {WHY_LOST}",
+            )

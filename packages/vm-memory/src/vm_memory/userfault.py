@@ -25,6 +25,7 @@ from __future__ import annotations
 import errno
 import os
 import select
+import threading
 
 import attrs
 
@@ -404,18 +405,21 @@ class Filler:
         offset: where in the file the first region begins.
 
     Raises:
-        InvalidValueError: memory of another kind, or of different page sizes.
+        InvalidValueError: memory of another kind, or of different page sizes; an offset below 0.
         MappingError: no userfaultfd; the hint says what to do.
     """
 
     def __init__(self, memory: GuestMemory, file: File, *, offset: int = 0) -> None:
         self._handle: CData | None = None
+        self._lock = threading.RLock()  # a finalizer may come while it is held
         self._regions = memory.regions
         pages = {region.page_size for region in self._regions}
         kinds = {region.mapping.flags & ~MAP_HUGETLB & 0xFFFFF for region in self._regions}
         if kinds != {ANONYMOUS} or len(pages) != 1:
             rule = "must be anonymous, with pages of one size"
             raise InvalidValueError("memory", self._regions, rule)
+        if not 0 <= offset < 1 << 62:
+            raise InvalidValueError("offset", offset, "must be 0 to 2**62")
         (page,) = pages
         self._file = os.dup(file if isinstance(file, int) else file.fileno())
         try:
@@ -444,15 +448,24 @@ class Filler:
         """Begin. Without `background`, pages come only when somebody waits for them.
 
         Raises:
+            InvalidValueError: it was started already, or closed.
             MappingError: the host gives no thread.
         """
-        error = lib.vmm_filler_start(self._open(), background)
+        with self._lock:
+            error = lib.vmm_filler_start(self._open(), background)
+        if error == errno.EALREADY:
+            raise InvalidValueError("filler", self, "was started already")
         if error:
             raise MappingError("starting threads that fill memory", error)
 
     @property
     def status(self) -> FillerStatus:
         """How far it is; after `close`, how far it came."""
+        with self._lock:
+            return self._look()
+
+    def _look(self) -> FillerStatus:
+        """With the lock held, or where there is no other thread."""
         if self._handle is not None:
             look = lib.vmm_filler_look(self._handle)
             self._last = FillerStatus(
@@ -466,7 +479,8 @@ class Filler:
 
     def fileno(self) -> int:
         """An eventfd that becomes readable when all is there, or when something fails."""
-        return lib.vmm_filler_notify(self._open())
+        with self._lock:
+            return lib.vmm_filler_notify(self._open())
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until everything is there; False if that takes longer.
@@ -493,7 +507,8 @@ class Filler:
         Raises:
             MappingError: the host gives no thread.
         """
-        error = lib.vmm_filler_retry(self._open())
+        with self._lock:
+            error = lib.vmm_filler_retry(self._open())
         if error:
             raise MappingError("starting threads that fill memory", error)
 
@@ -503,10 +518,11 @@ class Filler:
         Memory that is not complete then is lost: what is still missing reads as zeros, and
         `GuestMemory.lost_regions` and transfers say so. No vCPU may run on it any more.
         """
-        if self._handle is None:
-            return
-        complete = self.status.complete
-        handle, self._handle = self._handle, None
+        with self._lock:
+            if self._handle is None:
+                return
+            complete = self._look().complete
+            handle, self._handle = self._handle, None
         lib.vmm_filler_free(handle)
         if not complete:
             for region in self._regions:
@@ -524,8 +540,9 @@ class Filler:
 
     def _in_child(self) -> None:
         """The threads are the parent's, and so is all that they share with it."""
+        self._lock = threading.RLock()  # another thread may have had it
         if self._handle is not None:
-            if not self.status.complete:
+            if not self._look().complete:
                 _lose(self._regions)
             self._handle = None
             self._release()
