@@ -96,11 +96,11 @@ class Kvm(Attributes):
         return self._mmap_size
 
     def get_supported_cpuid(self) -> tuple[CpuidEntry, ...]:
-        """KVM_GET_SUPPORTED_CPUID: the CPUID leaves this host and KVM can offer a guest."""
+        """KVM_GET_SUPPORTED_CPUID (KVM_CAP_EXT_CPUID): the leaves KVM can offer a guest here."""
         return self._cpuid(lib.KVM_GET_SUPPORTED_CPUID)
 
     def get_emulated_cpuid(self) -> tuple[CpuidEntry, ...]:
-        """KVM_GET_EMULATED_CPUID: what KVM emulates though the host's processor lacks it."""
+        """KVM_GET_EMULATED_CPUID (KVM_CAP_EXT_EMUL_CPUID): emulated though the host lacks it."""
         return self._cpuid(lib.KVM_GET_EMULATED_CPUID)
 
     def get_supported_hv_cpuid(self) -> tuple[CpuidEntry, ...]:

@@ -71,7 +71,7 @@ EXITS: tuple[ExitRow, ...] = (
     ExitRow("SYSTEM_EVENT", 24, ("SystemEvent",), "system_event", "u32 type ndata; u64 data[16]"),
     ExitRow("S390_STSI", 25, ("S390Stsi",), "s390_stsi", "u64 addr; u8 ar reserved fc sel1;"
             " u16 sel2", "s390"),
-    ExitRow("IOAPIC_EOI", 26, ("IoapicEoi",), "eoi", "u8 vector", "x86"),
+    ExitRow("IOAPIC_EOI", 26, ("IoapicEoi",), "eoi", "u8 vector", "x86", "guest"),
     ExitRow("HYPERV", 27, ("HypervSynic", "HypervHcall", "HypervSyndbg"), "hyperv",
             "u32 type pad1; u64 u[6]", "x86"),
     ExitRow("ARM_NISV", 28, ("ArmNisv",), "arm_nisv", "u64 esr_iss fault_ipa", "arm64"),

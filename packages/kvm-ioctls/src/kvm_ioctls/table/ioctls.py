@@ -228,4 +228,8 @@ def find(request: int) -> Ioctl | None:
     'KVM_RUN'
     """
     rows = sorted(IOCTLS, key=lambda row: not row.on(HOST))  # where two share a number, ours speaks
-    return next((row for row in rows if row.request == request), None)
+    for row in rows:
+        machines = MACHINES.values() if row.wrapped else ()
+        if request in {row.number(each) for each in machines if row.on(each)}:
+            return row
+    return None

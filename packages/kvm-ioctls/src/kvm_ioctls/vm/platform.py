@@ -112,7 +112,7 @@ class VmPlatform(Descriptor):
         return ClockData.from_bytes(self._read(lib.KVM_GET_CLOCK, 48))
 
     def set_clock(self, state: ClockData) -> None:
-        """KVM_SET_CLOCK: continue the kvmclock from a saved value.
+        """KVM_SET_CLOCK (KVM_CAP_ADJUST_CLOCK): continue the kvmclock from a saved value.
 
         Only KVM_CLOCK_REALTIME of the flags is taken: with it the clock is advanced by the wall
         time that passed since.

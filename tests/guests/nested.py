@@ -1,0 +1,123 @@
+"""What only hardware virtualization shows of KVM's API: prints findings as JSON.
+
+A hypervisor in the guest enters its own guest by VMRUN; its state is saved while the inner guest
+runs and put into another VM, where the inner guest goes on. And software breakpoints at ring 0, and
+hypercalls that user space answers.
+"""
+
+from __future__ import annotations
+
+import json
+from struct import pack_into
+
+from attrs import evolve
+
+from kvm_ioctls import Kvm, exits
+from kvm_ioctls.constants import KVM_CAP_EXIT_HYPERCALL
+from kvm_ioctls.msrs import msr_index
+from kvm_ioctls.testing import CODE, Guest, Mode
+
+VMCB, SAVE_AREA, INNER = 0x20000, 0x21000, 0x1100
+# The inner guest counts and makes port exits that its own hypervisor does not intercept.
+OUTER = """
+    mov $0x20000, %eax
+    vmrun
+    mov $0x99, %al
+    out %al, $0x99
+    hlt
+    .org 0x100
+1:  inc %ebx
+    mov %ebx, %eax
+    out %al, $0x10
+    jmp 1b
+"""
+_COUNT = 5
+
+
+def control_block(guest: Guest) -> None:
+    """A VMCB (AMD APM volume 2, appendix B) for the inner guest, in the outer one's own mode."""
+    memory, sregs = guest.memory, guest.vcpu.get_sregs()
+    pack_into("<I", memory, VMCB + 0x010, 1)  # intercept VMRUN itself, as the processor demands
+    pack_into("<I", memory, VMCB + 0x058, 1)  # ASID
+    segments = (("es", 0x400), ("cs", 0x410), ("ss", 0x420), ("ds", 0x430), ("fs", 0x440),
+                ("gs", 0x450), ("ldt", 0x470), ("tr", 0x490))  # fmt: skip
+    for name, offset in segments:
+        s = getattr(sregs, name)
+        attributes = s.type | s.s << 4 | s.dpl << 5 | s.present << 7 | s.avl << 8 | s.l << 9
+        attributes |= s.db << 10 | s.g << 11
+        pack_into("<HHIQ", memory, VMCB + offset, s.selector, attributes, s.limit, s.base)
+    for table, offset in ((sregs.gdt, 0x460), (sregs.idt, 0x480)):
+        pack_into("<HHIQ", memory, VMCB + offset, 0, 0, table.limit, table.base)
+    svme = sregs.efer | 1 << 12
+    for value, offset in ((svme, 0x4D0), (sregs.cr4, 0x548), (sregs.cr3, 0x550), (sregs.cr0, 0x558),
+                          (0x400, 0x560), (0xFFFF0FF0, 0x568), (2, 0x570), (INNER, 0x578),
+                          (0x70000, 0x5D8)):  # fmt: skip
+        pack_into("<Q", memory, VMCB + offset, value)
+
+
+def output(guest: Guest) -> int:
+    """The next byte that the inner guest writes."""
+    seen = guest.run()
+    if not isinstance(seen, exits.IoOut) or seen.port != 0x10:
+        raise RuntimeError(f"{seen!r} at {guest.vcpu.get_regs()}")
+    return seen.data[0]
+
+
+def nested() -> dict[str, object]:
+    """The inner guest goes on in another VM."""
+    with Guest(OUTER, Mode.LONG) as guest, Guest(OUTER, Mode.LONG) as other:
+        empty = guest.vcpu.get_nested_state()
+        guest.vcpu.set_sregs(
+            evolve(guest.vcpu.get_sregs(), efer=guest.vcpu.get_sregs().efer | 1 << 12)
+        )
+        guest.vcpu.set_msrs({msr_index("VM_HSAVE_PA"): SAVE_AREA}).require()
+        control_block(guest)
+        before = [output(guest) for _ in range(_COUNT)]
+        guest.vcpu.kick()
+        if not isinstance(guest.run(), exits.Interrupted):
+            raise RuntimeError("the kick was lost")
+        state = guest.vcpu.save()
+        assert state.nested is not None
+        other.memory[:] = guest.memory[:]
+        other.vcpu.restore(state)
+        return {
+            "empty": len(empty.data),
+            "flags": state.nested.flags,
+            "format": state.nested.format,
+            "size": len(state.nested.data),
+            "same": other.vcpu.get_nested_state() == state.nested,
+            "before": before,
+            "there": [output(other) for _ in range(_COUNT)],
+            "here": [output(guest) for _ in range(_COUNT)],
+        }
+
+
+def breakpoints() -> dict[str, object]:
+    """An INT3 of the debugger comes as an exit at ring 0; one of the guest's own is given back."""
+    with Guest("nop; int3; mov $7, %al; out %al, $0x10; hlt", Mode.LONG) as guest:
+        guest.vcpu.set_guest_debug(software_breakpoints=True)
+        seen = guest.run()
+        assert isinstance(seen, exits.Debug), seen
+        guest.memory[CODE + 1] = 0x90  # the debugger takes its breakpoint away
+        after = guest.run()
+        return {"exception": seen.exception, "pc": seen.pc, "after": repr(after)}
+
+
+def hypercall() -> dict[str, object]:
+    """KVM_HC_MAP_GPA_RANGE is answered by user space."""
+    source = """
+        mov $12, %eax; mov $0x100000, %ebx; mov $1, %ecx; mov $16, %edx; vmmcall
+        out %eax, $0x10; hlt
+    """
+    with Kvm() as kvm:
+        vm = kvm.create_vm()
+        vm.enable_cap(KVM_CAP_EXIT_HYPERCALL, (1 << 12,))
+        with Guest(source, Mode.LONG, kvm=kvm, vm=vm) as guest:
+            seen = guest.run()
+            assert isinstance(seen, exits.Hypercall), seen
+            seen.respond(0x77)
+            return {"nr": seen.nr, "args": seen.args[:3], "answer": repr(guest.run())}
+
+
+if __name__ == "__main__":
+    print(json.dumps({"nested": nested(), "breakpoint": breakpoints(), "hypercall": hypercall()}))
