@@ -30,9 +30,14 @@ def test_nested_guests_breakpoints_and_hypercalls(linux: Lab | Direct) -> None:
     assert nested["same"]
     assert nested["before"] == [1, 2, 3, 4, 5]
     assert nested["there"] == nested["here"] == [6, 7, 8, 9, 10]
-    assert found["breakpoint"]["exception"] == 3
-    assert found["breakpoint"]["pc"] == 0x1001
-    assert found["breakpoint"]["after"] == r"IoOut(port=16, size=1, count=1, data=b'\x07')"
+    if isinstance(linux, Lab) and "instead" in found["breakpoint"]:
+        # QEMU's emulated processor takes INT3 for a software interrupt, which KVM does not
+        # intercept: the guest, which has no handler, gets it.
+        assert found["breakpoint"]["instead"] == "Shutdown()"
+    else:
+        assert found["breakpoint"]["exception"] == 3
+        assert found["breakpoint"]["pc"] == 0x1001
+        assert found["breakpoint"]["after"] == r"IoOut(port=16, size=1, count=1, data=b'\x07')"
     assert found["hypercall"]["nr"] == 12
     assert found["hypercall"]["args"] == [0x100000, 1, 16]
     assert found["hypercall"]["answer"] == r"IoOut(port=16, size=4, count=1, data=b'w\x00\x00\x00')"

@@ -97,7 +97,8 @@ def breakpoints() -> dict[str, object]:
     with Guest("nop; int3; mov $7, %al; out %al, $0x10; hlt", Mode.LONG) as guest:
         guest.vcpu.set_guest_debug(software_breakpoints=True)
         seen = guest.run()
-        assert isinstance(seen, exits.Debug), seen
+        if not isinstance(seen, exits.Debug):
+            return {"instead": repr(seen)}
         guest.memory[CODE + 1] = 0x90  # the debugger takes its breakpoint away
         after = guest.run()
         return {"exception": seen.exception, "pc": seen.pc, "after": repr(after)}
