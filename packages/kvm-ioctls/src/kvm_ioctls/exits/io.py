@@ -76,7 +76,7 @@ class MmioWrite(Exit):
 
 
 unpack_io = Struct("<BBHIQ").unpack_from
-_MMIO = Struct("<QQIB").unpack_from
+unpack_mmio = Struct("<QQIB").unpack_from
 
 
 def decode_io(page: memoryview) -> Exit:
@@ -90,7 +90,7 @@ def decode_io(page: memoryview) -> Exit:
 
 def decode_mmio(page: memoryview) -> Exit:
     """From a run page whose exit reason is KVM_EXIT_MMIO."""
-    address, _, length, is_write = _MMIO(page, 32)
+    address, _, length, is_write = unpack_mmio(page, 32)
     data = page[40 : 40 + (length if length < 8 else 8)]
     if is_write:
         return MmioWrite(address, data.tobytes())

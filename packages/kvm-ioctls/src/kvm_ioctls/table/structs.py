@@ -102,7 +102,7 @@ class Field(NamedTuple):
     """One member of a structure: where it lies and how large it is, in bytes."""
 
     name: str
-    type: str
+    kind: str
     offset: int
     size: int
     length: int

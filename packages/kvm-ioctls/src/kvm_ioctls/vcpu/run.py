@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from kvm_ioctls._fd import Descriptor
 from kvm_ioctls._native import ffi, lib
 from kvm_ioctls.exits.decoders import decoders, interrupted
-from kvm_ioctls.exits.io import IoIn, IoOut, unpack_io
+from kvm_ioctls.exits.io import IoIn, IoOut, MmioRead, MmioWrite, unpack_io, unpack_mmio
 
 if TYPE_CHECKING:
     from typing import Any, NoReturn
@@ -22,8 +22,8 @@ _run = lib.kvmi_run
 _KICKED = lib.KVMI_KICKED
 _POSTED = lib.KVMI_POSTED
 _EINTR = 4
-_IO = 2
-_unpack_io = unpack_io
+_IO, _MMIO = 2, 6
+_unpack_io, _unpack_mmio = unpack_io, unpack_mmio
 
 _kick_signal = 0
 
@@ -84,6 +84,11 @@ class VcpuRun(Descriptor):
             if direction:
                 return IoOut(port, size, count, data.tobytes())
             return IoIn(port, size, count, data)
+        if reason == _MMIO:
+            page = self._page
+            address, _, length, is_write = _unpack_mmio(page, 32)
+            data = page[40 : 40 + (length if length < 8 else 8)]
+            return MmioWrite(address, data.tobytes()) if is_write else MmioRead(address, data)
         return decoders[reason](self._page) if reason >= 0 else self._other(reason)
 
     def _other(self, reason: int) -> Exit:
