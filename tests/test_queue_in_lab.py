@@ -1,4 +1,4 @@
-"""The real Linux driver drives our virtqueues over virtio-mmio, and its data is compared.
+"""The real Linux driver drives our virtqueues over virtio-mmio and PCI, and its data is compared.
 
 Split and packed, with and without indirect descriptors and EVENT_IDX, entropy from size 2 and block
 from size 4 up to 1024: one machine has up to fifteen rings, so that few boots show all of them.
@@ -33,26 +33,29 @@ ENTROPY += [(size, packed, True, True) for size in (4, 16, 64, 256, 1024) for pa
 MORE: list[Ring] = [
     (1 << bits, packed, on, on) for bits, packed, on in product(range(2, 11), BOTH, BOTH)
 ]
+PCI = [ring for ring in BLOCK if ring[2] == ring[3]]
 LONG: list[Ring] = [(16, packed, True, True) for packed in BOTH]
 
 # Kind, rings, rounds, and how many chains each ring carries at least.
 RUNS = [
-    pytest.param("block", BLOCK, 1, 64, id="block"),
-    pytest.param("entropy", ENTROPY, 1, 64, id="entropy"),
+    pytest.param("block", BLOCK, 1, 64, "mmio", id="block"),
+    pytest.param("entropy", ENTROPY, 1, 64, "mmio", id="entropy"),
+    pytest.param("block", PCI, 1, 64, "pci", id="block-pci"),
     *(
-        pytest.param("block", MORE[at : at + 12], 3, 1500, id=f"block-{at}", marks=SOAK)
+        pytest.param("block", MORE[at : at + 12], 3, 1500, "mmio", id=f"block-{at}", marks=SOAK)
         for at in range(0, len(MORE), 12)
     ),
-    pytest.param("block", LONG, 130, 1 << 16, id="block-long", marks=SOAK),
+    pytest.param("block", LONG, 130, 1 << 16, "mmio", id="block-long", marks=SOAK),
 ]
 
 
-@pytest.mark.parametrize(("kind", "rings", "rounds", "chains"), RUNS)
+@pytest.mark.parametrize(("kind", "rings", "rounds", "chains", "transport"), RUNS)
 def test_linux_drives_our_rings(
     kind: str,
     rings: list[Ring],
     rounds: int,
     chains: int,
+    transport: str,
     linux: Lab | Direct,
     share: Path,
     kernels: dict[str, Kernel],
@@ -61,7 +64,7 @@ def test_linux_drives_our_rings(
     """Each ring is negotiated as offered, and carries the data it was given."""
     kernel, initrd = kernels["cloud"].vmlinuz, initrds["cloud"]
     done = linux.run(
-        [sys.executable, SCRIPT, kind, kernel, initrd, share, str(rounds)],
+        [sys.executable, SCRIPT, kind, kernel, initrd, share, str(rounds), transport],
         input=json.dumps(rings),
         timeout=300 if rounds == 1 else 1700,
     )

@@ -1,4 +1,4 @@
-"""Linux drives our virtqueues: `queues.py KIND KERNEL INITRD FOLDER ROUNDS < RINGS`.
+"""Linux drives our virtqueues: `queues.py KIND KERNEL INITRD FOLDER ROUNDS TRANSPORT < RINGS`.
 
 Runs where unmodified kernels run. One machine gets a device for each ring that standard input
 names, a JSON array of [size, packed, indirect, event_idx]; its shell is told to use all of them,
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from vmm_reference.devices.blk import Backend
 
 PATIENCE = 200.0
+TRANSPORT = sys.argv[6]
 PAGES = 32  # of a disk that are copied in a round, in pages, in sectors where there are more
 BLOCKS = 70  # of entropy that are read in a round, one by one
 SEG_MAX = slice(12, 16)  # of the configuration space, virtio 1.3 section 5.2.4
@@ -133,7 +134,7 @@ class Guest:
             self.devices.append(make(0, None))
             return self.devices[-1]
 
-        def disk(backend: Backend) -> Any:
+        def disk(backend: Backend, **_: object) -> Any:
             self.devices.append(make(len(self.devices), backend))
             return self.devices[-1]
 
@@ -142,7 +143,7 @@ class Guest:
         vars(blk).update(Block=disk)
         config = MachineConfig(
             kernel=kernel, initrd=initrd, drives=drives, cpus=2, memory="256M",
-            cmdline="console=ttyS0 pci=off panic=-1 quiet",
+            cmdline="console=ttyS0 panic=-1 quiet", transport=TRANSPORT,
         )  # fmt: skip
         self.machine = Machine(config)
 
@@ -283,7 +284,7 @@ def runs_of(stream: bytes, data: bytes) -> bool:
 
 def main() -> None:
     """See the module."""
-    kind, kernel, initrd, folder, rounds = sys.argv[1:]
+    kind, kernel, initrd, folder, rounds, _ = sys.argv[1:]
     wishes = [(size, bool(p), bool(i), bool(e)) for size, p, i, e in json.load(sys.stdin)]
     start = time.monotonic()
     run = {"block": block, "entropy": entropy}[kind]

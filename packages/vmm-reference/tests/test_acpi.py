@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vmm_reference import layout
-from vmm_reference.acpi import aml, tables
+from vmm_reference.acpi import aml, cpus, pci, tables
 from vmm_reference.devices import pm, pvpanic
 
 BASE = layout.ACPI_TABLES
@@ -248,3 +248,29 @@ def test_segment_too_long_is_refused(path: str) -> None:
     """A name has at most four characters."""
     with pytest.raises(ValueError, match="one to four"):
         aml.scope(path)
+
+
+@needs_iasl
+def test_bridge_and_processors_are_sound_aml(tmp_path: Path) -> None:
+    """`iasl` takes back what it made; slots and processors can be ejected, but the first."""
+    slots, most = range(1, 32), 16
+    blob = tables.build(
+        cpus=2,
+        max_cpus=most,
+        devices=[pci.host_bridge(layout.pci_memory64(1 << 30), slots), cpus.processors(most)],
+        events=[(2, pci.NOTIFY_METHOD), (8, cpus.NOTIFY_METHOD)],
+        more=[(b"MCFG", pci.mcfg())],
+    )
+    text = disassembled(tmp_path / "dsdt.aml", found(blob)["DSDT"])
+    for slot in slots:
+        assert f"Device (S{slot:02X})" in text
+        assert f"Notify (S{slot:02X}, 0x03)" in text
+    for number in range(most):
+        assert f"Device (C{number:03X})" in text
+        assert f"Notify (C{number:03X}, One)" in text
+    assert text.count("Method (_EJ0") == 31 + most - 1
+    madt = [entry for entry in entries(found(blob)["APIC"]) if entry[0] == 0]
+    assert [entry[4] for entry in madt] == [1] * 2 + [2] * (most - 2)
+    assert int.from_bytes(found(blob)["MCFG"][44:52], "little") == layout.ECAM
+    largest = tables.build(cpus=1, max_cpus=254, devices=[cpus.processors(254)])
+    assert BASE + len(largest) <= 0xFFFF0

@@ -55,6 +55,7 @@ if TYPE_CHECKING:
 
     from .config import MachineConfig
     from .deviceconfig import DeviceConfig
+    from .devices.cpus import Cpus
     from .loop import Loop
     from .pci.bus import PciBus
     from .state.snapshot import Restored, Tracking
@@ -112,6 +113,8 @@ class Board:
         self._tables: list[tuple[bytes, bytes]] = []
         self.devices: dict[str, Wiring] = {}
         self.pci: PciBus | None = None
+        self.cpus: Cpus | None = None  # where processors may come and go
+        self.cpus_changed: Callable[[], None] = lambda: None  # told when the guest gave one up
         self.removed: Callable[[str], object] | None = None  # told when the guest gave one up
         self.running = False
         self._mmio_devices = 0
@@ -126,6 +129,8 @@ class Board:
             self._create_platform()
             self.serial = Serial(self._line(layout.SERIAL_IRQ), transmit, room=room)
             self._add_legacy_devices(config)
+            if config.max_cpus is not None:
+                self._add_cpus(config.cpus, config.max_cpus)
             if config.transport == "pci":
                 self._add_pci(config)
             for name, device in config.named_devices().items():
@@ -137,9 +142,9 @@ class Board:
             entry = policy = None
             if restored is None and incoming is None:
                 entry = self._load(config)
-                policy = CpuPolicy(kvm, config.cpus)
+                policy = CpuPolicy(kvm, config.max_cpus or config.cpus)
             self._vcpus = []
-            for number in range(config.cpus):
+            for number in range(config.max_cpus or config.cpus):
                 vcpu = stack.enter_context(self.vm.create_vcpu(number))
                 if policy is not None:
                     policy.apply(vcpu)
@@ -179,6 +184,8 @@ class Board:
             "power": self.power,
             "pvpanic": self._pvpanic,
         }
+        if self.cpus is not None:
+            found["cpus"] = self.cpus
         if self.pci is not None:
             found |= {"pci": self.pci, "pci-hotplug": self.hotplug}
         for wiring in self.devices.values():
@@ -408,6 +415,29 @@ class Board:
         if event & 1:
             self._ended(Outcome.GUEST_PANIC, "")
 
+    def _add_cpus(self, count: int, most: int) -> None:
+        """Registers and ACPI for processors that come and go."""
+        from .acpi import cpus
+        from .devices.cpus import PORT, SIZE, Cpus
+
+        def ejected(_number: int) -> None:
+            self.loop.call_soon(self.cpus_changed)
+
+        self.cpus = Cpus(count, most, lambda: self.tell(pm.EVENT_CPU), ejected)
+        self.ports.add(PORT, SIZE, self.cpus)
+        self.announced.append(cpus.processors(most))
+        self._events.append((pm.EVENT_CPU, cpus.NOTIFY_METHOD))
+
+    def set_cpus(self, count: int) -> None:
+        """Let processors come, or ask for those that are to go. On the loop."""
+        assert self.cpus is not None
+        with self.ports.lock(self.cpus):
+            for number in range(count):
+                self.cpus.plug(number)
+            for number in sorted(self.cpus.present, reverse=True):
+                if number >= count:
+                    self.cpus.ask_for(number)
+
     def _add_pci(self, config: MachineConfig) -> None:
         """A bus, and its place in ACPI."""
         from .acpi import pci
@@ -521,6 +551,7 @@ class Board:
         """All tables, with what the devices have to tell."""
         return tables.build(
             cpus=config.cpus,
+            max_cpus=config.max_cpus,
             devices=self.announced,
             events=self._events,
             more=self._tables,

@@ -140,6 +140,8 @@ class MachineConfig:
         initrd: an initial RAM file system, as it is, or None.
         cmdline: the kernel's command line.
         cpus: number of vCPUs, 1 to 254.
+        max_cpus: how many it may have later (`Machine.set_cpus`), `cpus` to 254, or None for no
+            change.
         memory: RAM in bytes (an int, or text such as `256M`), 16 MiB to 1 TiB, whole MiB.
         drives: virtio-blk disks in order: /dev/vda, /dev/vdb, ...
         devices: what else there is, configurations of any kind in `vmm_reference.devices.REGISTRY`.
@@ -161,6 +163,7 @@ class MachineConfig:
     initrd: str | None = None
     cmdline: str = ""
     cpus: int = 1
+    max_cpus: int | None = None
     memory: int = attrs.field(default=256 * MIB, converter=_memory)
     drives: tuple[Drive, ...] = attrs.field(default=(), converter=_tuple)
     devices: tuple[DeviceConfig, ...] = attrs.field(default=(), converter=_tuple)
@@ -185,6 +188,8 @@ class MachineConfig:
         if any(not " " <= character <= "~" for character in self.cmdline):
             raise ConfigError("cmdline", repr(self.cmdline), "must be printable ASCII on one line")
         _whole("cpus", self.cpus, 1, MAX_CPUS)
+        if self.max_cpus is not None:
+            _whole("max_cpus", self.max_cpus, self.cpus, MAX_CPUS)
         if not MIN_MEMORY <= self.memory <= MAX_MEMORY:
             raise ConfigError("memory", f"{self.memory} bytes", "must be from 16M to 1T")
         if self.memory % MIB:

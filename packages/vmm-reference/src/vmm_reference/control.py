@@ -7,6 +7,7 @@ made, changed and taken away.
 from __future__ import annotations
 
 import threading
+import time
 from typing import TYPE_CHECKING, TypeVar
 
 from attrs import evolve
@@ -40,6 +41,7 @@ class Control:
 
     def __init__(self) -> None:
         self._reset_asked = False
+        self._cpus_set = threading.Event()
         self._removals: dict[str, threading.Event] = {}
 
     def press_power_button(self) -> None:
@@ -93,6 +95,40 @@ class Control:
 
         with self._standstill:
             return self._call(plug)
+
+    def set_cpus(self, count: int, timeout: float = 30.0) -> None:
+        """Let the guest have so many processors; it is told, and brings them up or gives them up.
+
+        Needs `max_cpus` in the configuration. After a reset there are as many again.
+
+        Args:
+            count: 1 to `max_cpus`.
+            timeout: seconds to wait where the guest has to give some up.
+
+        Raises:
+            ConfigError: the machine can't have so many.
+            HostError: the machine does not run.
+            TimeoutError: the guest has not given them up; it may still do so.
+        """
+        most = self.config.max_cpus
+        if most is None or type(count) is not int or not 1 <= count <= most:
+            rule = "needs max_cpus" if most is None else f"must be a whole number from 1 to {most}"
+            raise ConfigError("cpus", count, rule)
+        self._cpus_set.clear()
+        self._call(lambda board: board.set_cpus(count))
+        self._call(lambda _: self._cpus_changed())
+        deadline = time.monotonic() + timeout
+        while self.config.cpus != count:
+            if not self._cpus_set.wait(max(deadline - time.monotonic(), 0)):
+                raise TimeoutError(f"the guest still has {self.config.cpus} processors")
+            self._cpus_set.clear()
+
+    def _cpus_changed(self) -> None:
+        """Keep the number of processors. On the I/O thread."""
+        assert self._board is not None
+        assert self._board.cpus is not None
+        self.config = evolve(self.config, cpus=len(self._board.cpus.present))
+        self._cpus_set.set()
 
     def resize_drive(self, name: str, size: int | None = None) -> None:
         """Give a drive's image another size, or let the guest know that it has one.

@@ -441,6 +441,7 @@ class Machine(Control):
                 incoming=incoming,
             )
         self._board.removed = self._removed
+        self._board.cpus_changed = self._cpus_changed
         if incoming is not None:
             return
         try:

@@ -15,10 +15,12 @@ __all__ = [
     "LOCAL0",
     "LOCAL1",
     "and_",
+    "buffer",
     "bus_numbers",
     "call",
     "device",
     "eisa_id",
+    "equal",
     "field",
     "if_",
     "integer",
@@ -133,6 +135,16 @@ def store(source: bytes | str, target: bytes | str) -> bytes:
 def and_(left: bytes, right: bytes) -> bytes:
     """`And (left, right)`, for its value."""
     return b"\x7b" + left + right + _NULL_TARGET
+
+
+def equal(left: bytes, right: bytes) -> bytes:
+    """`LEqual (left, right)`."""
+    return b"\x93" + left + right
+
+
+def buffer(content: bytes) -> bytes:
+    """`Buffer (length) {content}`."""
+    return b"\x11" + _sized(integer(len(content)) + content)
 
 
 def if_(predicate: bytes, *terms: bytes) -> bytes:

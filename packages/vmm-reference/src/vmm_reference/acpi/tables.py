@@ -46,6 +46,7 @@ _FIRST_X2APIC = 255  # the broadcast identifier of xAPIC: from here on identifie
 def build(
     *,
     cpus: int,
+    max_cpus: int | None = None,
     devices: Sequence[bytes] = (),
     events: Sequence[tuple[int, str]] = (),
     more: Sequence[tuple[bytes, bytes]] = (),
@@ -55,6 +56,7 @@ def build(
 
     Args:
         cpus: number of processors, whose APIC identifiers count from 0.
+        max_cpus: how many there may be later; then `devices` announce all processors.
         devices: terms that the DSDT has in `\_SB` beside the machine's own.
         events: bits of the event register, and the method that each of them calls.
         more: signatures and bodies of further tables, of revision 1.
@@ -76,8 +78,8 @@ def build(
         blob.extend(table)
         return start
 
-    fadt = append(_fadt(append(_dsdt(cpus, devices, events))))
-    found = [fadt, append(_madt(cpus))]
+    fadt = append(_fadt(append(_dsdt(cpus if max_cpus is None else 0, devices, events))))
+    found = [fadt, append(_madt(cpus, max_cpus or cpus))]
     found += [append(_table(signature, 1, body)) for signature, body in more]
     blob[:_RSDP_SIZE] = _rsdp(append(_table(b"XSDT", 1, pack(f"<{len(found)}Q", *found))))
     if len(blob) > VM_GENERATION - ACPI_TABLES:
@@ -149,18 +151,25 @@ def _fadt(dsdt: int) -> bytes:
     return _table(b"FACP", 6, bytes(body))
 
 
-def _madt(cpus: int) -> bytes:
+def _madt(cpus: int, most: int) -> bytes:
     """Interrupt controllers (5.2.12): a local APIC a processor, one IOAPIC, NMI on LINT1."""
-    small, large = range(min(cpus, _FIRST_X2APIC)), range(_FIRST_X2APIC, cpus)
+    small, large = range(min(most, _FIRST_X2APIC)), range(_FIRST_X2APIC, most)
     entries = [pack("<II", LOCAL_APIC, _PCAT_COMPAT)]
-    entries += [pack("<BBBBI", 0, 8, number, number, 1) for number in small]
-    entries += [pack("<BBHIII", 9, 16, 0, number, 1, number) for number in large]
+    entries += [pack("<BBBBI", 0, 8, number, number, _state(number < cpus)) for number in small]
+    entries += [
+        pack("<BBHIII", 9, 16, 0, number, _state(number < cpus), number) for number in large
+    ]
     entries.append(pack("<BBBBII", 1, 12, 0, 0, IOAPIC, 0))
     entries.append(pack("<BBBBIH", 2, 10, 0, 0, _PIT_GSI, 0))
     entries.append(pack("<BBBHB", 4, 6, 0xFF, 0, 1))
     if large:
         entries.append(pack("<BBHIB3x", 10, 12, 0, 0xFFFFFFFF, 1))
     return _table(b"APIC", 5, b"".join(entries))
+
+
+def _state(enabled: bool) -> int:
+    """Local APIC flags (table 5.47): enabled, or capable of coming online later."""
+    return 1 if enabled else 2
 
 
 def _dsdt(cpus: int, devices: Sequence[bytes], events: Sequence[tuple[int, str]]) -> bytes:

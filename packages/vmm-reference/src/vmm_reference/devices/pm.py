@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "EVENTS",
+    "EVENT_CPU",
     "EVENT_GENERATION",
     "EVENT_PCI",
     "EVENT_POWER_BUTTON",
@@ -47,6 +48,7 @@ SLEEP_TYPE_S5 = 5  # the value that the DSDT's \_S5 names
 RESET_VALUE = 0x01
 EVENT_POWER_BUTTON = 0x01
 EVENT_PCI = 0x02
+EVENT_CPU = 0x08
 EVENT_GENERATION = 0x04
 
 # Real-mode code that resets the machine, for a PC's reset vector: mov $RESET, %dx; mov $VALUE, %al;

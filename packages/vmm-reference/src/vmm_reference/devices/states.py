@@ -16,6 +16,7 @@ __all__ = [
     "BalloonState",
     "BlockState",
     "ConsoleState",
+    "CpusState",
     "FlashState",
     "FwCfgState",
     "GenerationState",
@@ -229,6 +230,36 @@ class PvpanicState:
     """A `vmm_reference.devices.pvpanic.Pvpanic`: which events the guest may report."""
 
     supported: int = _whole(0, 0xFF)
+    version: int = _version()
+
+
+def _numbers() -> Any:
+    """A field of different whole numbers that fit into a byte."""
+
+    def check(state: object, field: attrs.Attribute[tuple[int, ...]], value: object) -> None:
+        good = (
+            isinstance(value, tuple)
+            and all(type(number) is int and 0 <= number <= 255 for number in value)
+            and len(set(value)) == len(value)
+        )
+        _check(state, field, good, value, "must be different whole numbers from 0 to 255")
+
+    return attrs.field(validator=check)
+
+
+@attrs.frozen
+class CpusState:
+    """A `vmm_reference.devices.cpus.Cpus`.
+
+    Attributes:
+        present: numbers of the processors that are there.
+        up: those that have come, and the guest has not looked at.
+        down: those that the guest is to give up, and has not looked at.
+    """
+
+    present: tuple[int, ...] = _numbers()
+    up: tuple[int, ...] = _numbers()
+    down: tuple[int, ...] = _numbers()
     version: int = _version()
 
 

@@ -259,7 +259,9 @@ class Restored:
         self.memory = memory
         self.filler = filler
         self.tracking = tracking
-        self.vcpus = [reader.state(f"vcpu{n}", VcpuState) for n in range(config.cpus)]
+        self.vcpus = [
+            reader.state(f"vcpu{n}", VcpuState) for n in range(config.max_cpus or config.cpus)
+        ]
         self.vm = reader.state("vm", VmState)
 
     def apply(self, parts: dict[str, Any]) -> None:

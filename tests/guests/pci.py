@@ -1,0 +1,124 @@
+"""Linux on a PCI bus: `pci.py KERNEL INITRD ROOT FOLDER`.
+
+Runs where unmodified kernels run. The root file system is on virtio-blk; a second disk is plugged
+in, used, resized, exchanged and unplugged while the guest runs, and the guest has to notice by
+itself; then everything goes on after a pause, a snapshot and a reset. Prints a JSON object.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from vmm_reference.config import Drive, MachineConfig
+from vmm_reference.machine import Machine
+from vmm_reference.outcome import Outcome
+
+PATIENCE = 200.0
+MIB = 1 << 20
+
+
+def tell(machine: Machine, command: str) -> str:
+    """Run a command in the guest; it has to succeed. Returns what it printed."""
+    machine.console.send(f"{command}\necho end-$?-end\n")
+    match = machine.console.expect(r"(?s)^(.*)end-(\d+)-end", PATIENCE)
+    if match[2] != "0":
+        raise RuntimeError(f"{command!r} exits with {match[2]}: {match[1][-500:]}")
+    return match[1].strip()
+
+
+def until(machine: Machine, condition: str) -> bool:
+    """Wait for the guest to notice something by itself; it is never told to look."""
+    return tell(machine, f"n=0; until {condition} || [ $n = 300 ]; do n=$((n+1)); usleep 100000; "
+                f"done; {condition} && echo yes || echo no") == "yes"  # fmt: skip
+
+
+def ready(machine: Machine) -> None:
+    """Wait for the shell."""
+    machine.console.expect(r"# \x1b?", PATIENCE)
+    machine.console.send("stty -echo; PS1=\n")
+    tell(machine, "true")
+
+
+def same(machine: Machine, disk: str) -> bool:
+    """Whether what is written to a disk comes back from it."""
+    tell(machine, "dd if=/dev/urandom of=/tmp/x bs=64k count=16 2>/dev/null")
+    tell(machine, f"dd if=/tmp/x of={disk} bs=64k conv=fsync 2>/dev/null")
+    tell(machine, "echo 3 >/proc/sys/vm/drop_caches")
+    return tell(machine, f"cmp -n 1048576 /tmp/x {disk} && echo same") == "same"
+
+
+def blocks(path: Path) -> int:
+    """What the host spends on a file, in bytes."""
+    os.sync()
+    return path.stat().st_blocks * 512
+
+
+def main(kernel: str, initrd: str, root: str, folder: str) -> None:
+    """See the module."""
+    found: dict[str, Any] = {}
+    second, third = Path(folder, "second.img"), Path(folder, "third.img")
+    for path, size in ((second, 16 * MIB), (third, 8 * MIB)):
+        with path.open("wb") as file:
+            file.truncate(size)
+    config = MachineConfig(
+        kernel=kernel, initrd=initrd, drives=[Drive(root)], transport="pci", cpus=2,
+        memory="256M", cmdline="console=ttyS0 quiet panic=-1 root=/dev/vda",
+    )  # fmt: skip
+    with Machine(config) as machine:
+        ready(machine)
+        found["root"] = tell(machine, "readlink -f /sys/block/vda/device")
+        found["msix"] = int(tell(machine, "grep -c 'PCI-MSI.*virtio' /proc/interrupts"))
+        found["name"] = machine.plug(Drive(str(second), serial="second", queues=2))
+        found["plugged"] = until(machine, "[ -b /dev/vdb ]")
+        found["serial"] = tell(machine, "cat /sys/block/vdb/serial")
+        found["queues"] = tell(machine, "ls /sys/block/vdb/mq").split()
+        found["same"] = same(machine, "/dev/vdb")
+        used = blocks(second)
+        tell(machine, "blkdiscard /dev/vdb")
+        found["freed"] = used - blocks(second)
+        tell(machine, "echo 'write through' >/sys/block/vdb/cache_type")
+        found["cache"] = tell(machine, "cat /sys/block/vdb/cache_type")
+        machine.resize_drive("drive1", 32 * MIB)
+        found["resized"] = until(machine, "[ $(cat /sys/block/vdb/size) = 65536 ]")
+        machine.swap_drive("drive1", str(third))
+        found["swapped"] = until(machine, "[ $(cat /sys/block/vdb/size) = 16384 ]")
+        machine.pause()
+        machine.resume()
+        found["same after a pause"] = same(machine, "/dev/vdb")
+        machine.unplug("drive1", timeout=PATIENCE)
+        found["unplugged"] = until(machine, "[ ! -e /sys/block/vdb ]")
+        found["slots"] = tell(machine, "ls /sys/bus/pci/devices").split()
+        ged = "awk '/ACPI:Ged/ {print $2 + $3}' /proc/interrupts"
+        before = int(tell(machine, ged))
+        machine.press_power_button()
+        found["button"] = until(machine, f"[ $({ged}) -gt {before} ]")
+        machine.plug(Drive(str(third)))
+        found["plugged again"] = until(machine, "[ -b /dev/vdb ]")
+        machine.snapshot("/tmp/pci-snapshot")
+    with Machine.restore("/tmp/pci-snapshot") as machine:
+        machine.console.send("\n")
+        found["same after a restore"] = same(machine, "/dev/vdb")
+        machine.unplug("drive1", timeout=PATIENCE)
+        found["unplugged after a restore"] = until(machine, "[ ! -e /sys/block/vdb ]")
+        machine.console.send("reboot -f\n")
+        deadline = time.monotonic() + PATIENCE
+        while not machine.resets and time.monotonic() < deadline:
+            time.sleep(0.1)
+        ready(machine)
+        found["resets"] = machine.resets
+        machine.plug(Drive(str(second)))
+        found["plugged after a reset"] = until(machine, "[ -b /dev/vdb ]")
+        found["same after a reset"] = same(machine, "/dev/vdb")
+        found["refused"] = {n: m["refused"] for n, m in machine.metrics().items() if "refused" in m}
+        machine.console.send("poweroff -f\n")
+        found["off"] = machine.wait(PATIENCE) is Outcome.POWER_OFF
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
