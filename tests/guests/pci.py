@@ -1,4 +1,4 @@
-"""Linux on a PCI bus: `pci.py KERNEL INITRD ROOT FOLDER`.
+"""Linux on a PCI bus: `pci.py KERNEL INITRD ROOT`.
 
 Runs where unmodified kernels run. The root file system is on virtio-blk; a second disk is plugged
 in, used, resized, exchanged and unplugged while the guest runs, and the guest has to notice by
@@ -58,15 +58,15 @@ def blocks(path: Path) -> int:
     return path.stat().st_blocks * 512
 
 
-def main(kernel: str, initrd: str, root: str, folder: str) -> None:
+def main(kernel: str, initrd: str, root: str) -> None:
     """See the module."""
     found: dict[str, Any] = {}
-    second, third = Path(folder, "second.img"), Path(folder, "third.img")
+    second, third = Path("/tmp/pci-2.img"), Path("/tmp/pci-3.img")  # tmpfs can punch holes
     for path, size in ((second, 16 * MIB), (third, 8 * MIB)):
         with path.open("wb") as file:
             file.truncate(size)
     config = MachineConfig(
-        kernel=kernel, initrd=initrd, drives=[Drive(root)], transport="pci", cpus=2,
+        kernel=kernel, initrd=initrd, drives=[Drive(root)], transport="pci", cpus=2, max_cpus=4,
         memory="256M", cmdline="console=ttyS0 quiet panic=-1 root=/dev/vda",
     )  # fmt: skip
     with Machine(config) as machine:
@@ -97,6 +97,17 @@ def main(kernel: str, initrd: str, root: str, folder: str) -> None:
         before = int(tell(machine, ged))
         machine.press_power_button()
         found["button"] = until(machine, f"[ $({ged}) -gt {before} ]")
+        machine.set_cpus(4)
+        present = "$(cat /sys/devices/system/cpu/present)"
+        found["cpus came"] = until(machine, f"[ {present} = 0-3 ]")
+        tell(machine, "cd /sys/devices/system/cpu; echo 1 >cpu2/online; echo 1 >cpu3/online; cd /")
+        found["cpus work"] = tell(machine, "taskset -p 8 $$ >/dev/null; nproc --all; nproc").split()
+        tell(machine, "taskset -p f $$ >/dev/null")
+        machine.set_cpus(2, timeout=PATIENCE)
+        found["cpus went"] = until(machine, f"[ {present} = 0-1 ]")
+        machine.set_cpus(3)
+        found["a cpu came again"] = until(machine, f"[ {present} = 0-2 ]")
+        tell(machine, "echo 1 >/sys/devices/system/cpu/cpu2/online")
         machine.plug(Drive(str(third)))
         found["plugged again"] = until(machine, "[ -b /dev/vdb ]")
         machine.snapshot("/tmp/pci-snapshot")
@@ -111,6 +122,7 @@ def main(kernel: str, initrd: str, root: str, folder: str) -> None:
             time.sleep(0.1)
         ready(machine)
         found["resets"] = machine.resets
+        found["cpus after a reset"] = tell(machine, "nproc")
         machine.plug(Drive(str(second)))
         found["plugged after a reset"] = until(machine, "[ -b /dev/vdb ]")
         found["same after a reset"] = same(machine, "/dev/vdb")
