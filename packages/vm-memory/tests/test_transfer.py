@@ -130,10 +130,10 @@ def test_only_what_arrived_is_marked_at_a_place_too(file: IO[bytes]) -> None:
     assert list(memory.harvest_dirty()) == [(0, 2 * 4096)]
 
 
-@pytest.mark.parametrize("size", [64, 256 << 10])
+@pytest.mark.parametrize("size", [64, 3 << 20])
 def test_any_writable_buffer_can_be_filled(size: int) -> None:
     """Whatever its items and its shape, a buffer gets the bytes; what is none is refused."""
-    memory = GuestMemory.from_ranges([(A(0), 1 << 20)])
+    memory = GuestMemory.from_ranges([(A(0), 12 << 20)])
     content = bytes(range(256)) * (size // 64)
     memory.write(A(0), content)
     wide = array.array("I", bytes(size))
