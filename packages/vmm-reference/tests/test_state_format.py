@@ -63,11 +63,25 @@ def _make(kind: type, given: dict[str, object]) -> object:
         return kind(**given)
     except StateError as error:
         name = error.field.rpartition(".")[2]
-        legal = {"received": b"", "received_errors": b"", "cmos": bytes(128), "sectors": 1}
-        default: object = legal.get(name, 0)
+        default = _legal(kind, name, given)
         if given[name] == default and type(given[name]) is type(default):
             assume(False)
         return _make(kind, {**given, name: default})
+
+
+def _legal(kind: type, name: str, given: dict[str, object]) -> object:
+    """A value of a field that its class takes; lists have one item for each port or pair."""
+    legal: dict[str, object] = {
+        "cmos": bytes(128), "sectors": 1, "pairs": 1, "active_pairs": 1, "ports": 1,
+        "mac": bytes(6), "permanent_mac": bytes(6),
+    }  # fmt: skip
+    if name in legal:
+        return legal[name]
+    hint = typing.get_type_hints(kind)[name]
+    if typing.get_origin(hint) is tuple:
+        count = given.get("pairs" if name == "waiting" else "ports", 0)
+        return (typing.get_args(hint)[0](),) * (count if isinstance(count, int) else 0)
+    return b"" if hint is bytes else 0
 
 
 CLASSES = state_classes()

@@ -95,6 +95,8 @@ class Drive(DeviceConfig):
         read_only: whether the guest may only read it; any number of machines may share it then.
         serial: up to 20 characters of ASCII that the guest reads as the disk's identity.
         queues: how many request queues the guest may use, 1 to 64; one a vCPU is what it can use.
+        overlay: a folder: what the guest writes goes to a file there that ends with the machine,
+            and the image is only read.
     """
 
     kind: ClassVar[str] = "drive"
@@ -105,6 +107,7 @@ class Drive(DeviceConfig):
     read_only: bool = False
     serial: str = ""
     queues: int = 1
+    overlay: str = ""
 
     def check(self, field: str) -> None:
         """Raise `ConfigError` unless the image exists, may be opened and has a legal size."""
@@ -116,7 +119,12 @@ class Drive(DeviceConfig):
             raise ConfigError(f"{field}.serial", repr(serial), "must be at most 20 of ASCII")
         _whole(f"{field}.queues", self.queues, 1, 64)
         name = _file(field, self.path, block=True)
-        if not self.read_only and not os.access(name, os.W_OK):
+        folder: object = self.overlay
+        if not isinstance(folder, str) or (folder and not os.path.isdir(folder)):  # noqa: PTH112
+            raise ConfigError(f"{field}.overlay", folder, "must be a folder")
+        if folder and self.read_only:
+            raise ConfigError(f"{field}.overlay", folder, "goes without read_only")
+        if not self.read_only and not folder and not os.access(name, os.W_OK):
             raise ConfigError(field, name, "can't be written; add ',ro' or change its permissions")
         info = os.stat(name)  # noqa: PTH116
         if stat.S_ISREG(info.st_mode) and (info.st_size == 0 or info.st_size % 512):

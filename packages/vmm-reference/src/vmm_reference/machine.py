@@ -230,6 +230,7 @@ class Machine(Control):
 
         with self._standstill:
             self._movable(f"snapshot {folder}")
+            self._lasting(f"snapshot {folder}")
             alive()
             assert self._board is not None
             saving = Saving(self._board, self.config, folder, base=base, track=track)
@@ -314,6 +315,7 @@ class Machine(Control):
 
         with self._standstill:
             self._movable("migration")
+            self._lasting("migration")
             chosen = Options(**options)
             self._outgoing = Outgoing(self, Address.parse(address), chosen, progress)
             return self._outgoing.run()
@@ -353,11 +355,56 @@ class Machine(Control):
                 raise HostError("resolve", "no migration was begun", "there is nothing to resolve")
             self._outgoing.resolve()
 
+    def fork(self, count: int, folder: str | os.PathLike[str], **overrides: Any) -> list[Machine]:
+        """Copies of the machine as it is now, which share the memory that none of them writes.
+
+        Each has its own generation identifier (the device `vmgenid`), and overlays of its own in
+        the place of drives that it may write. They are this process's, and not started; a template
+        process (`vmm_reference.state.clone`) has less to keep for each.
+
+        Args:
+            count: how many.
+            folder: where the snapshot goes that they live on, until the last of them has ended.
+            overrides: fields of `MachineConfig` that are others in all of them.
+
+        Raises:
+            HostError, ConfigError, TimeoutError: as for `snapshot` and `restore`.
+        """
+        from .state.clone import identity
+
+        self.snapshot(folder)
+        clones: list[Machine] = []
+        try:
+            for number in range(count):
+                fields = identity(self.config, number, folder)
+                clones.append(Machine.restore(folder, **(fields | overrides)))
+        except BaseException:
+            for clone in clones:
+                clone.close()
+            raise
+        return clones
+
+    def describe(self) -> dict[str, object]:
+        """The machine's state in plain values: `state`, and `migration` where one was begun."""
+        found: dict[str, object] = {"state": "Paused" if self._paused else "Running"}
+        if self.outcome is not None:
+            found = {"state": "Ended", "outcome": self.outcome.value, "detail": self.detail}
+        if self._outgoing is not None:
+            found["migration"] = self._outgoing.side.phase.value
+        return found
+
     def _movable(self, what: str) -> None:
         """Refuse what can't be while the machine is neither here nor there."""
         if self._outgoing is not None and not self._outgoing.side.phase.runs:
             hint = "vmm migrate --recover or --resolve brings that to its end"
             raise HostError(what, "the machine is being handed over", hint)
+
+    def _lasting(self, what: str) -> None:
+        """Refuse what would leave a disk behind."""
+        for drive in self.config.drives:
+            if drive.overlay:
+                hint = "give the machine an image of its own"
+                raise HostError(what, f"drive {drive.path} has an overlay that ends here", hint)
 
     def _prepare(self, memory: GuestMemory) -> None:
         """Be ready for the state of a machine that another VMM runs: all but running."""

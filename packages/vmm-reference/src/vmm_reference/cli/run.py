@@ -78,11 +78,15 @@ def _initrd_for(kernel: str) -> str | None:
     return str(guest_initramfs(found)) if found.modules is not None else None
 
 
-def run_on_terminal(machine: Machine) -> int:
+def run_on_terminal(machine: Machine, api_socket: str | None = None) -> int:
     """Run a machine with its console on the standard streams, until it ends.
 
     On a terminal the keys are the guest's, but for Ctrl-A x. SIGTERM, SIGINT and SIGHUP stop the
     machine.
+
+    Args:
+        machine: started here, unless it came from another host and runs already.
+        api_socket: where to make a control socket.
 
     Returns:
         The exit status: the outcome's, or 128 and the number of the signal.
@@ -104,6 +108,10 @@ def run_on_terminal(machine: Machine) -> int:
             previous = signal.signal(signal.SIGCONT, lambda _number, _frame: terminal.set_raw())
             stack.callback(signal.signal, signal.SIGCONT, previous)
         stack.enter_context(machine)
+        if api_socket is not None:
+            from vmm_reference.api.server import Control, Server
+
+            stack.enter_context(Server(api_socket, Control(machine)))
         machine.wait()
     return 128 + caught[0] if caught else machine.status
 
@@ -117,6 +125,8 @@ def run(arguments: list[str]) -> int:
     """
     options = vars(_parser().parse_args(arguments))
     path = options.pop("config")
+    api_socket, incoming = options.pop("api_socket"), options.pop("incoming")
+    tls = options.pop("tls")
     if options["cpus"] is not None:
         text = options["cpus"]
         options["cpus"] = int(text) if text.isascii() and text.isdigit() else text
@@ -124,8 +134,12 @@ def run(arguments: list[str]) -> int:
         options["drives"] = tuple(Drive.parse(text) for text in options["drives"])
     if options["devices"] is not None:
         options["devices"] = tuple(parse_device(text) for text in options["devices"])
-    machine = Machine(configuration(path, options), console=(0, 1))
-    status = run_on_terminal(machine)
+    if incoming is not None:
+        given = {name: value for name, value in options.items() if value not in (None, (), False)}
+        machine = _receive(incoming, tls, api_socket, given)
+    else:
+        machine = Machine(configuration(path, options), console=(0, 1))
+    status = run_on_terminal(machine, api_socket)
     if machine.outcome is not Outcome.POWER_OFF and machine.outcome is not None:
         detail = f": {machine.detail}" if machine.detail else ""
         print(f"vmm: {machine.outcome.value}{detail}", file=sys.stderr)
@@ -134,6 +148,36 @@ def run(arguments: list[str]) -> int:
             f"vmm: {machine.dropped_output} bytes of the guest's output were lost", file=sys.stderr
         )
     return status
+
+
+def _receive(
+    address: str, tls: str | None, api_socket: str | None, overrides: dict[str, Any]
+) -> Machine:
+    """Wait for a machine from another VMM; it runs when this returns."""
+    from vmm_reference.api.server import Control, Server
+    from vmm_reference.state.incoming import Incoming
+    from vmm_reference.state.wire import Tls
+
+    chosen = None if tls is None else Tls(tls)
+    incoming = Incoming(address, tls=chosen, console=(0, 1), **overrides)
+    print(f"vmm: waiting for a machine at {incoming.address}", file=sys.stderr, flush=True)
+    with ExitStack() as stack:
+        closing = stack.enter_context(ExitStack())
+        closing.callback(incoming.close)
+        if api_socket is not None:
+            stack.enter_context(Server(api_socket, Control(None, incoming)))
+        told = ""
+        while True:
+            try:
+                machine = incoming.receive(0.5)
+            except TimeoutError:
+                last = incoming.reports[-1] if incoming.reports else ""
+                if last != told:
+                    print(f"vmm: {last}", file=sys.stderr, flush=True)
+                    told = last
+                continue
+            closing.pop_all()  # the source may have to ask again, as long as the machine runs
+            return machine
 
 
 def _formatter(prog: str) -> argparse.HelpFormatter:
@@ -173,6 +217,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--memory", metavar="SIZE", help="RAM, such as 256M or 2G (default 256M)")
     add("--cmdline", metavar="TEXT", help="the kernel's command line (default console=ttyS0, and "
         "root=/dev/vda with a drive)")  # fmt: skip
+    add("--api-socket", metavar="PATH", help="make a control socket, for vmm pause, migrate, ...")
+    add("--incoming", metavar="ADDRESS", help="wait for a machine that vmm migrate sends, at "
+        "tcp:HOST:PORT or unix:PATH; what is given here replaces what it had")  # fmt: skip
+    add("--tls", metavar="FOLDER", help="take machines only from who proves itself: cert.pem, "
+        "key.pem and ca.pem")  # fmt: skip
     add("--config", metavar="FILE", help="TOML file with the same names; options here win")
     add("--on-reset", metavar="restart|exit", help="when the guest resets (default restart)")
     add("--protocol", metavar="auto|linux64|pvh", help="how the kernel is entered (default auto)")

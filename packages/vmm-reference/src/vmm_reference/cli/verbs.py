@@ -10,9 +10,16 @@ __all__ = ["verbs"]
 
 _VERBS = {
     "boot": "Boot Debian's own kernel: a shell on a terminal, a self-check otherwise.",
+    "clone": "Run many copies of the machine in a snapshot.",
     "doctor": "Say what this host can do, and what to do about what is missing.",
     "image": "Build guest images: an initramfs, a root disk.",
+    "merge": "Make one whole snapshot of a difference and its bases.",
+    "migrate": "Move a running machine to another VMM.",
+    "pause": "Pause a running machine.",
+    "restore": "Let a machine go on from a snapshot.",
+    "resume": "Let a paused machine run on.",
     "run": "Run a machine until its guest powers off.",
+    "snapshot": "Save a running machine to a folder.",
 }
 
 

@@ -398,10 +398,17 @@ class DriveControl:
         self._backend.lock()
 
 
-def build(config: Drive, wiring: Wiring) -> DriveControl:
-    """A disk on the file or block device that the configuration names."""
+def build(config: Drive, wiring: Wiring) -> DriveControl | None:
+    """A disk on the file or block device that the configuration names; an overlay is as it is."""
     from vmm_reference.backends.file import FileBackend
 
+    if config.overlay:
+        from vmm_reference.backends.overlay import Overlay
+
+        overlay = Overlay(config.path, config.overlay)
+        wiring.on_close(overlay.close)
+        wiring.virtio(Block(overlay, serial=config.serial, queues=config.queues))
+        return None
     backend = FileBackend(config.path, read_only=config.read_only, locked=not wiring.incoming)
     block = Block(backend, serial=config.serial, queues=config.queues)
     control = DriveControl(block, backend)

@@ -39,6 +39,7 @@ class VmGeneration:
         generate: gives 16 random bytes.
         put: puts them where the guest reads them.
         notify: tells the guest that they have changed.
+        moved: whether the machine comes from another host, and goes on nowhere else.
 
     Attributes:
         identifier: what the guest reads.
@@ -49,7 +50,10 @@ class VmGeneration:
         generate: Callable[[], bytes],
         put: Callable[[bytes], None],
         notify: Callable[[], None],
+        *,
+        moved: bool = False,
     ) -> None:
+        self._moved = moved
         self._generate, self._put, self._notify = generate, put, notify
         self.identifier = generate()
         put(self.identifier)
@@ -62,6 +66,9 @@ class VmGeneration:
 
     def restore(self, state: GenerationState) -> None:
         """Become another than the guest that was saved, which may go on elsewhere too."""
+        if self._moved:  # its memory has it
+            self.identifier = state.identifier
+            return
         while self.identifier == state.identifier:
             self.identifier = self._generate()
         self._put(self.identifier)
@@ -93,6 +100,7 @@ def build(config: Generation, wiring: Wiring) -> VmGeneration:
         lambda: os.urandom(LENGTH),
         lambda identifier: wiring.memory.write(place, identifier),
         lambda: wiring.raise_event(pm.EVENT_GENERATION),
+        moved=wiring.incoming,
     )
     wiring.keep(generation)
     return generation

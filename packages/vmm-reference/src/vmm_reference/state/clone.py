@@ -1,0 +1,152 @@
+"""Many machines of one snapshot, and the template process that makes one cost next to nothing.
+
+A template has read the snapshot and imported all that a machine needs, and has neither a descriptor
+of KVM nor a thread: what it then forks shares its memory, the interpreter's and the guest's, until
+it is written. KVM's descriptors belong to the process that made them, and a fork has none of its
+parent's threads, so a process with either can be no template; it is refused.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from vmm_reference.config import MachineConfig
+from vmm_reference.devices.vsock.setup import Socket
+from vmm_reference.errors import HostError
+from vmm_reference.machine import Machine
+
+from .snapshot import Restore, open_snapshot
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import TracebackType
+    from typing import Self
+
+    from vmm_reference.deviceconfig import DeviceConfig
+
+__all__ = ["Template", "identity"]
+
+
+def identity(config: MachineConfig, number: int, folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """What a clone has for itself, as fields of its configuration.
+
+    Drives that may be written become overlays on what the others read; a vsock gets a context
+    identifier and a path of its own, counted up. The device `vmgenid` makes its identifier anew
+    after each restore by itself.
+
+    Args:
+        config: of the machine that was saved.
+        number: of the clone, from 0.
+        folder: of the snapshot; overlays lie where temporary files do.
+    """
+    drives = [
+        drive if drive.read_only else attrs.evolve(drive, overlay=tempfile.gettempdir())
+        for drive in config.drives
+    ]
+    devices: list[DeviceConfig] = [
+        attrs.evolve(device, cid=device.cid + number + 1, path=f"{device.path}-{number}")
+        if isinstance(device, Socket)
+        else device
+        for device in config.devices
+    ]
+    return {"drives": drives, "devices": devices}
+
+
+class Template:
+    """A snapshot that is read, in a process that forks machines from it.
+
+    Args:
+        folder: of the snapshot, which must stay as it is.
+        overrides: fields of the configuration that are others in all clones.
+
+    Raises:
+        HostError: this process has a descriptor of KVM, or more than one thread; or as for
+            `open_snapshot`.
+        FormatError, ConfigError: as for `open_snapshot`.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], **overrides: Any) -> None:
+        refuse_used_process()
+        self._folder = Path(folder)
+        self._restored = open_snapshot(folder, Restore.COPY_ON_WRITE, overrides)
+        self.config = self._restored.config
+        _warm()
+        gc.collect()
+        gc.freeze()  # so that the collector of a clone writes to none of this
+
+    def fork(self, number: int, run: Callable[[Machine], int]) -> int:
+        """Start a clone in a process of its own; its identifier, for `os.waitpid`.
+
+        Args:
+            number: of the clone, from 0; no two have the same.
+            run: gets the machine, not started, in the new process; gives the exit status.
+
+        Raises:
+            HostError: this process has a descriptor of KVM, or more than one thread.
+            OSError: it can't be forked.
+        """
+        refuse_used_process()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        child = os.fork()
+        if child:
+            return child
+        status = 1
+        try:
+            fields = identity(self.config, number, self._folder)
+            config = attrs.evolve(self.config, **fields)
+            self._restored.config = config
+            machine = Machine(config)
+            machine._restored = self._restored
+            status = run(machine)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+
+    def close(self) -> None:
+        """Give everything back; clones go on."""
+        self._restored.discard()
+        gc.unfreeze()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def refuse_used_process() -> None:
+    """Raise `HostError` where this process can be no template any more."""
+    hint = "make the template before the first machine, in a process of its own"
+    for name in os.listdir("/proc/self/fd"):  # noqa: PTH208
+        try:
+            target = os.readlink(f"/proc/self/fd/{name}")  # noqa: PTH115
+        except OSError:  # that of the listing itself
+            continue
+        if target == "/dev/kvm" or target.startswith("anon_inode:kvm"):
+            raise HostError("template", f"this process has {target} open", hint)
+    threads = len(os.listdir("/proc/self/task"))  # noqa: PTH208
+    if threads > 1:
+        raise HostError("template", f"this process has {threads} threads", hint)
+
+
+def _warm() -> None:
+    """Import what a machine needs, which its clones then share."""
+    import vmm_reference.backends.console
+    import vmm_reference.board  # noqa: F401

@@ -1,0 +1,301 @@
+"""Control sockets, the verbs that use them, clones, and machines for asyncio."""
+
+import asyncio
+import contextlib
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vm_memory import GuestAddress
+from vmm_reference import aio, layout
+from vmm_reference.api.client import ask
+from vmm_reference.api.server import Control, Server
+from vmm_reference.backends.overlay import Overlay
+from vmm_reference.cli import main
+from vmm_reference.config import Drive, MachineConfig
+from vmm_reference.devices.vmgenid import Generation
+from vmm_reference.errors import ConfigError, HostError
+from vmm_reference.machine import Machine
+from vmm_reference.outcome import Outcome
+from vmm_reference.state.clone import Template
+from vmm_reference.state.incoming import Incoming
+from vmm_reference.testing import tiny_kernel
+
+# Says a dot when it is told something, and powers off when that is a `q`.
+ECHO = """
+1:  movw $0x3fd, %dx
+    inb %dx, %al
+    testb $1, %al
+    jz 1b
+    movw $0x3f8, %dx
+    inb %dx, %al
+    cmpb $0x71, %al
+    je 2f
+    PUT '.'
+    jmp 1b
+2:  POWER_OFF
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Callable[..., MachineConfig]:
+    def build(**fields: object) -> MachineConfig:
+        path = tmp_path / "kernel"
+        path.write_bytes(tiny_kernel(ECHO))
+        return MachineConfig(kernel=str(path), memory="32M", **fields)  # type: ignore[arg-type]
+
+    return build
+
+
+def answers(machine: Machine) -> None:
+    machine.console.send("x")
+    machine.console.expect(r"\.", 60)
+
+
+def generation(machine: Machine) -> bytes:
+    board = machine._board
+    assert board is not None
+    return board.memory.read(GuestAddress(layout.VM_GENERATION), 16)
+
+
+@pytest.mark.kvm
+def test_the_verbs_act_on_a_running_machine(
+    config: Callable[..., MachineConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Pause, resume, snapshot, merge and migrate, by the command line."""
+    path = str(tmp_path / "api")
+    with Machine(config(devices=[Generation()])) as machine:
+        answers(machine)
+        with Server(path, Control(machine)):
+            assert ask(path, "GET", "/", {})["state"] == "Running"
+            assert main(["pause", path]) == 0
+            assert ask(path, "GET", "/", {})["state"] == "Paused"
+            assert main(["resume", path]) == 0
+            answers(machine)
+            whole, later = str(tmp_path / "whole"), str(tmp_path / "later")
+            assert main(["snapshot", path, whole, "--track"]) == 0
+            assert main(["snapshot", path, later, "--base", whole]) == 0
+            assert main(["merge", later, str(tmp_path / "merged")]) == 0
+            before = generation(machine)
+            with Incoming("tcp:127.0.0.1:0") as incoming:
+                assert main(["migrate", path, incoming.address, "--streams", "2"]) == 0
+                assert "downtime" in capsys.readouterr().out
+                with incoming.receive(30) as there:
+                    answers(there)
+                    assert generation(there) == before  # it is no copy
+            assert ask(path, "GET", "/", {})["outcome"] == "migrated"
+            assert main(["migrate", path, "--recover"]) == 1
+            assert main(["migrate", path, "--resolve"]) == 1
+            assert main(["migrate", path]) == 2
+    assert main(["pause", path]) == 2  # there is no such socket now
+    with Machine.restore(tmp_path / "merged") as machine:
+        answers(machine)
+
+
+@pytest.mark.kvm
+def test_requests_that_make_no_sense_are_refused(
+    config: Callable[..., MachineConfig], tmp_path: Path
+) -> None:
+    """Named, and the machine goes on."""
+    path = str(tmp_path / "api")
+    with Machine(config()) as machine, Server(path, Control(machine)):
+        for method, target, body in (
+            ("GET", "/nothing", {}),
+            ("PATCH", "/vm", {"state": "Upside down"}),
+            ("PATCH", "/vm", {"state": ["Paused"]}),
+            ("PATCH", "/vm", {"status": "Paused"}),
+            ("PUT", "/snapshot/create", {}),
+            ("PUT", "/snapshot/create", {"snapshot_path": "x", "track": 1}),
+            ("PUT", "/migration", {"address": "nowhere"}),
+            ("PUT", "/migration", {"address": "unix:/nowhere", "speed": 1}),
+            ("PUT", "/migration", {"address": "unix:/nowhere", "streams": "x"}),
+            ("PUT", "/migration", {"address": "unix:/nowhere"}),
+        ):
+            with pytest.raises(HostError, match="refuses"):
+                ask(path, method, target, body)
+        with pytest.raises(HostError, match="control socket"):
+            Server(path, Control(machine))
+        answers(machine)
+    with pytest.raises(HostError, match="api-socket"):
+        ask(path, "GET", "/", {})
+
+
+@pytest.mark.kvm
+def test_a_vmm_waits_for_a_machine(config: Callable[..., MachineConfig], tmp_path: Path) -> None:
+    """`vmm run --incoming`, a process of its own, with the console on its streams."""
+    address, path = f"unix:{tmp_path / 'in'}", str(tmp_path / "api")
+    command = [sys.executable, "-m", "vmm_reference", "run", "--incoming", address,
+               "--api-socket", path]  # fmt: skip
+    with (
+        Machine(config()) as machine,
+        subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        ) as process,
+    ):
+        assert process.stderr is not None
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert b"waiting" in process.stderr.readline()
+        answers(machine)
+        machine.migrate(address)
+        process.stdin.write(b"x")
+        process.stdin.flush()
+        assert process.stdout.read(1) == b"."
+        process.stdin.write(b"q")
+        process.stdin.flush()
+        assert process.wait(60) == 0
+
+
+@pytest.mark.kvm
+def test_forks_share_what_none_of_them_writes(
+    config: Callable[..., MachineConfig], tmp_path: Path
+) -> None:
+    """Each has its own generation and its own disk; the first goes on."""
+    image = tmp_path / "disk"
+    image.write_bytes(bytes(1 << 20))
+    with Machine(
+        config(drives=[Drive(str(image), read_only=True)], devices=[Generation()])
+    ) as machine:
+        answers(machine)
+        clones = machine.fork(3, tmp_path / "fork")
+        with contextlib.ExitStack() as stack:
+            for clone in clones:
+                stack.enter_context(clone)
+            for clone in [*clones, machine]:
+                answers(clone)
+            seen = {generation(each) for each in [*clones, machine]}
+            assert len(seen) == 4
+            for clone in clones:
+                clone.console.send("q")
+                assert clone.wait(60) is Outcome.POWER_OFF
+
+
+CLONE = """
+import os, sys
+from vmm_reference.state.clone import Template
+def run(machine):
+    with machine:
+        machine.console.send("x")
+        machine.console.expect(r"\\\\.", 60)
+        machine.console.send("q")
+        return machine.wait(60).status
+with Template(sys.argv[1]) as template:
+    children = [template.fork(number, run) for number in range(10)]
+    assert all(os.waitpid(child, 0)[1] == 0 for child in children)
+"""
+
+
+@pytest.mark.kvm
+def test_a_template_forks_machines(config: Callable[..., MachineConfig], tmp_path: Path) -> None:
+    """Ten, each in a process of its own."""
+    with Machine(config()) as machine:
+        machine.snapshot(tmp_path / "a")
+        with pytest.raises(HostError, match="template: this process has"):
+            Template(tmp_path / "a")
+    source = CLONE.replace("\\\\", "\\")
+    subprocess.run([sys.executable, "-c", source, str(tmp_path / "a")], check=True, timeout=100)
+
+
+@pytest.mark.kvm
+def test_vmm_clone_runs_them_until_they_end(
+    config: Callable[..., MachineConfig], tmp_path: Path
+) -> None:
+    """With a control socket each."""
+    with Machine(config()) as machine:
+        machine.snapshot(tmp_path / "a")
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "vmm_reference", "clone", str(tmp_path / "a"), "-n", "3",
+               "--run-folder", str(out)]  # fmt: skip
+    with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
+        for number in range(3):
+            path = out / f"{number}.sock"
+            while not path.exists():
+                assert process.poll() is None
+                time.sleep(0.01)
+            assert ask(str(path), "GET", "/", {})["state"] == "Running"
+        process.terminate()
+        assert process.wait(60) == Outcome.STOPPED.status
+    assert len(list(out.glob("*.log"))) == 3
+
+
+@pytest.mark.kvm
+def test_machines_are_awaited(config: Callable[..., MachineConfig], tmp_path: Path) -> None:
+    """The same names, with await."""
+
+    async def use() -> None:
+        async with aio.Machine(config()) as machine:
+            machine.machine.console.send("x")
+            await machine.expect(r"\.")
+            await machine.pause()
+            await machine.resume()
+            await machine.snapshot(tmp_path / "a")
+            with pytest.raises(TimeoutError):
+                await machine.wait(0.1)
+            with Incoming("tcp:127.0.0.1:0") as incoming:
+                report = await machine.migrate(incoming.address)
+                assert report.downtime > 0
+                there = aio.Machine(machine=await asyncio.to_thread(incoming.receive, 30))
+                async with there:
+                    there.machine.console.send("q")
+                    assert await there.wait(60) is Outcome.POWER_OFF
+        async with await aio.Machine.restore(tmp_path / "a") as machine:
+            (clone,) = await machine.fork(1, tmp_path / "b")
+            async with clone:
+                clone.machine.console.send("x")
+                await clone.expect(r"\.")
+
+    asyncio.run(use())
+
+
+def test_an_overlay_is_refused_where_it_would_be_left_behind(tmp_path: Path) -> None:
+    """With read_only, or a folder that is none."""
+    image = tmp_path / "disk"
+    image.write_bytes(bytes(4096))
+    for drive in (
+        Drive(str(image), overlay="/nowhere"),
+        Drive(str(image), read_only=True, overlay=str(tmp_path)),
+    ):
+        with pytest.raises(ConfigError, match="overlay"):
+            drive.check("drive")
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    size=st.integers(1, 40),
+    steps=st.lists(st.tuples(st.booleans(), st.integers(0, 39), st.integers(1, 20)), max_size=30),
+    seed=st.integers(0, 1000),
+)
+def test_an_overlay_is_a_disk(
+    tmp_path_factory: pytest.TempPathFactory,
+    size: int,
+    steps: list[tuple[bool, int, int]],
+    seed: int,
+) -> None:
+    """Against bytes in memory; and the base stays as it was."""
+    folder, chance = tmp_path_factory.mktemp("overlay"), random.Random(seed)
+    base = chance.randbytes(size * 512)
+    (folder / "base").write_bytes(base)
+    model, overlay = bytearray(base), Overlay(str(folder / "base"), str(folder))
+    for write, sector, count in steps:
+        start, end = min(sector, size - 1) * 512, min(sector + count, size) * 512
+        end = max(end, start + 512)
+        if write:
+            data = chance.randbytes(end - start)
+            model[start:end] = data
+            half = len(data) // 2
+            overlay.write(start, [memoryview(data)[:half], memoryview(data)[half:]])
+        else:
+            overlay.write_zeroes(start, end - start, unmap=True)
+            model[start:end] = bytes(end - start)
+        found = bytearray(size * 512)
+        overlay.read(0, [memoryview(found)])
+        assert found == model
+    overlay.close()
+    assert (folder / "base").read_bytes() == base
