@@ -78,7 +78,7 @@ class Guest(Bench):
         """Send one packet."""
         values = {
             "src_cid": CID, "dst_cid": 2, "src_port": port, "dst_port": to, "len": len(data),
-            "type": 1, "op": op, "buf_alloc": 1 << 18,
+            "kind": 1, "op": op, "buf_alloc": 1 << 18,
         }  # fmt: skip
         header = HEADER.pack(*Packet(**values | fields))
         self.queue(TX).add([header, data] if data else [header])
@@ -424,10 +424,10 @@ def test_data_after_the_end(guest: Guest) -> None:
 @pytest.mark.parametrize("kind", [0, 2, 0xFFFF])
 def test_an_unknown_type_is_reset(guest: Guest, kind: int) -> None:
     """5.10.6.4.1: with the type of the packet."""
-    guest.tell(REQUEST, type=kind)
+    guest.tell(REQUEST, kind=kind)
     guest.post()
     ((header, _),) = guest.heard()
-    assert (header.op, header.type) == (RST, kind)
+    assert (header.op, header.kind) == (RST, kind)
 
 
 def test_hostile_double_fetch_of_the_header(guest: Guest) -> None:

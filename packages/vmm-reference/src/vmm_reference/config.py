@@ -97,6 +97,9 @@ class Drive(DeviceConfig):
         queues: how many request queues the guest may use, 1 to 64; one a vCPU is what it can use.
         overlay: a folder: what the guest writes goes to a file there that ends with the machine,
             and the image is only read.
+        bandwidth: limit of bytes, such as `10M` a second, as
+            `vmm_reference.devices.limiter.parse_bucket` takes it; none by default.
+        ops: limit of requests, likewise.
     """
 
     kind: ClassVar[str] = "drive"
@@ -108,6 +111,8 @@ class Drive(DeviceConfig):
     serial: str = ""
     queues: int = 1
     overlay: str = ""
+    bandwidth: str = ""
+    ops: str = ""
 
     def check(self, field: str) -> None:
         """Raise `ConfigError` unless the image exists, may be opened and has a legal size."""
@@ -118,6 +123,11 @@ class Drive(DeviceConfig):
         if not isinstance(serial, str) or not serial.isascii() or len(serial) > 20:
             raise ConfigError(f"{field}.serial", repr(serial), "must be at most 20 of ASCII")
         _whole(f"{field}.queues", self.queues, 1, 64)
+        if self.bandwidth or self.ops:
+            from .devices.limiter import parse_bucket
+
+            parse_bucket(self.bandwidth, f"{field}.bandwidth")
+            parse_bucket(self.ops, f"{field}.ops")
         name = _file(field, self.path, block=True)
         folder: object = self.overlay
         if not isinstance(folder, str) or (folder and not os.path.isdir(folder)):  # noqa: PTH112

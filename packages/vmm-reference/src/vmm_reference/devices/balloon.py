@@ -127,6 +127,19 @@ class Balloon:
         """Whether the guest has answered the last `start_hinting`."""
         return self._wanted in (CMD_ID_STOP, CMD_ID_DONE)
 
+    def metrics(self) -> dict[str, int]:
+        """Pages in the balloon, those that went back, and the guest's own statistics."""
+        return {
+            "target_pages": self.target,
+            "actual_pages": self.actual,
+            "inflated_pages": self.inflated,
+            "deflated_pages": self.deflated,
+            "hinted_pages": self.hinted,
+            "reported_pages": self.reported,
+            "refused": self.refused,
+            **{f"guest_{name}": value for name, value in self.statistics.items()},
+        }
+
     def read_config(self, offset: int, length: int) -> bytes:
         """The configuration space, 5.5.4."""
         return CONFIG.pack(self.target, self.actual, self._wanted, 0)[offset : offset + length]

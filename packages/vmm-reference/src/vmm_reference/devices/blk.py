@@ -19,7 +19,7 @@ from virtio_queue.constants import DEFAULT_QUEUE_FEATURES
 from virtio_queue.errors import ChainError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from virtio_queue import DescriptorChain, Queue, Reader, VirtioDevice, Writer
     from vm_memory import GuestMemory
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from vmm_reference.config import Drive
     from vmm_reference.wiring import Wiring
 
+    from .limiter import Limiter
     from .states import BlockState
 
 __all__ = ["Backend", "Block", "DriveControl", "build"]
@@ -109,8 +110,11 @@ class Block:
         serial: up to 20 bytes of ASCII that the guest reads as the disk's identity.
         queues: how many request queues the guest may use, 1 to 64.
         physical_exponent: the physical block is 512 bytes times 2 to the power of this.
+        limiter: limits bytes and requests, or None.
+        kick: called with a queue's number when `process` should be called for it.
 
     Attributes:
+        limiter: as given.
         requests: how many requests were served, by type; those of unknown types under -1.
         failures: how many of them failed because the host did.
         refused: how many were refused because of what the driver asked for.
@@ -120,7 +124,14 @@ class Block:
     device_id = 2
 
     def __init__(
-        self, backend: Backend, *, serial: str = "", queues: int = 1, physical_exponent: int = 3
+        self,
+        backend: Backend,
+        *,
+        serial: str = "",
+        queues: int = 1,
+        physical_exponent: int = 3,
+        limiter: Limiter | None = None,
+        kick: Callable[[int], None] = lambda _: None,
     ) -> None:
         if len(serial) > ID_LENGTH or not serial.isascii():
             raise ValueError(f"serial: {serial!r}: must be at most {ID_LENGTH} ASCII characters")
@@ -128,6 +139,8 @@ class Block:
         self.failures = 0
         self.refused = 0
         self.unfinished = False
+        self.limiter = limiter
+        self._kick = kick
         self.device_features = (
             DEFAULT_QUEUE_FEATURES | F_SIZE_MAX | F_SEG_MAX | F_BLK_SIZE | F_FLUSH | F_TOPOLOGY
         ) | (F_RO if backend.read_only else F_CONFIG_WCE | F_DISCARD | F_WRITE_ZEROES)
@@ -211,11 +224,21 @@ class Block:
         queue.disable_notifications(memory)
         left = BUDGET
         for chain in queue.chains(memory):
+            size = chain.readable_length + chain.writable_length
+            if self.limiter is not None and not self.limiter.admit(size, self.resume):
+                queue.undo_pop(chain)
+                self.unfinished = False
+                return
             queue.add_used(memory, chain.head, self._serve(chain, memory))
-            left -= chain.readable_length + chain.writable_length
+            left -= size
             if left < 0:
                 break
         self.unfinished = queue.enable_notifications(memory)
+
+    def resume(self) -> None:
+        """The limit lets something through again; all queues share it."""
+        for number in range(len(self._queues)):
+            self._kick(number)
 
     def save(self) -> BlockState:
         """What a driver set; the image is the backend's."""
@@ -385,6 +408,23 @@ class DriveControl:
             self._backend.close()
             self._backend = other
 
+    def limit(self, *, bandwidth: str | None = None, ops: str | None = None) -> None:
+        """Change a limit, as in the drive's configuration; an empty text lifts it.
+
+        Raises:
+            ConfigError: it is no limit.
+        """
+        from .limiter import parse_bucket
+
+        texts = {"bandwidth": bandwidth, "ops": ops}
+        buckets = {
+            name: parse_bucket(text, name) for name, text in texts.items() if text is not None
+        }
+        with self.device.lock:
+            for name, bucket in buckets.items():
+                setattr(self._block.limiter, name, bucket)
+            self._block.resume()
+
     def close(self) -> None:
         """Close the image."""
         self._backend.close()
@@ -402,17 +442,35 @@ def build(config: Drive, wiring: Wiring) -> DriveControl | None:
     """A disk on the file or block device that the configuration names; an overlay is as it is."""
     from vmm_reference.backends.file import FileBackend
 
+    from .limiter import build_limiter
+
+    limiter = build_limiter(wiring, config.bandwidth, config.ops)
+
+    def kick(queue: int) -> None:
+        slot.kick(queue)
+
     if config.overlay:
         from vmm_reference.backends.overlay import Overlay
 
         overlay = Overlay(config.path, config.overlay)
         wiring.on_close(overlay.close)
-        wiring.virtio(Block(overlay, serial=config.serial, queues=config.queues))
+        slot = wiring.virtio(
+            Block(
+                overlay, serial=config.serial, queues=config.queues, limiter=limiter, kick=kick
+            )
+        )
         return None
     backend = FileBackend(config.path, read_only=config.read_only, locked=not wiring.incoming)
-    block = Block(backend, serial=config.serial, queues=config.queues)
+    block = Block(
+        backend,
+        serial=config.serial,
+        queues=config.queues,
+        limiter=limiter,
+        kick=kick,
+    )
     control = DriveControl(block, backend)
     wiring.on_close(control.close)
     wiring.on_hand_over(control.unlock, control.lock)
-    control.device = wiring.virtio(block).device
+    slot = wiring.virtio(block)
+    control.device = slot.device
     return control

@@ -1,6 +1,6 @@
 """A hardware watchdog that ACPI describes: the WDAT table of Microsoft's Hardware Watchdog Timers.
 
-Five registers of 32 bits at ports 0x620 to 0x633: the time from which it counts down, what is left
+Four registers of 32 bits at ports 0x620 to 0x62F: the time from which it counts down, what is left
 of it, control (bit 0: it runs), and one to begin anew. A guest that does not write the last in
 time is reset. Time stands still while the machine does. Linux drives it by `wdat_wdt`.
 """

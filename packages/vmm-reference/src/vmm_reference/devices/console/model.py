@@ -120,6 +120,15 @@ class Console:
         self._memory: GuestMemory | None = None
         self._queues: Sequence[Queue] = ()
 
+    def metrics(self) -> dict[str, int]:
+        """Bytes both ways, and what was lost or refused."""
+        return {
+            "sent_bytes": self.sent,
+            "received_bytes": self.received,
+            "dropped_bytes": self.dropped,
+            "refused_messages": self.refused,
+        }
+
     def read_config(self, offset: int, length: int) -> bytes:
         """The configuration space, 5.3.4."""
         config = CONFIG.pack(self.columns, self.rows, len(self._ports), 0)

@@ -183,6 +183,20 @@ class Net:
         """The address, as the driver set it last."""
         return self.control.mac
 
+    def metrics(self) -> dict[str, int]:
+        """Frames and bytes that passed, and what was lost, by reason."""
+        lost = {f"dropped_{reason.replace(' ', '_')}": n for reason, n in self.dropped.items()}
+        throttled = [each.throttled for each in (self.rx_limiter, self.tx_limiter) if each]
+        return {
+            "sent_frames": self.sent,
+            "sent_bytes": self.sent_bytes,
+            "received_frames": self.received,
+            "received_bytes": self.received_bytes,
+            "spoofed_frames": self.spoofed,
+            "throttled": sum(throttled),
+            **lost,
+        }
+
     def read_config(self, offset: int, length: int) -> bytes:
         """The configuration space, 5.1.4."""
         status = self.link_up * S_LINK_UP | self._announce * S_ANNOUNCE
@@ -299,7 +313,11 @@ class Net:
         return sent
 
     def _refused(self, limiter: Limiter | None, size: int, queue_index: int) -> bool:
-        return limiter is not None and not limiter.admit(size, lambda: self._kick(queue_index))
+        def resume() -> None:
+            for pair in range(self._active_pairs):  # all of them share the limit
+                self._kick(2 * pair + (queue_index & 1))
+
+        return limiter is not None and not limiter.admit(size, resume)
 
     def _fault(self, reader: Reader, size: int) -> str:
         """Why a frame can't be sent, or nothing; leaves its header, checked, in `_header`."""

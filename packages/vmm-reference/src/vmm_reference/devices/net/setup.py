@@ -35,9 +35,11 @@ class Interface(DeviceConfig):
             with a space between.
         mac: the address, such as `02:00:00:00:00:01`; by default a random one.
         mtu: what the guest is told, 68 to 65535; by default nothing.
-        rx_bandwidth, rx_ops: limits of what the guest receives, in bytes and frames, as
-            `vmm_reference.devices.limiter.parse_bucket` takes them.
-        tx_bandwidth, tx_ops: limits of what it sends.
+        rx_bandwidth: limit of the bytes that the guest receives, as
+            `vmm_reference.devices.limiter.parse_bucket` takes it.
+        rx_ops: limit of the frames that it receives.
+        tx_bandwidth: limit of the bytes that it sends.
+        tx_ops: limit of the frames that it sends.
     """
 
     kind: ClassVar[str] = "net"

@@ -91,6 +91,16 @@ class Vsock:
         self._memory: GuestMemory | None = None
         self._queues: Sequence[Queue] = ()
 
+    def metrics(self) -> dict[str, int]:
+        """Connections there are, and what was refused, broken off and ignored, by reason."""
+        counters = {"dropped": self.dropped, "refused": self.refused, "reset": self.resets}
+        named = {
+            f"{what}_{reason}": n
+            for what, counts in counters.items()
+            for reason, n in counts.items()
+        }
+        return {"connections": len(self.connections), "short_buffers": self.short_buffers, **named}
+
     def read_config(self, offset: int, length: int) -> bytes:
         """The configuration space, 5.10.4: guest_cid."""
         return self.cid.to_bytes(8, "little")[offset : offset + length]
@@ -190,7 +200,7 @@ class Vsock:
             self._count(self.dropped, "cid")
             return
         connection = self.connections.get((packet.src_port, packet.dst_port))
-        if packet.type != TYPE_STREAM:
+        if packet.kind != TYPE_STREAM:
             self._refuse(packet, connection)
         elif connection is None:
             self._begin(packet)
@@ -254,11 +264,11 @@ class Vsock:
     def _refuse(self, packet: Packet, connection: Connection | None) -> None:
         """Answer a packet that fits nothing; one that resets needs no answer."""
         if connection is not None:
-            self._break(connection, "protocol", packet.type)
+            self._break(connection, "protocol", packet.kind)
         elif packet.op != wire.RST:
             self._replies.append(
                 Packet(
-                    HOST_CID, self.cid, packet.dst_port, packet.src_port, 0, packet.type, wire.RST
+                    HOST_CID, self.cid, packet.dst_port, packet.src_port, 0, packet.kind, wire.RST
                 )
             )
 
@@ -283,7 +293,7 @@ class Vsock:
     def _reply(
         self, connection: Connection, op: int, flags: int = 0, kind: int = TYPE_STREAM
     ) -> None:
-        self._replies.append(self._packet(connection, op, flags=flags)._replace(type=kind))
+        self._replies.append(self._packet(connection, op, flags=flags)._replace(kind=kind))
 
     def _packet(self, connection: Connection, op: int, size: int = 0, flags: int = 0) -> Packet:
         return Packet(

@@ -23,14 +23,14 @@ TRANSPORT_RESET = 0
 
 
 class Packet(NamedTuple):
-    """A header, in the order of its fields on the wire."""
+    """A header, in the order of its fields on the wire; `kind` is its `type`."""
 
     src_cid: int
     dst_cid: int
     src_port: int
     dst_port: int
     len: int
-    type: int
+    kind: int
     op: int
     flags: int = 0
     buf_alloc: int = 0
