@@ -455,9 +455,7 @@ def build(config: Drive, wiring: Wiring) -> DriveControl | None:
         overlay = Overlay(config.path, config.overlay)
         wiring.on_close(overlay.close)
         slot = wiring.virtio(
-            Block(
-                overlay, serial=config.serial, queues=config.queues, limiter=limiter, kick=kick
-            )
+            Block(overlay, serial=config.serial, queues=config.queues, limiter=limiter, kick=kick)
         )
         return None
     backend = FileBackend(config.path, read_only=config.read_only, locked=not wiring.incoming)
