@@ -153,6 +153,7 @@ static void sleep_for_events(struct vp_pump *pump)
             clear(pump->queues[i].kick);
             pump->queues[i].asleep = 0;
             pump->counters.kicks++;
+            pump->spins = vp_now() - pump->queues[i].slept < VP_SPIN;
         }
 }
 

@@ -11,7 +11,9 @@
 
 #include "virtio_queue.h"
 
-enum { VP_QUEUES = 64, VP_BATCHES = 64, VP_CHAINS = 64, VP_SEGMENTS = 256, VP_HEADER = 16 };
+enum { VP_QUEUES = 64, VP_BATCHES = 64, VP_CHAINS = 64, VP_HEADER = 16 };
+/* Nanoseconds for which it is worth to look for chains before sleeping: about what a sleep costs. */
+enum { VP_SPIN = 20000 };
 
 /* --- pump_limit.c --- */
 /* Tokens that come back at a steady rate. Whoever finds a token left may take any number: what is
@@ -89,6 +91,7 @@ struct vp_queue {
     int interrupt;              /* eventfd, or -1; Python may change it */
     int asked;                  /* the driver was asked for kicks */
     int asleep;                 /* until there is one */
+    uint64_t slept;             /* since when */
     int faulted;                /* malformed: not served any more; Python reads it */
     struct vp_batch *current;   /* of its chains, those before `next` were started */
     uint32_t next;
@@ -136,6 +139,7 @@ struct vp_pump {
     struct vp_queue queues[VP_QUEUES];
     uint32_t *status;           /* interrupt status of the transport, or NULL */
     struct vp_limiter *limiter; /* or NULL */
+    int spins;                  /* the last kick came soon: look for the next one before sleeping */
     uint64_t wake;              /* when there are tokens again; 0: nothing waits */
     struct vp_counters counters;
     struct vp_block block;
@@ -166,6 +170,15 @@ void vp_answer(struct vp_pump *pump, uint32_t queue, uint32_t head, uint32_t len
 uint64_t vp_now(void);
 void vp_wake(int fd);
 void vp_hand_over(struct vp_request *request);
+
+static inline void vp_pause(void)
+{
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
 
 static inline int vp_stopping(struct vp_pump *pump)
 {

@@ -5,8 +5,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* So many bytes are worth a publication of their own. */
-#define PUBLISH_BYTES (128u << 10)
+/* So much is worth a publication of its own: the driver goes on while the rest is done. */
+enum { PUBLISH_CHAINS = 8, PUBLISH_BYTES = 64 << 10 };
 
 int vp_add_queue(struct vp_pump *pump, struct vq_ring *ring, int kick, int interrupt)
 {
@@ -111,6 +111,25 @@ static void reclaim(struct vp_queue *queue)
     }
 }
 
+/* Look for chains for a while, where the driver was quick the last time. */
+static int appear(struct vp_queue *queue)
+{
+    struct vp_pump *pump = queue->pump;
+    struct vq_ring *ring = queue->ring;
+    uint64_t end = vp_now() + VP_SPIN;
+    if (!pump->spins || pump->uring.in_kernel != 0)
+        return 0;
+    do {
+        for (int i = 0; i < 64; i++) {
+            if ((ring->packed ? vq_packed_available(ring) : vq_split_available(ring)) > 0)
+                return 1;
+            vp_pause();
+        }
+    } while (vp_now() < end && !vp_stopping(pump));
+    pump->spins = 0;
+    return 0;
+}
+
 int vp_get_chains(struct vp_queue *queue)
 {
     struct vp_pump *pump = queue->pump;
@@ -141,6 +160,8 @@ int vp_get_chains(struct vp_queue *queue)
     }
     batch->busy = 0;
     queue->free[queue->free_count++] = batch;
+    if (count == 0 && appear(queue))
+        return 0;
     if (count == 0) {
         queue->asked = 1;
         count = vq_enable_notifications(queue->ring);
@@ -148,6 +169,7 @@ int vp_get_chains(struct vp_queue *queue)
     if (count > 0)
         return 0;
     queue->asleep = 1;
+    queue->slept = vp_now();
     if (count < 0) {
         __atomic_store_n(&queue->faulted, 1, __ATOMIC_RELEASE);
         vp_wake(pump->attention);
@@ -172,7 +194,7 @@ void vp_finish(struct vp_request *request, uint64_t length)
     queue->heads[queue->done] = request->batch->chains->chains[request->chain].head;
     queue->lengths[queue->done++] = length > UINT32_MAX ? UINT32_MAX : (uint32_t)length;
     queue->done_bytes += request->cost;
-    if (queue->done == VP_CHAINS || queue->done_bytes >= PUBLISH_BYTES)
+    if (queue->done >= PUBLISH_CHAINS || queue->done_bytes >= PUBLISH_BYTES)
         vp_publish(queue);
 }
 

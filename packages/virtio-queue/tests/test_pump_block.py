@@ -506,14 +506,14 @@ def test_a_ring_of_the_kernel_that_fails(stack: ExitStack) -> None:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_a_long_batch_is_published_at_once(stack: ExitStack, engine: Engine) -> None:
-    """64 chains, one publication, one decision about an interrupt."""
+def test_a_long_batch_is_published_in_parts(stack: ExitStack, engine: Engine) -> None:
+    """Eight chains make one publication, one decision about an interrupt."""
     bench = Bench(stack, SplitDriver, engine, size=256)
     for _ in range(70):
         bench.driver.add([header(GET_ID)], [20, 1])
     bench.start()
     assert {item.data for item in bench.reap(70)} == {b"serial".ljust(21, b"\0")}
-    assert bench.pump.counters["publications"] == 2
+    assert bench.pump.counters["publications"] == 9
 
 
 def test_completions_that_wait_for_their_turn(stack: ExitStack) -> None:
