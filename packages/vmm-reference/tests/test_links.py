@@ -301,6 +301,7 @@ def test_a_tap_with_several_queues() -> None:
     [
         ("tap0,socket=/x,peer=/y", "exclude"), ("socket=/x", r"peer: \(none\): goes with socket"),
         ("peer=/x", "goes with socket"), ("vhost", "needs a tap"),
+        ("tap0,vhost,rx_ops=5", "limits no rates"),
         ("queues=0,tap=tap0", "queues"),
         ("queues=2", "needs a tap"), ("mac=01:00:00:00:00:01", "unicast"), ("mac=x", "unicast"),
         ("mac=00:00:00:00:00:00", "unicast"), ("mtu=67", "mtu"), ("ports=http", "ports"),

@@ -83,6 +83,11 @@ class Interface(DeviceConfig):
         if type(self.queues) is not int or not 1 <= self.queues <= MAX_PAIRS:
             rule = f"must be a whole number from 1 to {MAX_PAIRS}"
             raise ConfigError(f"{field}.queues", self.queues, rule)
+        limits = self.rx_bandwidth or self.rx_ops or self.tx_bandwidth or self.tx_ops
+        if self.vhost and limits:
+            raise ConfigError(
+                f"{field}.vhost", True, "the kernel limits no rates; use tc on the tap"
+            )
         if self.queues > 1 and not self.tap:
             raise ConfigError(f"{field}.queues", self.queues, "more than one needs a tap")
         if re.fullmatch(r"(\d{1,5}(:\d{1,5})?( |$))*", self.ports) is None:
@@ -158,6 +163,8 @@ def build(config: Interface, wiring: Wiring) -> Controls:
     wiring.on_close(link.close)
     # Locally administered and unicast.
     mac = bytes.fromhex(config.mac.replace(":", "")) or b"\x02" + os.urandom(5)
+    if config.vhost:
+        return _build_vhost(config, wiring, link, mac)
     net = Net(
         link,
         mac,
@@ -169,4 +176,33 @@ def build(config: Interface, wiring: Wiring) -> Controls:
     )
     link.readable, link.writable = net.readable, net.writable
     slot = wiring.virtio(net)
+    return Controls(net, slot, wiring)
+
+
+def _build_vhost(config: Interface, wiring: Wiring, tap: Any, mac: bytes) -> Controls:
+    """An interface whose frames the host's kernel moves between the queues and the tap."""
+    from vmm_reference.backends.vhost import VhostNet
+
+    from .vhost import KernelNet
+
+    kernel = [VhostNet(wiring.memory, fd) for fd in tap.fds]
+    for each in kernel:
+        wiring.on_close(each.close)
+    net = KernelNet(
+        tap, mac, kernel, mtu=config.mtu, pairs=config.queues, kick=lambda queue: slot.kick(queue)
+    )
+    slot: VirtioSlot = wiring.virtio(net)
+    for pair, each in enumerate(kernel):
+        queues = (2 * pair, 2 * pair + 1)
+        each.connect([slot.take_kick(queue) for queue in queues], [*map(slot.call, queues)])
+
+    def stop() -> None:
+        with slot.device.lock:
+            net.stop()
+
+    def go() -> None:
+        with slot.device.lock:
+            net.go_on()
+
+    wiring.on_pause(stop, go)
     return Controls(net, slot, wiring)

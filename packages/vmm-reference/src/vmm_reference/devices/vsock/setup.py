@@ -28,19 +28,25 @@ class Socket(DeviceConfig):
         path: of the Unix socket by which the host connects to the guest; with `_PORT` behind it,
             of those by which the guest connects to the host.
         cid: the guest's context identifier, 3 to 4294967294.
+        vhost: in place of a path, let the host's kernel move packets: its AF_VSOCK sockets are the
+            other ends then, and each guest of the host has a CID of its own.
     """
 
     kind: ClassVar[str] = "vsock"
     positional: ClassVar[str] = "path"
+    flags: ClassVar[dict[str, str]] = {"vhost": "vhost"}
 
-    path: str
+    path: str = ""
     cid: int = 3
+    vhost: bool = False
 
     def check(self, field: str) -> None:
         """Raise `ConfigError` unless the path and the identifier can be."""
         super().check(field)
         path: object = self.path
-        if not isinstance(path, str) or not path or "\0" in path:
+        if self.vhost not in (True, False) or bool(self.vhost) == bool(path):
+            raise ConfigError(f"{field}.path", repr(path), "either a path or vhost must be given")
+        if not isinstance(path, str) or "\0" in path:
             raise ConfigError(f"{field}.path", repr(path), "must be the path of a socket")
         if len(path.encode()) > _LONGEST_PATH:
             raise ConfigError(f"{field}.path", path, f"must be at most {_LONGEST_PATH} bytes")
@@ -51,6 +57,8 @@ class Socket(DeviceConfig):
 
 def build(config: Socket, wiring: Wiring) -> Vsock:
     """A socket device whose host is Unix sockets; returned for its counters."""
+    if config.vhost:
+        return _build_vhost(config, wiring)
     from vmm_reference.backends.vsock import UnixSockets
 
     sockets = UnixSockets(wiring.loop, config.path)
@@ -64,4 +72,29 @@ def build(config: Socket, wiring: Wiring) -> Vsock:
 
     sockets.opened = opened
     wiring.on_close(vsock.reset)
+    return vsock
+
+
+def _build_vhost(config: Socket, wiring: Wiring) -> Vsock:
+    """A socket device that the host's kernel serves."""
+    from vmm_reference.backends.vhost import VhostVsock
+
+    from .vhost import KernelVsock
+
+    kernel = VhostVsock(wiring.memory, config.cid)
+    wiring.on_close(kernel.close)
+    vsock = KernelVsock(config.cid, kernel)
+    slot = wiring.virtio(vsock)
+    queues = range(2)
+    kernel.connect([slot.take_kick(queue) for queue in queues], [slot.call(n) for n in queues])
+
+    def stop() -> None:
+        with slot.device.lock:
+            vsock.stop()
+
+    def go() -> None:
+        with slot.device.lock:
+            vsock.go_on()
+
+    wiring.on_pause(stop, go)
     return vsock

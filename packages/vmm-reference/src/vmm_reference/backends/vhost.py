@@ -1,0 +1,179 @@
+"""Devices of the host's kernel that serve a guest's queues themselves: <linux/vhost.h>.
+
+The kernel reads and writes the guest's memory directly, woken by the guest's kicks and raising its
+interrupts, without this process. It tells by a bitmap which pages it has written; when it stops,
+they count as written like any other.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+from ctypes import addressof, c_char
+from struct import pack, unpack
+from typing import TYPE_CHECKING
+
+from attrs import evolve
+
+from vm_memory import GuestAddress
+from vmm_reference.errors import HostError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from virtio_queue import Queue
+    from vm_memory import GuestMemory
+
+__all__ = ["VhostNet", "VhostQueues", "VhostVsock"]
+
+_GET_FEATURES, _SET_FEATURES, _SET_OWNER = 0x8008AF00, 0x4008AF00, 0xAF01
+_SET_MEM_TABLE, _SET_LOG_BASE = 0x4008AF03, 0x4008AF04
+_SET_VRING_NUM, _SET_VRING_ADDR, _SET_VRING_BASE = 0x4008AF10, 0x4028AF11, 0x4008AF12
+_GET_VRING_BASE, _SET_VRING_KICK, _SET_VRING_CALL = 0xC008AF12, 0x4008AF20, 0x4008AF21
+_NET_SET_BACKEND = 0x4008AF30
+_VSOCK_SET_GUEST_CID, _VSOCK_SET_RUNNING = 0x4008AF60, 0x4004AF61
+
+_F_LOG_ALL = 1 << 26
+_VRING_F_LOG = 1  # flag of an address: log writes to the used ring
+_LOG_PAGE = 4096
+
+
+class VhostQueues:
+    """Two queues that the kernel serves.
+
+    Args:
+        path: of the kernel's device.
+        memory: the guest's.
+
+    Attributes:
+        features: feature bits that the kernel works with.
+
+    Raises:
+        HostError: the host has no such device, or this user may not use it.
+    """
+
+    def __init__(self, path: str, memory: GuestMemory) -> None:
+        self._memory = memory
+        try:
+            self.fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        except OSError as error:
+            hint = f"modprobe {os.path.basename(path).replace('-', '_')}; it needs access to {path}"  # noqa: PTH119
+            raise HostError(path, error.strerror, hint) from None
+        fcntl.ioctl(self.fd, _SET_OWNER)
+        (self.features,) = unpack("<Q", fcntl.ioctl(self.fd, _GET_FEATURES, bytes(8)))
+        self._kicks: Sequence[int] = ()
+        self._calls: Sequence[int] = ()
+        self._queues: Sequence[Queue] = ()
+        end = max(int(region.guest_address) + region.size for region in memory.regions)
+        self._log = mmap.mmap(-1, -(-end // _LOG_PAGE // 64 + 1) * 8 + 8)
+
+    def connect(self, kicks: Sequence[int], calls: Sequence[int]) -> None:
+        """The eventfds of the queues: for the driver's kicks, and for interrupts."""
+        self._kicks, self._calls = kicks, calls
+
+    def close(self) -> None:
+        """Stop, and close the device."""
+        self.stop()
+        os.close(self.fd)
+
+    def start(self, features: int, queues: Sequence[Queue]) -> None:
+        """Serve the queues from where they are.
+
+        Raises:
+            OSError: the kernel refuses.
+        """
+        memory = self._memory
+        accepted = (features & self.features) | _F_LOG_ALL
+        fcntl.ioctl(self.fd, _SET_FEATURES, pack("<Q", accepted))
+        regions = [
+            pack("<QQQQ", int(region.guest_address), region.size, region.host_address, 0)
+            for region in memory.regions
+        ]
+        table = bytearray(pack("<II", len(regions), 0) + b"".join(regions))
+        fcntl.ioctl(self.fd, _SET_MEM_TABLE, table)
+        place = addressof(c_char.from_buffer(self._log))
+        fcntl.ioctl(self.fd, _SET_LOG_BASE, pack("<Q", place))
+        self._queues = queues
+        for index, queue in enumerate(queues):
+            fcntl.ioctl(self.fd, _SET_VRING_NUM, pack("<II", index, queue.size))
+            fcntl.ioctl(self.fd, _SET_VRING_BASE, pack("<II", index, queue.save().next_avail))
+            areas = (queue.descriptor_area, queue.device_area, queue.driver_area)
+            hosts = [self._host_address(area) for area in areas]
+            address = pack("<IIQQQQ", index, _VRING_F_LOG, *hosts, queue.device_area)
+            fcntl.ioctl(self.fd, _SET_VRING_ADDR, address)
+            fcntl.ioctl(self.fd, _SET_VRING_CALL, pack("<Ii", index, self._calls[index]))
+            fcntl.ioctl(self.fd, _SET_VRING_KICK, pack("<Ii", index, self._kicks[index]))
+        self._run(on=True)
+        for kick in self._kicks:  # one that came before is in no state
+            os.eventfd_write(kick, 1)
+
+    def stop(self) -> None:
+        """Touch the queues no more; each is where the kernel left it."""
+        if not self._queues:
+            return
+        queues, self._queues = self._queues, ()
+        self._run(on=False)
+        for index, queue in enumerate(queues):
+            state = fcntl.ioctl(self.fd, _GET_VRING_BASE, pack("<II", index, 0))
+            _, base = unpack("<II", state)
+            if queue.ready:
+                saved = queue.save()
+                queue.restore(
+                    evolve(saved, next_avail=base, next_used=base, pending=0, in_flight=()),
+                    self._memory,
+                )
+        self._harvest()
+
+    def _run(self, *, on: bool) -> None:
+        raise NotImplementedError
+
+    def _harvest(self) -> None:
+        """Let the pages that the kernel has written count as written."""
+        for region in self._memory.regions:
+            if region.dirty is None:
+                continue
+            first = int(region.guest_address) // _LOG_PAGE // 8
+            words = -(-region.size // _LOG_PAGE // 64) * 8
+            part = self._log[first : first + words]
+            if any(part):
+                self._memory.merge_dirty(region.guest_address, part, _LOG_PAGE)
+                self._log[first : first + words] = bytes(len(part))
+
+    def _host_address(self, area: int) -> int:
+        region = self._memory.find_region(GuestAddress(area))
+        if region is None:
+            raise OSError(14, "a ring is not in memory")
+        return region.host_address + area - int(region.guest_address)
+
+
+class VhostNet(VhostQueues):
+    """A pair of queues of a network device, whose frames are a tap's."""
+
+    def __init__(self, memory: GuestMemory, tap: int) -> None:
+        super().__init__("/dev/vhost-net", memory)
+        self._tap = tap
+
+    def _run(self, *, on: bool) -> None:
+        for index in range(2):
+            fcntl.ioctl(self.fd, _NET_SET_BACKEND, pack("<Ii", index, self._tap if on else -1))
+
+
+class VhostVsock(VhostQueues):
+    """The queues of a socket device, whose sockets are the host's AF_VSOCK.
+
+    Raises:
+        HostError: also, another guest has this context identifier.
+    """
+
+    def __init__(self, memory: GuestMemory, cid: int) -> None:
+        super().__init__("/dev/vhost-vsock", memory)
+        try:
+            fcntl.ioctl(self.fd, _VSOCK_SET_GUEST_CID, pack("<Q", cid))
+        except OSError as error:
+            os.close(self.fd)
+            hint = "give each guest a CID of its own"
+            raise HostError(f"vsock CID {cid}", error.strerror, hint) from None
+
+    def _run(self, *, on: bool) -> None:
+        fcntl.ioctl(self.fd, _VSOCK_SET_RUNNING, pack("<i", on))
