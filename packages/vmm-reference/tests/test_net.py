@@ -201,6 +201,19 @@ def test_hostile_offload_that_was_not_negotiated(asked: bytes) -> None:
     bench.close()
 
 
+@pytest.mark.parametrize(
+    ("gso", "feature"), [(1, net.F_HOST_TSO4), (4, net.F_HOST_TSO6), (3, net.F_HOST_UFO)]
+)
+def test_hostile_segmentation_that_was_not_negotiated(gso: int, feature: int) -> None:
+    """Item 15: each kind of segmentation is one feature; a checksum alone allows none."""
+    for without, sent in ((feature, 0), (0, 1)):
+        bench = Net1(features=ALL & ~without)
+        bench.send(TX, [header(1, gso, 1000, 34, 16), OUT])
+        assert len(bench.wire.sent) == sent
+        assert bench.net.dropped == ({} if sent else {"offload": 1})
+        bench.close()
+
+
 def test_hostile_double_fetch_of_the_header(bench: Net1) -> None:
     """Item 12: the header that was checked is the one that is sent."""
     good = header()
