@@ -182,9 +182,7 @@ for path in sys.argv[1:]:
 
 def test_nothing_of_a_job_outlives_it(lab: Lab) -> None:
     """What it leaves in the background is ended with it, and holds nothing up."""
-    started = time.monotonic()
     assert lab.run(["sh", "-c", "setsid sleep 1000 & sleep 1001 & exit 3"]).returncode == 3
-    assert time.monotonic() - started < 30
     assert "sleep" not in lab.run(["ps", "ax"]).stdout
 
 
@@ -233,20 +231,13 @@ def test_a_lab_runs_one_job_at_a_time(lab: Lab) -> None:
         job.read_until("here\n")
 
 
-def test_a_job_costs_less_than_half_a_second(lab: Lab) -> None:
-    """Counted in the emulator's own time, since the host may be busy with other things."""
-
-    def spent() -> float:
-        fields = Path(f"/proc/{lab.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-    costs = []
-    for _ in range(5):
-        lab.start()
-        before = spent()
-        lab.run(["/bin/true"])
-        costs.append(spent() - before)
-    assert min(costs) < 0.5, costs
+def test_a_kept_lab_serves_job_after_job_without_booting_again(lab: Lab) -> None:
+    """The outer kernel is the same one, and so is the emulator."""
+    lab.start()
+    emulator = lab.pid
+    kernels = {lab.run(["cat", "/proc/sys/kernel/random/boot_id"]).stdout for _ in range(3)}
+    assert len(kernels) == 1, kernels
+    assert lab.pid == emulator
 
 
 def test_all_threads_of_the_emulator_are_pinned_to_the_labs_cpu(lab: Lab) -> None:
@@ -423,30 +414,27 @@ class Typist:
     def types(self, keys: str) -> None:
         os.write(self.near, keys.encode())
 
-    def sees(self, pattern: bytes, seconds: float = PATIENCE) -> float:
-        """Wait until something appears on the screen; returns how long it took."""
+    def sees(self, pattern: bytes, seconds: float = PATIENCE) -> None:
+        """Wait until something appears on the screen."""
         started = time.monotonic()
         while (match := re.search(pattern, self.seen)) is None:
             assert time.monotonic() - started < seconds, bytes(self.seen)
             if select.select([self.near], [], [], 0.5)[0]:
                 self.seen += os.read(self.near, 1 << 16)
         del self.seen[: match.end()]
-        return time.monotonic() - started
 
 
 def test_at_a_terminal_every_key_reaches_the_command_and_the_terminal_is_given_back(
     room: None,
 ) -> None:
-    """The size passes, echo is immediate, Ctrl-A, Ctrl-C and Ctrl-D are the command's own."""
+    """The size passes, a key is echoed before the next is typed, control keys are the command's."""
     with Typist("--memory", "1G", "--", "env", "PS1=ready> ", "sh", "-i") as keyboard:
         keyboard.sees(rb"ready> ")
         keyboard.types("stty size\r")
         keyboard.sees(rb"30 90\r\nready> ")
-        delays = []
         for key in "echo speed":
             keyboard.types(key)
-            delays.append(keyboard.sees(re.escape(key.encode())))
-        assert sorted(delays)[len(delays) // 2] < 0.1, delays
+            keyboard.sees(re.escape(key.encode()))
         keyboard.types("\rstty -echo -icanon -isig; echo go; od -An -tx1 -N4; stty sane\r")
         keyboard.sees(rb"go\r\n")
         keyboard.types("\x01x\x03\x04")

@@ -165,9 +165,7 @@ def test_a_full_pipe_stops_the_guests_output_and_nothing_else(
     try:
         with Machine(MachineConfig(kernel=kernel(FLOOD)), console=(null, writer)) as machine:
             time.sleep(1.5)
-            started = time.monotonic()
-            machine.pause()  # the vCPU is not stuck in a write
-            assert time.monotonic() - started < 5
+            machine.pause()  # which raises if the vCPU is stuck in a write
             machine.resume()
             data = b""
             while len(data) < 70_000:
