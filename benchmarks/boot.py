@@ -151,12 +151,14 @@ sed -i "s#^home *=.*#home = $PWD/python/bin#" env/pyvenv.cfg
 def qemu(program: Path) -> Vmm:
     """QEMU's smallest machine, with the i8042 that the reset needs."""
     # Its loader is given to it by name, for the libraries beside it; its firmware is with -L.
+    # Where that lies only the installed one knows: it looks from where it is.
+    name = shlex.quote(str(program))
     install = f"""
 mkdir -p qemu/share
-cp {shlex.quote(str(program))} qemu/program
+cp {name} qemu/program
 ldd qemu/program | sed -n 's/.* => \\(.*\\) (.*/\\1/p' | xargs -I% cp -L % qemu/
 cp -L "$(ldd qemu/program | sed -n 's/^[[:space:]]*\\(\\/.*ld-linux[^ ]*\\) .*/\\1/p')" qemu/loader
-qemu/program -L help | while read -r folder; do
+{name} -L help | while read -r folder; do
     if [ -d "$folder" ]; then cp -rL "$folder/." qemu/share; fi
 done
 """
