@@ -22,7 +22,8 @@ class ExitRow(NamedTuple):
         member: of struct kvm_run's union, or an empty string if it has no data.
         members: that member's layout, written as in kvm_ioctls.table.structs.
         architecture: as for ioctls.
-        shown: how the tests show it: `guest`, by a guest that makes it, or `page`, by a run page.
+        shown: how the tests show it: `guest`, by a guest that makes it, `lab`, by one on stock
+            `kvm_amd`, or `page`, by a run page.
     """
 
     name: str
@@ -40,7 +41,7 @@ EXITS: tuple[ExitRow, ...] = (
     ExitRow("IO", 2, ("IoIn", "IoOut"), "io", "u8 direction size; u16 port; u32 count;"
             " u64 data_offset", "x86", "guest"),
     ExitRow("HYPERCALL", 3, ("Hypercall",), "hypercall", "u64 nr args[6] ret; u32 longmode _pad",
-            "all", "page"),
+            "all", "lab"),
     ExitRow("DEBUG", 4, ("Debug", "ArmDebug"), "debug.arch", "u32 exception pad; u64 pc dr6 dr7",
             "x86", "guest"),
     ExitRow("HLT", 5, ("Hlt",), shown="guest"),

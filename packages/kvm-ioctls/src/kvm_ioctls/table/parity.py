@@ -40,7 +40,8 @@ kernel's headers.
 _EXITS = """
 ## Every exit
 
-Shown by a *guest* that makes it, or by a run *page* laid out as the header says.
+Shown by a *guest* that makes it, by one in the *lab*, or by a run *page* laid out as the header
+says.
 
 | Reason | Number | Classes | Architecture | Shown |
 | --- | --- | --- | --- | --- |
