@@ -8,6 +8,9 @@ from kvm_ioctls._fd import Descriptor
 from kvm_ioctls._native import lib
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
     from kvm_ioctls.state.debugregs import DebugRegs
     from kvm_ioctls.state.fpu import Fpu
     from kvm_ioctls.state.regs import Regs
@@ -24,6 +27,21 @@ _REGS = ("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rsp", "rbp", "r8", "r9", "r1
 _CONTROL = ("cr0", "cr2", "cr3", "cr4", "cr8", "efer", "apic_base")
 
 
+class _Decoders(dict[tuple[str, str], "Callable[[bytearray], Any]"]):
+    """Module and class to `from_bytes`, loaded once: an import statement in a call costs more."""
+
+    def __missing__(self, key: tuple[str, str]) -> Callable[[bytearray], Any]:
+        from importlib import import_module
+
+        found = getattr(import_module(f"kvm_ioctls.state.{key[0]}"), key[1])
+        decode: Callable[[bytearray], Any] = found.from_bytes
+        self[key] = decode
+        return decode
+
+
+_decode = _Decoders()
+
+
 class VcpuRegisters(Descriptor):
     """The part of a vCPU that deals with its registers."""
 
@@ -31,9 +49,8 @@ class VcpuRegisters(Descriptor):
 
     def get_regs(self) -> Regs:
         """KVM_GET_REGS: general registers, instruction pointer and flags."""
-        from kvm_ioctls.state.regs import Regs
-
-        return Regs.from_bytes(self._read(lib.KVM_GET_REGS, 144))
+        value: Regs = _decode["regs", "Regs"](self._read(lib.KVM_GET_REGS, 144))
+        return value
 
     def set_regs(self, regs: Regs) -> None:
         """KVM_SET_REGS."""
@@ -66,9 +83,8 @@ class VcpuRegisters(Descriptor):
 
     def get_sregs(self) -> Sregs:
         """KVM_GET_SREGS: segment, table and control registers."""
-        from kvm_ioctls.state.sregs import Sregs
-
-        return Sregs.from_bytes(self._read(lib.KVM_GET_SREGS, 312))
+        value: Sregs = _decode["sregs", "Sregs"](self._read(lib.KVM_GET_SREGS, 312))
+        return value
 
     def set_sregs(self, sregs: Sregs) -> None:
         """KVM_SET_SREGS.
