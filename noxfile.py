@@ -174,7 +174,7 @@ def alone(session: nox.Session) -> None:
             python = Path(scratch, name, "env", "bin", "python")
             session.run(sys.executable, "-m", "venv", "--without-pip", str(python.parents[1]),
                         external=True)  # fmt: skip
-            pip(session, *map(str, files), "pytest>=8", "hypothesis>=6.100", python=str(python))
+            pip(session, f"{files[0]}[testing]", *map(str, files[1:]), python=str(python))
             folder = Path(scratch, name)
             shutil.copytree(ROOT / "packages" / name / "tests", folder / "tests")
             with session.chdir(folder):
