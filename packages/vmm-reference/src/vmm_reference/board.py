@@ -38,7 +38,7 @@ from .devices.pvpanic import Pvpanic
 from .devices.rtc import Rtc
 from .devices.serial import Serial
 from .errors import ConfigError, HostError
-from .firmware import add_flash, add_fw_cfg, cmos, load_firmware, rom_ranges
+from .firmware import add_chipset, add_flash, add_fw_cfg, cmos, load_firmware, rom_ranges
 from .loop import READ
 from .outcome import Outcome
 from .vcpu import VcpuThread
@@ -133,6 +133,10 @@ class Board:
                 self._add_cpus(config.cpus, config.max_cpus)
             if config.transport == "pci":
                 self._add_pci(config)
+            if config.firmware is not None:
+                wiring = self.devices["chipset"] = Wiring(self, "chipset")
+                stack.callback(wiring.close)
+                add_chipset(wiring, self.pci)
             for name, device in config.named_devices().items():
                 wiring = self.devices[name] = Wiring(self, name, device.slot)
                 stack.callback(wiring.close)
@@ -455,7 +459,13 @@ class Board:
         )
         self.hotplug = PciHotplug(lambda: self.tell(pm.EVENT_PCI), self._ejected)
         self.ports.add(PORT, SIZE, self.hotplug)
-        bridge = pci.host_bridge(layout.pci_memory64(config.memory), range(1, 32))
+        memory64 = layout.pci_memory64(config.memory)
+        if config.firmware is None:
+            bridge = pci.host_bridge(memory64, range(1, 32))
+        else:  # slot 1 has the chipset
+            bridge = pci.host_bridge(
+                memory64, range(2, 32), layout.firmware_pci_memory32(config.memory)
+            )
         self.announced.append(bridge)
         self._events.append((pm.EVENT_PCI, pci.NOTIFY_METHOD))
         self._tables.append((b"MCFG", pci.mcfg()))

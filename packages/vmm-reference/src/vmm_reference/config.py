@@ -266,6 +266,8 @@ class MachineConfig:
             other = ", 31 with transport pci" if self.transport == "mmio" else ""
             raise ConfigError("devices", len(devices), f"are too many; at most {most} fit{other}")
         slots = [device.slot for device in devices.values() if device.slot is not None]
+        if self.firmware is not None and 1 in slots:
+            raise ConfigError("devices", "slot 1", "has the bridge that firmware looks for")
         for slot in slots:
             if slots.count(slot) > 1:
                 raise ConfigError("devices", f"slot {slot}", "is given to two devices")

@@ -9,6 +9,7 @@ and the firmware configuration device.
 from __future__ import annotations
 
 import os
+import time
 from struct import pack
 from typing import TYPE_CHECKING
 
@@ -25,9 +26,10 @@ if TYPE_CHECKING:
     from vm_memory import GuestMemory
 
     from .config import MachineConfig
+    from .pci.bus import PciBus
     from .wiring import Wiring
 
-__all__ = ["add_flash", "add_fw_cfg", "cmos", "load_firmware", "rom_ranges"]
+__all__ = ["add_chipset", "add_flash", "add_fw_cfg", "cmos", "load_firmware", "rom_ranges"]
 
 _KIB, _64_KIB, _MIB = 1 << 10, 64 << 10, 1 << 20
 
@@ -115,6 +117,20 @@ def add_flash(wiring: Wiring, path: str, address: int, *, restored: bool) -> Non
     flash = Flash(array, changed, show)
     wiring.mmio.add(address, region.size, flash)
     wiring.keep(flash)
+
+
+def add_chipset(wiring: Wiring, bus: PciBus | None) -> None:
+    """The timer that firmware waits by, and on a PCI bus the bridges that it looks for."""
+    from .devices import pm_timer
+
+    timer = pm_timer.PmTimer(time.monotonic)
+    wiring.ports.add(pm_timer.PORT, pm_timer.SIZE, timer)
+    wiring.keep(timer, "timer")
+    if bus is not None:
+        from .pci import chipset
+
+        for name, function in chipset.add_chipset(bus).items():
+            wiring.keep(function, name)
 
 
 def add_fw_cfg(wiring: Wiring, config: MachineConfig, acpi: bytes) -> None:

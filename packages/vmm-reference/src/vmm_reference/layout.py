@@ -29,6 +29,7 @@ __all__ = [
     "VIRTIO_MMIO_START",
     "VM_GENERATION",
     "e820_ranges",
+    "firmware_pci_memory32",
     "intx_gsi",
     "pci_memory64",
     "ram_ranges",
@@ -95,6 +96,19 @@ def pci_memory64(memory: int) -> tuple[int, int]:
     """
     start = max(256 * GIB, -(-(memory + 4 * GIB) // GIB) * GIB)
     return start, 256 * GIB
+
+
+def firmware_pci_memory32(memory: int) -> list[tuple[int, int]]:
+    """Windows for BARs that firmware places: all between RAM and the IOAPIC but ECAM's range.
+
+    It begins no lower than 2 GiB, as on the chipset that firmware takes the machine for.
+
+    Args:
+        memory: bytes of RAM.
+    """
+    start = max(2 * GIB, min(memory, MMIO_GAP_START))
+    behind = ECAM + ECAM_SIZE
+    return [(start, ECAM - start), (behind, IOAPIC - behind)]
 
 
 def virtio_mmio_window(index: int) -> int:

@@ -30,21 +30,25 @@ def mcfg() -> bytes:
     return bytes(8) + pack("<QHBB4x", layout.ECAM, 0, 0, 0)
 
 
-def host_bridge(memory64: tuple[int, int], slots: Iterable[int]) -> bytes:
+def host_bridge(
+    memory64: tuple[int, int],
+    slots: Iterable[int],
+    memory32: Iterable[tuple[int, int]] = (layout.PCI_MEMORY32,),
+) -> bytes:
     """The bridge and what is below it.
 
     Args:
         memory64: address and size of the window for large BARs.
         slots: those that something can be plugged into, or pulled out of.
+        memory32: address and size of each window below 4 GiB.
     """
-    low, high = layout.PCI_MEMORY32, memory64
     windows = aml.resources(
         aml.bus_numbers(0, 0),
         aml.io_ports(CONFIG_ADDRESS, 8),
         aml.io_window(0, CONFIG_ADDRESS - 1),
         aml.io_window(CONFIG_ADDRESS + 8, 0xFFFF),
-        aml.memory_window32(low[0], low[1]),
-        aml.memory_window64(high[0], high[1]),
+        *(aml.memory_window32(*window) for window in memory32),
+        aml.memory_window64(*memory64),
     )
     pins = aml.package(
         *(

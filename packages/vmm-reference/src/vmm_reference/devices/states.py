@@ -23,6 +23,7 @@ __all__ = [
     "I8042State",
     "LimiterState",
     "NetState",
+    "PmTimerState",
     "PowerState",
     "PvpanicState",
     "RtcState",
@@ -222,6 +223,14 @@ class I8042State:
     output_port: int = _whole(0, 0xFF)
     output: int = _whole(0, 0xFF)
     expecting: int = _whole(0, 0xFF)
+    version: int = _version()
+
+
+@attrs.frozen
+class PmTimerState:
+    """A `vmm_reference.devices.pm_timer.PmTimer`: what it shows."""
+
+    counter: int = _whole(0, (1 << 24) - 1)
     version: int = _version()
 
 

@@ -67,6 +67,7 @@ class PciBus:
 
     Attributes:
         functions: by slot.
+        more: functions beside the first of a slot, by slot and function number (5 and 3 bits).
         lock: held around every configuration access; take it to change `functions`.
     """
 
@@ -78,6 +79,7 @@ class PciBus:
         reset: Callable[[], object],
     ) -> None:
         self.functions: dict[int, Function] = {0: HostBridge()}
+        self.more: dict[int, Function] = {}
         self.lock = allocate_lock()
         self._irq_line = irq_line
         self._reset = reset
@@ -140,16 +142,21 @@ class PciBus:
 
     def read_config(self, where: int, offset: int, length: int) -> bytes:
         """Configuration space of bus, slot and function number `where` (8, 5 and 3 bits)."""
-        function = None if where & ~0xF8 else self.functions.get(where >> 3)
+        function = self._find(where)
         if function is None:
             return b"\xff" * length
         return function.read_config(offset, length)
 
     def write_config(self, where: int, offset: int, data: bytes) -> None:
         """The same, written."""
-        function = None if where & ~0xF8 else self.functions.get(where >> 3)
+        function = self._find(where)
         if function is not None:
             function.write_config(offset, data)
+
+    def _find(self, where: int) -> Function | None:
+        if where & 7 or where >> 8:
+            return self.more.get(where)
+        return self.functions.get(where >> 3)
 
     def save(self) -> PciBusState:
         """What the configuration port holds; lines follow from the functions."""

@@ -124,6 +124,10 @@ class ConfigSpace:
         """Set registers, whether or not a guest can write them."""
         self._bytes[offset : offset + len(data)] = data
 
+    def let_write(self, offset: int, mask: bytes) -> None:
+        """Let a guest write the bits of `mask` from a register on."""
+        self._writable[offset : offset + len(mask)] = mask
+
     def read(self, offset: int, length: int) -> bytes:
         """What a guest reads."""
         return bytes(self._bytes[offset : offset + length]).ljust(length, b"\0")
