@@ -16,6 +16,7 @@ from lab.dialogue import Dialogue
 from lab.direct import Direct
 from lab.lab import Lab
 
+from kvm_ioctls.testing import assemble
 from linux_loader import E820Entry, E820Type, Format, Protocol, inspect, load, load_image
 from linux_loader.decompress import COMPRESSIONS
 from linux_loader.elf import parse_elf
@@ -23,10 +24,14 @@ from linux_loader.fdt import DeviceTree, Node
 from linux_loader.source import Source
 from linux_loader.testing import memory_map
 from vm_memory import GuestAddress, GuestMemory
+from vmm_reference.config import Drive, MachineConfig
+from vmm_reference.devices.debug_console import DebugLog
 from vmm_reference.image.initramfs import guest_initramfs
 from vmm_reference.image.kernels import FLAVOURS, Kernel, debian_kernel
 from vmm_reference.image.packages import fetch_package, find_tool
 from vmm_reference.layout import EBDA, HIGH_MEMORY, e820_ranges
+from vmm_reference.machine import Machine
+from vmm_reference.outcome import Outcome
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -274,3 +279,48 @@ def test_seabios_says_so_itself(name: str, linux: Lab | Direct, vmm: str) -> Non
     text = linux.converse(command, lambda job: job.read_until("No bootable device", 200))
     assert text.startswith("SeaBIOS (version ")
     assert "RamSize: 0x04000000 [cmos]" in text
+
+
+# Says that it runs, and powers off.
+BOOT_SECTOR = """
+    mov $0x402, %dx
+    mov $'!', %al
+    out %al, %dx
+    mov $0x600, %dx
+    mov $0x34, %al
+    out %al, %dx
+    hlt
+"""
+
+
+@pytest.mark.kvm
+@pytest.mark.parametrize(
+    ("name", "transport", "found"),
+    [
+        ("bios-microvm.bin", "mmio", r"found virtio-blk-mmio at 0xc0001000"),
+        ("bios-256k.bin", "pci", r"found virtio-blk at 00:03\.0"),
+    ],
+)
+def test_seabios_starts_a_disk_on_any_kvm(
+    name: str, transport: str, found: str, tmp_path: Path
+) -> None:
+    """Told of memory and devices by fw_cfg and ACPI, it finds a virtio disk and runs its sector."""
+    disk, log = tmp_path / "disk.img", tmp_path / "log"
+    disk.write_bytes(
+        assemble(BOOT_SECTOR, bits=16, origin=0x7C00).ljust(510, b"\0")
+        + b"\x55\xaa"
+        + bytes(1 << 20)
+    )
+    config = MachineConfig(
+        firmware=str(image("seabios", f"usr/share/seabios/{name}")),
+        memory="64M",
+        transport=transport,
+        drives=[Drive(str(disk))],
+        devices=[DebugLog(str(log))],
+    )
+    with Machine(config) as machine:
+        assert machine.wait(100) is Outcome.POWER_OFF
+    text = log.read_text()
+    assert re.search(found, text), text
+    assert "addr 0x0000000000000000 len 0x0000000004000000 [RAM]" in text
+    assert text.rstrip().endswith("!")
