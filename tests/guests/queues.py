@@ -244,7 +244,7 @@ def entropy(
     def make(number: int, backend: Backend | None) -> Source:
         return Source(wishes[number], number)
 
-    with Guest(kernel, initrd, [Drive(str(image)) for image in images], make) as guest:
+    with Guest(kernel, initrd, [Drive(str(i)) for i in images], make) as guest:
         got = []
         for number in range(len(wishes)):
             name = f"virtio_rng.{number}"

@@ -244,6 +244,9 @@ class Board:
 
             start_clock(self)
         self.running = True
+        for wiring in self.devices.values():
+            for started in wiring.starts:
+                started()
         for vcpu in self._vcpus:
             vcpu.start()
 

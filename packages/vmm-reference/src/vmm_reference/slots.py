@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from virtio_queue import DeviceModel, PciTransport
+    from virtio_queue._native import CData
 
     from .wiring import Wiring
 
@@ -38,11 +39,11 @@ class VirtioSlot:
 
     transport: MmioTransport | PciTransport
 
-    def __init__(self, wiring: Wiring, device: VirtioDevice) -> None:
+    def __init__(self, wiring: Wiring, device: VirtioDevice, *, listens: bool) -> None:
         self.device = device
         self._wiring = wiring
         self.kicks = tuple(self.eventfd() for _ in device.queues)
-        for queue in range(len(self.kicks)):
+        for queue in range(len(self.kicks) if listens else 0):
             wiring.on_close(partial(self.take_kick, queue))
             self.give_kick(queue)
 
@@ -51,6 +52,11 @@ class VirtioSlot:
         fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._wiring.on_close(lambda: os.close(fd))
         return fd
+
+    @property
+    def interrupt_word(self) -> CData | None:
+        """Where who raises interrupts itself has to set the bit of used buffers, if anywhere."""
+        return None
 
     def call(self, queue: int) -> int:
         """The eventfd by which a pump or the kernel raises a queue's interrupt itself."""
@@ -82,6 +88,8 @@ class MmioSlot(VirtioSlot):
         model: DeviceModel,
         index: int,
         shared_memory: Mapping[int, tuple[int, int]],
+        *,
+        listens: bool,
     ) -> None:
         vm, window, self._gsi = (
             wiring.vm,
@@ -90,7 +98,7 @@ class MmioSlot(VirtioSlot):
         )
         self._calls: dict[int, int] = {}
         device = VirtioDevice(model, wiring.memory, self._interrupt, shared_memory=shared_memory)
-        super().__init__(wiring, device)
+        super().__init__(wiring, device, listens=listens)
         self._line = self.eventfd()
         vm.irqfd(self._line, self._gsi)
         for queue, kick in enumerate(self.kicks):
@@ -98,6 +106,11 @@ class MmioSlot(VirtioSlot):
         self.transport = MmioTransport(device, self.kick)
         wiring.mmio.add(window, layout.VIRTIO_MMIO_SIZE, self.transport)
         wiring.announce(virtio_mmio(index, window, layout.VIRTIO_MMIO_SIZE, self._gsi))
+
+    @property
+    def interrupt_word(self) -> CData:
+        """The interrupt status register (4.2.2)."""
+        return self.device.interrupt_word
 
     def call(self, queue: int) -> int:
         """An eventfd that the loop turns into an interrupt.

@@ -38,6 +38,7 @@ class Wiring:
         parts: what has `save` and `restore`, by name, in the order of restoring.
         control: what the factory returned: how the machine's owner reaches the running device.
         slot: of its virtio device, or None.
+        starts: what is called before the vCPUs run.
         number: the PCI slot that it is to have, or None.
     """
 
@@ -51,11 +52,16 @@ class Wiring:
         self.ports, self.mmio = board.ports, board.mmio
         self._board = board
         self._stack = ExitStack()
+        self.starts: list[Callable[[], object]] = []
         self._pauses: list[tuple[Callable[[], object], Callable[[], object]]] = []
         self._hand_overs: list[tuple[Callable[[], object], Callable[[], object]]] = []
 
     def virtio(
-        self, model: DeviceModel, *, shared_memory: Mapping[int, tuple[int, int]] | None = None
+        self,
+        model: DeviceModel,
+        *,
+        shared_memory: Mapping[int, tuple[int, int]] | None = None,
+        listens: bool = True,
     ) -> VirtioSlot:
         """Put a virtio device with this model into the machine, on the machine's transport.
 
@@ -66,6 +72,7 @@ class Wiring:
         Args:
             model: one with state has `save` and `restore`.
             shared_memory: guest address and length of each shared memory region, by its id.
+            listens: whether the loop serves kicks; else somebody else has `VirtioSlot.kicks`.
         """
         if hasattr(model, "save"):
             self.parts[f"{self.name}-model"] = model
@@ -77,11 +84,18 @@ class Wiring:
                 raise ValueError("shared memory regions have no BAR of their own yet")
             number = self._board.take_slot(self.number)
             slot = PciSlot(
-                self, model, bus, number, self._board.routes, placed=not self._board.running
+                self,
+                model,
+                bus,
+                number,
+                self._board.routes,
+                placed=not self._board.running,
+                listens=listens,
             )
             self.parts[f"{self.name}-pci"] = slot
         else:
-            slot = MmioSlot(self, model, self._board.take_mmio_index(), shared_memory or {})
+            index = self._board.take_mmio_index()
+            slot = MmioSlot(self, model, index, shared_memory or {}, listens=listens)
         self.parts[f"{self.name}-transport"] = slot.transport
         self.parts[self.name] = slot.device
         self.slot = slot
@@ -159,6 +173,13 @@ class Wiring:
         device = self.slot.device
         count = getattr(device.model, "metrics", dict)
         return {**count(), "refused": device.refused, "needs_reset": int(bool(device.reset_reason))}
+
+    def on_start(self, callback: Callable[[], object]) -> None:
+        """Call `callback` just before the vCPUs run, or at once where they do already."""
+        if self._board.running:
+            callback()
+        else:
+            self.starts.append(callback)
 
     def pause(self) -> None:
         """Let everything of the device stand still."""

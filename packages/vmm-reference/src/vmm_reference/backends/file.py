@@ -78,6 +78,10 @@ class FileBackend:
             self.close()
             raise
 
+    def fileno(self) -> int:
+        """The image's descriptor, for who reads and writes it without Python."""
+        return self._fd
+
     def resize(self, size: int | None = None) -> None:
         """Take another size, or notice that the image has one.
 

@@ -13,10 +13,11 @@ keep the I/O thread from its other devices.
 from __future__ import annotations
 
 from struct import Struct
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from virtio_queue.constants import DEFAULT_QUEUE_FEATURES
 from virtio_queue.errors import ChainError
+from vmm_reference.errors import HostError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from vmm_reference.wiring import Wiring
 
     from .limiter import Limiter
+    from .pumped import PumpedBlock
     from .states import BlockState
 
 __all__ = ["Backend", "Block", "DriveControl", "build"]
@@ -459,16 +461,37 @@ def build(config: Drive, wiring: Wiring) -> DriveControl | None:
         )
         return None
     backend = FileBackend(config.path, read_only=config.read_only, locked=not wiring.incoming)
-    block = Block(
-        backend,
-        serial=config.serial,
-        queues=config.queues,
-        limiter=limiter,
-        kick=kick,
-    )
+    pumped: PumpedBlock | None = None
+    if config.engine == "python":
+        block = Block(
+            backend,
+            serial=config.serial,
+            queues=config.queues,
+            limiter=limiter,
+            kick=kick,
+        )
+    else:
+        block = pumped = _pumped(config, backend)
     control = DriveControl(block, backend)
     wiring.on_close(control.close)
     wiring.on_hand_over(control.unlock, control.lock)
-    slot = wiring.virtio(block)
+    slot = wiring.virtio(block, listens=pumped is None)
     control.device = slot.device
+    if pumped is not None:
+        pumped.plug_in(slot, wiring)
     return control
+
+
+def _pumped(config: Drive, backend: FileBackend) -> PumpedBlock:
+    """The same, served by a thread of C."""
+    from virtio_queue.errors import PumpError
+
+    from .pumped import PumpedBlock
+
+    engine: Literal["sync", "io_uring"] = "io_uring" if config.engine == "io_uring" else "sync"
+    try:
+        return PumpedBlock(backend, engine, serial=config.serial, queues=config.queues)
+    except PumpError as error:
+        backend.close()
+        hint = f"{error.hint}, or allow it to this process"
+        raise HostError(f"drive {config.path}", error.strerror, hint) from error

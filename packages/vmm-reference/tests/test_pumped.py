@@ -1,0 +1,213 @@
+"""A disk served by a thread of C: the same answers as its twin in Python, at every turn."""
+
+from __future__ import annotations
+
+import os
+import select
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from virtio_queue.device import VirtioDevice
+from virtio_queue.errors import PumpError
+from virtio_queue.mmio import MmioTransport
+from virtio_queue.testing import Arena, MmioDriver
+from vm_memory import GuestAddress, GuestMemory
+from vmm_reference.backends.file import FileBackend
+from vmm_reference.devices.blk import Block
+from vmm_reference.devices.pumped import PumpedBlock
+
+RAM = 1 << 20
+IN, OUT, FLUSH, GET_ID, DISCARD, WRITE_ZEROES = 0, 1, 4, 8, 11, 13
+EVERYTHING = (1 << 64) - 1
+
+REQUESTS = [
+    (OUT, 3, b"x" * 1024, 0),
+    (IN, 3, b"", 1024),
+    (IN, 200, b"", 512),
+    (OUT, 63, b"y" * 1024, 0),
+    (GET_ID, 0, b"", 20),
+    (FLUSH, 0, b"", 0),
+    (WRITE_ZEROES, 0, struct.pack("<QII", 3, 1, 0), 0),
+    (DISCARD, 0, struct.pack("<QII", 60, 9, 0), 0),
+    (DISCARD, 0, b"short", 0),
+    (0xBEEF, 0, b"", 0),
+    (IN, 3, b"", 1024),
+]
+
+
+def runs(block: PumpedBlock) -> bool:
+    """Whether the thread serves the queues."""
+    return block.pump.running
+
+
+class Slot:
+    """The machine's side: eventfds, and what the loop and the wiring would be asked for."""
+
+    interrupt_word = None
+
+    def __init__(self, block: Block) -> None:
+        self.memory = GuestMemory.from_ranges([(GuestAddress(0), RAM)])
+        self.device = VirtioDevice(block, self.memory, lambda: None)
+        self.kicks = [os.eventfd(0, os.EFD_NONBLOCK) for _ in self.device.queues]
+        self.calls = [os.eventfd(0, os.EFD_NONBLOCK) for _ in self.device.queues]
+        self.listeners: dict[int, Callable[[int], None]] = {}
+        self.closing: list[Callable[[], object]] = []
+        self.stop: Callable[[], object] = lambda: None
+        self.go: Callable[[], object] = lambda: None
+        self.loop = self
+        arena = Arena(0x1000, RAM - 0x1000)
+        transport = MmioTransport(self.device, lambda queue: os.eventfd_write(self.kicks[queue], 1))
+        self.driver = MmioDriver(transport, arena=arena)
+        if isinstance(block, PumpedBlock):
+            block.plug_in(self, self)  # type: ignore[arg-type]
+        else:
+            self.listeners = {
+                fd: lambda _, n=n: self.device.process(n)  # type: ignore[misc]
+                for n, fd in enumerate(self.kicks)
+            }
+
+    def call(self, queue: int) -> int:
+        return self.calls[queue]
+
+    def add(self, fd: int, events: int, callback: Callable[[int], None]) -> None:
+        self.listeners[fd] = callback
+
+    def remove(self, fd: int) -> None:
+        del self.listeners[fd]
+
+    def on_close(self, callback: Callable[[], object]) -> None:
+        self.closing.append(callback)
+
+    def on_pause(self, stop: Callable[[], object], go: Callable[[], object]) -> None:
+        self.stop, self.go = stop, go
+
+    def on_start(self, callback: Callable[[], object]) -> None:
+        callback()
+
+    def request(self, kind: int, sector: int, data: bytes, room: int, queue: int = 0) -> bytes:
+        """One request, and what comes back: data and status."""
+        pieces = [struct.pack("<IIQ", kind, 0, sector)] + [data] * bool(data)
+        ring = self.driver.queues[queue]
+        head = ring.add(pieces, [room, 1] if room else [1])
+        buffers = list(ring.outstanding[head].writable)
+        for address, length in buffers:
+            self.memory.write(GuestAddress(address), b"\xee" * length)
+        self.driver.kick(queue)
+        while True:
+            if ring.reap():
+                got = [self.memory.read(GuestAddress(at), length) for at, length in buffers]
+                return b"".join(got)
+            ready, _, _ = select.select([*self.listeners, self.calls[queue]], [], [], 30)
+            assert ready, "nothing comes back"
+            for fd in ready:
+                if fd in self.listeners:
+                    self.listeners[fd](1)
+                else:
+                    os.eventfd_read(fd)
+
+    def close(self) -> None:
+        for callback in reversed(self.closing):
+            callback()
+        for fd in (*self.kicks, *self.calls):
+            os.close(fd)
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "disk.img"
+    path.write_bytes(bytes(range(256)) * 128)
+    return path
+
+
+@pytest.fixture(params=["sync", "io_uring"])
+def pumped(request: pytest.FixtureRequest, image: Path) -> Iterator[tuple[Slot, PumpedBlock]]:
+    backend = FileBackend(str(image))
+    try:
+        block = PumpedBlock(backend, request.param, serial="serial-0", queues=2)
+    except PumpError as error:
+        backend.close()
+        pytest.skip(f"this host: {error}")
+    slot = Slot(block)
+    yield slot, block
+    slot.close()
+    backend.close()
+
+
+def test_it_answers_as_its_twin(pumped: tuple[Slot, PumpedBlock], tmp_path: Path) -> None:
+    """Good requests, refused ones and unknown types: the same bytes, and the same image after."""
+    slot, block = pumped
+    copy = tmp_path / "copy.img"
+    copy.write_bytes(bytes(range(256)) * 128)
+    backend = FileBackend(str(copy))
+    twin = Slot(Block(backend, serial="serial-0", queues=2))
+    for each in (slot, twin):
+        each.driver.start(EVERYTHING)
+    for queue in (0, 1):
+        for request in REQUESTS:
+            assert slot.request(*request, queue) == twin.request(*request, queue), request
+    assert (
+        Path(str(copy)).read_bytes()[: 60 * 512] == (tmp_path / "disk.img").read_bytes()[: 60 * 512]
+    )
+    assert block.metrics()["reads"] == 6  # refused ones count too
+    twin.close()
+    backend.close()
+
+
+def test_a_pause_a_state_and_a_reset(pumped: tuple[Slot, PumpedBlock]) -> None:
+    """Paused nothing is served, and queues can be saved; what came meanwhile is served then."""
+    slot, block = pumped
+    slot.driver.start(EVERYTHING)
+    assert runs(block)
+    assert slot.request(OUT, 0, b"a" * 512, 0) == b"\0"
+    slot.stop()
+    assert not runs(block)
+    slot.driver.queues[0].add([struct.pack("<IIQ", IN, 0, 0)], [512, 1])
+    slot.driver.kick(0)
+    assert slot.device.save() == slot.device.save()
+    assert not slot.driver.queues[0].reap()
+    slot.go()
+    assert slot.request(IN, 0, b"", 512)[:1] == b"a"
+    slot.driver.write_status(0)
+    assert not runs(block)
+    slot.driver.start(EVERYTHING)
+    assert slot.request(IN, 0, b"", 512) == b"a" * 512 + b"\0"
+
+
+def test_another_image_and_another_cache_mode(
+    pumped: tuple[Slot, PumpedBlock], tmp_path: Path
+) -> None:
+    """The pump goes on with the other image at once, and makes writes durable where asked to."""
+    slot, block = pumped
+    slot.driver.start(EVERYTHING)
+    other = tmp_path / "other.img"
+    other.write_bytes(b"o" * 1024)
+    backend = FileBackend(str(other))
+    with slot.device.lock:
+        block.exchange(backend)
+    assert slot.request(IN, 1, b"", 512) == b"o" * 512 + b"\0"
+    assert slot.request(IN, 2, b"", 512)[-1:] == b"\1"
+    assert block.save().writeback
+    slot.device.write_config(32, b"\0")
+    assert not block.save().writeback
+    assert not block.pump.writeback
+    assert slot.request(OUT, 0, b"d" * 512, 0) == b"\0"
+    slot.driver.write_status(0)
+    backend.close()
+
+
+def test_a_malformed_chain_stops_it(pumped: tuple[Slot, PumpedBlock]) -> None:
+    """A request without room for a status can't be answered: the device asks for a reset."""
+    slot, block = pumped
+    slot.driver.start(EVERYTHING)
+    slot.driver.queues[0].add([struct.pack("<IIQ", IN, 0, 0)], [])
+    slot.driver.kick(0)
+    attention = block.pump.attention
+    assert select.select([attention], [], [], 30)[0]
+    slot.listeners[attention](1)
+    assert slot.device.status & 64
+    slot.driver.write_status(0)
+    slot.driver.start(EVERYTHING)
+    assert slot.request(IN, 0, b"", 512)[-1:] == b"\0"
