@@ -97,7 +97,8 @@ class Slot:
             self.memory.write(GuestAddress(address), b"\xee" * length)
         self.driver.kick(queue)
         while True:
-            if ring.reap():
+            ring.reap()
+            if head not in ring.outstanding:
                 got = [self.memory.read(GuestAddress(at), length) for at, length in buffers]
                 return b"".join(got)
             ready, _, _ = select.select([*self.listeners, self.calls[queue]], [], [], 30)
