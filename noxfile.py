@@ -40,7 +40,7 @@ VMM = str(ENV / "bin" / "vmm")
 SYSTEM = {
     "gcc": "gcc libc6-dev", "as": "binutils", "qemu-system-x86_64": "qemu-system-x86",
     "iasl": "acpica-tools", "dtc": "device-tree-compiler", "mkfs.ext4": "e2fsprogs",
-    "cpio": "cpio", "depmod": "kmod",
+    "cpio": "cpio", "depmod": "kmod", "ip": "iproute2", "passt": "passt",
     "aarch64-linux-gnu-gcc": "gcc-aarch64-linux-gnu libc6-dev-arm64-cross",
     "riscv64-linux-gnu-gcc": "gcc-riscv64-linux-gnu libc6-dev-riscv64-cross",
 }  # fmt: skip

@@ -22,6 +22,7 @@ from lab.host import runs_linux
 from lab.lab import Lab
 
 NEEDY = ("kvm", "linux")
+OUTER_MODULES = ("tun", "vhost_net", "vhost_vsock")  # what the host's end of devices needs
 
 
 @pytest.hookimpl(wrapper=True)
@@ -50,7 +51,7 @@ def linux(share: Path) -> Iterator[Lab | Direct]:
         return
     if shutil.which("qemu-system-x86_64") is None:
         pytest.skip("this KVM runs no unmodified kernel, and qemu-system-x86_64 is not here")
-    with Lab(memory="4G", shares=[share]) as lab:
+    with Lab(memory="4G", modules=OUTER_MODULES, shares=[share]) as lab:
         yield lab
 
 

@@ -1,4 +1,4 @@
-"""Linux uses network, sockets and consoles: `devices.py KERNEL INITRD TRANSPORT`.
+"""Linux uses its devices: `devices.py KERNEL INITRD TRANSPORT user|kernel`.
 
 Runs where unmodified kernels run. One machine has all the devices; what its shell is told to send
 and receive is compared with what the host sent and received, then again after a pause, and after
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 PATIENCE = 100.0
-SIZE = 1 << 20  # bytes of a transfer
+SIZE = 1 << 19  # bytes of a transfer
 HOST, GUEST = "192.0.2.1", "192.0.2.2"
 CID = 5
 
@@ -142,39 +142,104 @@ def over_network(guest: Guest, data: bytes) -> dict[str, bool]:
     }
 
 
-def over_sockets(guest: Guest, data: bytes, folder: Path) -> dict[str, bool]:
+def listen(kind: str, folder: Path, port: int) -> socket.socket:
+    """Where the guest's connections to a port of the host arrive."""
+    if kind == "kernel":
+        listener = socket.socket(socket.AF_VSOCK)
+        listener.bind((socket.VMADDR_CID_ANY, port))
+    else:
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(f"{folder}/v.sock_{port}")
+    listener.listen(1)
+    return listener
+
+
+def connect(kind: str, folder: Path, port: int) -> socket.socket:
+    """A connection to a port of the guest."""
+    if kind == "kernel":
+        stream = socket.socket(socket.AF_VSOCK)
+        stream.settimeout(PATIENCE)
+        stream.connect((CID, port))
+        return stream
+    stream = socket.socket(socket.AF_UNIX)
+    stream.settimeout(PATIENCE)
+    stream.connect(f"{folder}/v.sock")
+    stream.sendall(b"CONNECT %d\n" % port)
+    answer = b""
+    while not answer.endswith(b"\n"):
+        answer += stream.recv(1)
+    if not answer.startswith(b"OK "):
+        raise RuntimeError(f"the guest refuses the host's connection: {answer!r}")
+    return stream
+
+
+def over_sockets(guest: Guest, data: bytes, folder: Path, kind: str) -> dict[str, bool]:
     """A transfer each way, over connections of each side's making."""
     found = {}
     got: list[bytes] = []
-    path = f"{folder}/v.sock"
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(f"{path}_52")
-        listener.listen(1)
+    with listen(kind, folder, 52) as listener:
         thread = receive(listener, got)
         sent = guest.tell(
             f"head -c {SIZE} /dev/urandom >/tmp/out; vsock 2 52 </tmp/out; sha256sum </tmp/out"
         )
         thread.join()
-    Path(f"{path}_52").unlink()
+    Path(f"{folder}/v.sock_52").unlink(missing_ok=True)
     found["vsock to host"] = sent.startswith(digest(got[0])) and len(got[0]) == SIZE
-    guest.start("vsock - 53 </tmp/out 2>&1 >/tmp/in")
+    guest.start("vsock - 53 </tmp/out 2>&1 >/tmp/in; echo all of it")
     guest.machine.console.expect("listening", PATIENCE)
-    with socket.socket(socket.AF_UNIX) as client:
-        client.settimeout(PATIENCE)
-        client.connect(path)
-        client.sendall(b"CONNECT 53\n")
-        reader = client.makefile("rb")
-        if not reader.readline().startswith(b"OK "):
-            raise RuntimeError("the guest refuses the host's connection")
+    with connect(kind, folder, 53) as client:
         # Both ways at once, then the host half closes.
         writer = threading.Thread(target=send_all, args=(client, data))
         writer.start()
-        back = reader.read()
+        parts = []
+        while part := client.recv(1 << 16):
+            parts.append(part)
         writer.join()
-    found["vsock both ways: to host"] = sent.startswith(digest(back))
+    guest.machine.console.expect("all of it", PATIENCE)
+    found["vsock both ways: to host"] = sent.startswith(digest(b"".join(parts)))
     there = guest.tell("sha256sum </tmp/in")
     found["vsock both ways: to guest"] = there.startswith(digest(data))
     return found
+
+
+def resident() -> int:
+    """Bytes of this process that are in memory, with those of the guest."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def wait_until(condition: Callable[[], object], what: str) -> None:
+    """Look again and again until something holds."""
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"{what} does not come")
+        time.sleep(0.1)
+
+
+def with_balloon(guest: Guest) -> dict[str, bool]:
+    """What the guest has used and freed goes back to the host, and what it uses comes again."""
+    balloon = guest.machine.device("balloon0")
+    guest.tell("head -c 100000000 /dev/zero >/tmp/big; rm /tmp/big")
+    full = resident()
+    balloon.set_size("128M")
+    wait_until(lambda: balloon.balloon.actual == 1 << 15, "a full balloon")
+    squeezed = resident()
+    balloon.ask_for_statistics()
+    wait_until(lambda: balloon.balloon.statistics, "statistics")
+    free = balloon.balloon.statistics["free"]
+    balloon.set_size(0)
+    wait_until(lambda: balloon.balloon.actual == 0, "an empty balloon")
+    guest.tell("head -c 100000000 /dev/zero >/tmp/big; rm /tmp/big")
+    print(f"resident: {full >> 20}, {squeezed >> 20}, {resident() >> 20} MiB", file=sys.stderr)
+    hinted = balloon.balloon.hinted
+    balloon.start_hinting()
+    wait_until(lambda: balloon.balloon.hints_done, "an answer of free pages")
+    return {
+        "balloon takes memory": full - squeezed > 60 << 20,
+        "balloon statistics": 0 < free < 128 << 20,
+        "balloon hints": balloon.balloon.hinted - hinted > 10_000,
+    }
 
 
 def over_ports(guest: Guest, data: bytes, folder: Path) -> dict[str, bool]:
@@ -184,9 +249,9 @@ def over_ports(guest: Guest, data: bytes, folder: Path) -> dict[str, bool]:
     fd = os.open(console.ends[0].path, os.O_RDWR | os.O_NOCTTY)
     guest.tell("echo hello from hvc0 >/dev/hvc0")
     text = b""
-    while not text.endswith(b"\n"):
+    while not text.endswith(b"hello from hvc0\r\n"):  # behind what the terminal has echoed
         text += os.read(fd, 100)
-    found["console to host"] = text.rstrip() == b"hello from hvc0"
+    found["console to host"] = text.count(b"hello from hvc0") == 1
     guest.start("read line </dev/hvc0; echo got $line")
     os.write(fd, b"typed at hvc0\n")
     guest.machine.console.expect("got typed at hvc0", PATIENCE)
@@ -200,7 +265,11 @@ def over_ports(guest: Guest, data: bytes, folder: Path) -> dict[str, bool]:
         guest.tell(f"[ -e /dev/{port} ] || mknod /dev/{port} c "
                    f"$(tr : ' ' </sys/class/virtio-ports/{port}/dev)")  # fmt: skip
         small = data[:200_000]
-        guest.start(f"head -c {len(small)} /dev/{port} | tee /dev/{port} | sha256sum")
+        # A port lets one opener in at a time.
+        guest.start(
+            f"exec 3<>/dev/{port}; head -c {len(small)} <&3 >/tmp/in; cat /tmp/in >&3; "
+            "exec 3>&-; sha256sum </tmp/in"
+        )
         writer = threading.Thread(target=client.sendall, args=(small,))
         writer.start()
         back = b""
@@ -215,7 +284,7 @@ def over_ports(guest: Guest, data: bytes, folder: Path) -> dict[str, bool]:
 
 def main() -> None:
     """See the module."""
-    kernel, initrd, transport = sys.argv[1:]
+    kernel, initrd, transport, kind = sys.argv[1:]
     folder = Path("/tmp/devices")  # sockets live on no file system of the host's
     folder.mkdir()
     ip("tuntap", "add", "dev", "tap0", "mode", "tap", "vnet_hdr")
@@ -225,9 +294,10 @@ def main() -> None:
     guest = Guest(
         kernel, initrd, transport,
         [
-            "net,tap0,mac=02:00:00:00:00:02",
-            f"vsock,{folder}/v.sock,cid={CID}",
+            f"net,tap0,mac=02:00:00:00:00:02{',vhost' if kind == 'kernel' else ''}",
+            f"vsock,{'vhost' if kind == 'kernel' else f'{folder}/v.sock'},cid={CID}",
             f"console,pty agent=socket:{folder}/agent.sock",
+            "balloon,reporting=false",
         ],
     )  # fmt: skip
     rounds: dict[str, Callable[[], object]] = {
@@ -241,8 +311,10 @@ def main() -> None:
         before()
         found = findings[name] = {}
         found |= over_network(guest, data)
-        found |= over_sockets(guest, data, folder)
-        found |= over_ports(guest, data, folder)
+        found |= over_sockets(guest, data, folder, kind)
+        if kind == "user":
+            found |= over_ports(guest, data, folder)
+            found |= with_balloon(guest)
         print(f"{name}: {time.monotonic() - start:.1f} s", file=sys.stderr)
     guest.power_off()
     print(json.dumps(findings))
@@ -250,7 +322,8 @@ def main() -> None:
 
 # Takes every device but disks from its driver, which resets it, and gives it back.
 REBIND = (
-    "for kind in net:virtio_net vsock:vmw_vsock_virtio_transport console:virtio_console; do "
+    "for kind in net:virtio_net vsock:vmw_vsock_virtio_transport console:virtio_console "
+    "balloon:virtio_balloon; do "
     "for device in /sys/bus/virtio/drivers/${kind#*:}/virtio*; do name=${device##*/}; "
     "echo $name >/sys/bus/virtio/drivers/${kind#*:}/unbind && "
     "echo $name >/sys/bus/virtio/drivers/${kind#*:}/bind || exit; done; done"
