@@ -98,7 +98,8 @@ class Drive(DeviceConfig):
         overlay: a folder: what the guest writes goes to a file there that ends with the machine,
             and the image is only read.
         bandwidth: limit of bytes, such as `10M` a second, as
-            `vmm_reference.devices.limiter.parse_bucket` takes it; none by default.
+            `vmm_reference.devices.limiter.parse_bucket` takes it; none by default. With a limit
+            the engine is `python`.
         ops: limit of requests, likewise.
         engine: `python` serves requests on the I/O thread, `sync` by a thread of C, one system call
             after the other, `io_uring` by one that hands the kernel many at once.

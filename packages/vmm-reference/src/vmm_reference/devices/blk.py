@@ -415,6 +415,7 @@ class DriveControl:
 
         Raises:
             ConfigError: it is no limit.
+            HostError: the drive is served by the pump.
         """
         from .limiter import parse_bucket
 
@@ -422,9 +423,13 @@ class DriveControl:
         buckets = {
             name: parse_bucket(text, name) for name, text in texts.items() if text is not None
         }
+        limiter = self._block.limiter
+        if limiter is None:
+            hint = "start it with engine=python or with a limit"
+            raise HostError("limit", "this drive is served by the pump", hint)
         with self.device.lock:
             for name, bucket in buckets.items():
-                setattr(self._block.limiter, name, bucket)
+                setattr(limiter, name, bucket)
             self._block.resume()
 
     def close(self) -> None:
@@ -462,7 +467,7 @@ def build(config: Drive, wiring: Wiring) -> DriveControl | None:
         return None
     backend = FileBackend(config.path, read_only=config.read_only, locked=not wiring.incoming)
     pumped: PumpedBlock | None = None
-    if config.engine == "python":
+    if config.engine == "python" or config.bandwidth or config.ops:
         block = Block(
             backend,
             serial=config.serial,
