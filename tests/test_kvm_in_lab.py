@@ -1,4 +1,4 @@
-"""What only hardware virtualization shows: nested state, ring-0 breakpoints, hypercalls."""
+"""What only hardware virtualization shows: nested state, breakpoints, hypercalls, interrupts."""
 
 from __future__ import annotations
 
@@ -41,3 +41,9 @@ def test_nested_guests_breakpoints_and_hypercalls(linux: Lab | Direct) -> None:
     assert found["hypercall"]["nr"] == 12
     assert found["hypercall"]["args"] == [0x100000, 1, 16]
     assert found["hypercall"]["answer"] == r"IoOut(port=16, size=4, count=1, data=b'w\x00\x00\x00')"
+    assert found["end of interrupt"]["in service"] == [0x33]
+    assert found["end of interrupt"]["seen"] == [
+        r"IoOut(port=16, size=1, count=1, data=b'\x00')",
+        "IoapicEoi(vector=51)",
+        r"IoOut(port=17, size=1, count=1, data=b'\x00')",
+    ]

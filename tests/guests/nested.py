@@ -2,7 +2,8 @@
 
 A hypervisor in the guest enters its own guest by VMRUN; its state is saved while the inner guest
 runs and put into another VM, where the inner guest goes on. And software breakpoints at ring 0, and
-hypercalls that user space answers.
+hypercalls that user space answers; and a level interrupt that stays in service until its handler
+ends it.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from struct import pack_into
 
 from attrs import evolve
 
-from kvm_ioctls import Kvm, exits
-from kvm_ioctls.constants import KVM_CAP_EXIT_HYPERCALL
+from kvm_ioctls import Kvm, MsiRoute, exits
+from kvm_ioctls.constants import KVM_CAP_EXIT_HYPERCALL, KVM_CAP_SPLIT_IRQCHIP
 from kvm_ioctls.msrs import msr_index
 from kvm_ioctls.testing import CODE, Guest, Mode
 
@@ -121,5 +122,30 @@ def hypercall() -> dict[str, object]:
             return {"nr": seen.nr, "args": seen.args[:3], "answer": repr(guest.run())}
 
 
+def end_of_interrupt() -> dict[str, object]:
+    """With the IOAPIC in user space, a level interrupt's end is an exit of its own."""
+    source = """
+        sti; hlt
+        .org 0x20; out %al, $0x10; movl $0, 0xfee000b0; out %al, $0x11
+    """
+    with Kvm() as kvm:
+        vm = kvm.create_vm()
+        vm.enable_cap(KVM_CAP_SPLIT_IRQCHIP, (24,))
+        with Guest(source, Mode.PROTECTED, kvm=kvm, vm=vm) as guest:
+            gate = CODE + 0x20 | 8 << 16 | 0x8E00 << 32
+            pack_into("<Q", guest.memory, guest.vcpu.get_sregs().idt.base + 8 * 0x33, gate)
+            guest.vcpu.set_lapic(evolve(guest.vcpu.get_lapic(), svr=0x1FF))
+            vm.set_gsi_routing([MsiRoute(5, 0xFEE00000, 0x8033)])
+            vm.irq_line(5, 1)
+            seen = [repr(guest.run())]
+            in_service = guest.vcpu.get_lapic().vectors("isr")
+            seen += [repr(guest.run()), repr(guest.run())]
+            return {"in service": in_service, "seen": seen}
+
+
 if __name__ == "__main__":
-    print(json.dumps({"nested": nested(), "breakpoint": breakpoints(), "hypercall": hypercall()}))
+    found = {
+        "nested": nested(), "breakpoint": breakpoints(), "hypercall": hypercall(),
+        "end of interrupt": end_of_interrupt(),
+    }  # fmt: skip
+    print(json.dumps(found))

@@ -221,8 +221,16 @@ def test_a_split_irqchip_tells_of_ends() -> None:
         waiting(guest)
         vm.set_gsi_routing([MsiRoute(5, APIC, 0x8033)])
         vm.irq_line(5, 1)
-        assert vector_of(guest.run()) == 0x33
-        assert guest.run() == exits.IoapicEoi(0x33)
+        end, seen = exits.IoapicEoi(0x33), [guest.run()]
+        in_service = guest.vcpu.get_lapic().vectors("isr")
+        seen.append(guest.run())
+        # A software KVM may end an interrupt by itself when the guest takes it, and tell of that
+        # before the handler's first exit or after it; where it is in service, the guest ends it.
+        if seen[0] == end:
+            assert in_service == ()
+            seen.reverse()
+        assert vector_of(seen[0]) == 0x33
+        assert seen[1] == end
         with pytest.raises(KvmError, match="create_irqchip"):
             vm.get_irqchip(KVM_IRQCHIP_IOAPIC)
         guest.vcpu.interrupt(0x21)
