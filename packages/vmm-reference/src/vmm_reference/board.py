@@ -15,30 +15,16 @@ from typing import TYPE_CHECKING
 import attrs
 
 from kvm_ioctls import constants
-from linux_loader import (
-    CmdlineError,
-    E820Entry,
-    E820Type,
-    LoaderError,
-    PlacementError,
-    Protocol,
-    load,
-)
-from linux_loader.cache import default_folder
 from vm_memory import Anonymous, GuestAddress, GuestMemory, Memfd
 
 from . import layout
-from .acpi import tables
+from .boot import Announcements, load_kernel
 from .bus import Bus
 from .cpu.state import CpuPolicy, set_entry_state
-from .devices import factory, pm
-from .devices.i8042 import I8042
-from .devices.pm import PowerManagement
-from .devices.pvpanic import Pvpanic
-from .devices.rtc import Rtc
-from .devices.serial import Serial
+from .devices import factory
 from .errors import ConfigError, HostError
-from .firmware import add_chipset, add_flash, add_fw_cfg, cmos, load_firmware, rom_ranges
+from .firmware import add_chipset, add_flash, add_fw_cfg, load_firmware, rom_ranges
+from .legacy import LegacyDevices
 from .loop import READ
 from .outcome import Outcome
 from .vcpu import VcpuThread
@@ -48,16 +34,15 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from typing import Any
 
-    from kvm_ioctls import Kvm, Vm
+    from kvm_ioctls import Kvm
     from kvm_ioctls.state import ClockData
-    from linux_loader import EntryState
     from vm_memory.userfault import Filler
 
     from .config import MachineConfig
     from .deviceconfig import DeviceConfig
     from .devices.cpus import Cpus
     from .loop import Loop
-    from .pci.bus import PciBus
+    from .pci.root import PciRoot
     from .state.snapshot import Restored, Tracking
 
 __all__ = ["Board"]
@@ -108,17 +93,14 @@ class Board:
         self._timeline = timeline
         self.ports = Bus(0x10000)
         self.mmio = Bus()
-        self.announced: list[bytes] = []
-        self._events: list[tuple[int, str]] = []
-        self._tables: list[tuple[bytes, bytes]] = []
+        self.announced = Announcements()
         self.devices: dict[str, Wiring] = {}
-        self.pci: PciBus | None = None
+        self.pci: PciRoot | None = None
         self.cpus: Cpus | None = None  # where processors may come and go
         self.cpus_changed: Callable[[], None] = lambda: None  # told when the guest gave one up
         self.removed: Callable[[str], object] | None = None  # told when the guest gave one up
         self.running = False
         self._mmio_devices = 0
-        self._rtc_deadline: float | None = None
         with ExitStack() as stack:
             self.memory = self._get_memory(config, restored.memory if restored else incoming)
             stack.callback(self.memory.close)
@@ -127,16 +109,20 @@ class Board:
                 stack.callback(loop.remove, restored.filler.fileno())
             self.vm = stack.enter_context(kvm.create_vm())
             self._create_platform()
-            self.serial = Serial(self._line(layout.SERIAL_IRQ), transmit, room=room)
-            self._add_legacy_devices(config)
+            self.legacy = LegacyDevices(self, config, transmit=transmit, room=room)
+            self.serial, self.power = self.legacy.serial, self.legacy.power
             if config.max_cpus is not None:
-                self._add_cpus(config.cpus, config.max_cpus)
+                from .processors import add_processors
+
+                self.cpus = add_processors(self, config.cpus, config.max_cpus)
             if config.transport == "pci":
-                self._add_pci(config)
+                from .pci.root import PciRoot
+
+                self.pci = PciRoot(self, config)
             if config.firmware is not None:
                 wiring = self.devices["chipset"] = Wiring(self, "chipset")
                 stack.callback(wiring.close)
-                add_chipset(wiring, self.pci)
+                add_chipset(wiring, None if self.pci is None else self.pci.bus)
             for name, device in config.named_devices().items():
                 wiring = self.devices[name] = Wiring(self, name, device.slot)
                 stack.callback(wiring.close)
@@ -145,7 +131,11 @@ class Board:
                 self._add_firmware(stack, config, restored is not None or incoming is not None)
             entry = policy = None
             if restored is None and incoming is None:
-                entry = self._load(config)
+                if config.firmware is not None:
+                    entry = load_firmware(self.memory, config.firmware, config.memory)
+                else:
+                    entry = load_kernel(self.memory, config, self.announced)
+                timeline["loaded"] = time.monotonic()
                 policy = CpuPolicy(kvm, config.max_cpus or config.cpus)
             self._vcpus = []
             for number in range(config.max_cpus or config.cpus):
@@ -167,31 +157,17 @@ class Board:
                 self.restore(restored)
             self._resources = stack.pop_all()
 
-    def add_table(self, signature: bytes, body: bytes) -> None:
-        """Another table for the guest's ACPI; before it is loaded."""
-        self._tables.append((signature, body))
-
-    def add_event(self, bit: int, method: str) -> None:
-        """A method of the guest's ACPI for an event; before that is loaded."""
-        self._events.append((bit, method))
-
     def end(self, outcome: Outcome, detail: str) -> None:
         """End the machine; from any thread."""
         self._ended(outcome, detail)
 
     def parts(self) -> dict[str, Any]:
         """Devices that have state, by name, in the order in which they are restored."""
-        found: dict[str, Any] = {
-            "serial": self.serial,
-            "rtc": self._rtc,
-            "i8042": self._i8042,
-            "power": self.power,
-            "pvpanic": self._pvpanic,
-        }
+        found = self.legacy.parts()
         if self.cpus is not None:
             found["cpus"] = self.cpus
         if self.pci is not None:
-            found |= {"pci": self.pci, "pci-hotplug": self.hotplug}
+            found |= self.pci.parts()
         for wiring in self.devices.values():
             found |= wiring.parts
         return found
@@ -368,33 +344,6 @@ class Board:
         vm.create_irqchip()
         vm.create_pit2(_PIT_SPEAKER_DUMMY)
 
-    def _line(self, gsi: int) -> Callable[[bool], None]:
-        """An interrupt line of a PC's own device."""
-        vm: Vm = self.vm
-        return lambda level: vm.irq_line(gsi, level)
-
-    def _add_legacy_devices(self, config: MachineConfig) -> None:
-        ports = self.ports
-        ports.add(layout.SERIAL_PORT, 8, self.serial)
-        self._rtc = Rtc(
-            time.time,
-            self._line(tables.RTC_GSI),
-            timer=self._rtc_timer,
-            memory=cmos(config.memory, config.cpus),
-        )
-        ports.add(tables.RTC_PORT, 2, self._rtc)
-        self._i8042 = I8042(lambda: self._ended(Outcome.RESET, ""))
-        ports.add(0x60, 1, self._i8042)
-        ports.add(0x64, 1, self._i8042, offset=4)
-        self.power = PowerManagement(
-            power_off=lambda: self._ended(Outcome.POWER_OFF, ""),
-            reset=lambda: self._ended(Outcome.RESET, ""),
-            interrupt=self._line(tables.POWER_GSI),
-        )
-        ports.add(pm.PORT, pm.SIZE, self.power)
-        self._pvpanic = Pvpanic(self._panicked)
-        ports.add(tables.PVPANIC_PORT, 1, self._pvpanic)
-
     def _add_firmware(self, stack: ExitStack, config: MachineConfig, restored: bool) -> None:
         """What only firmware looks for; after all that ACPI has to tell."""
         for name in ("flash", "fw-cfg"):
@@ -403,92 +352,18 @@ class Board:
         if config.variables is not None:
             address = rom_ranges(config)[1][0]
             add_flash(self.devices["flash"], config.variables, address, restored=restored)
-        add_fw_cfg(self.devices["fw-cfg"], config, self._acpi(config, address=0))
-
-    def _rtc_timer(self, when: float | None) -> None:
-        """Call the clock's `expire` at that time; a deadline that has moved meanwhile is stale."""
-        self._rtc_deadline = when
-        if when is not None:
-            self.loop.call_soon(
-                lambda: self.loop.call_later(when - time.time(), lambda: self._rtc_expired(when))
-            )
-
-    def _rtc_expired(self, when: float) -> None:
-        if self._rtc_deadline == when:
-            with self.ports.lock(self._rtc):
-                self._rtc.expire()
-
-    def _panicked(self, event: int) -> None:
-        if event & 1:
-            self._ended(Outcome.GUEST_PANIC, "")
-
-    def _add_cpus(self, count: int, most: int) -> None:
-        """Registers and ACPI for processors that come and go."""
-        from .acpi import cpus
-        from .devices.cpus import PORT, SIZE, Cpus
-
-        def ejected(_number: int) -> None:
-            self.loop.call_soon(self.cpus_changed)
-
-        self.cpus = Cpus(count, most, lambda: self.tell(pm.EVENT_CPU), ejected)
-        self.ports.add(PORT, SIZE, self.cpus)
-        self.announced.append(cpus.processors(most))
-        self._events.append((pm.EVENT_CPU, cpus.NOTIFY_METHOD))
-
-    def set_cpus(self, count: int) -> None:
-        """Let processors come, or ask for those that are to go. On the loop."""
-        assert self.cpus is not None
-        with self.ports.lock(self.cpus):
-            for number in range(count):
-                self.cpus.plug(number)
-            for number in sorted(self.cpus.present, reverse=True):
-                if number >= count:
-                    self.cpus.ask_for(number)
-
-    def _add_pci(self, config: MachineConfig) -> None:
-        """A bus, and its place in ACPI."""
-        from .acpi import pci
-        from .pci.bus import PciBus
-        from .pci.hotplug import PORT, SIZE, PciHotplug
-        from .pci.msix import MsiRoutes
-
-        self._fixed_slots = {d.slot for d in config.named_devices().values() if d.slot is not None}
-        self.routes = MsiRoutes(self.vm)
-        self.pci = PciBus(
-            self.ports,
-            self.mmio,
-            self.vm.irq_line,
-            reset=lambda: self._ended(Outcome.RESET, ""),
-        )
-        self.hotplug = PciHotplug(lambda: self.tell(pm.EVENT_PCI), self._ejected)
-        self.ports.add(PORT, SIZE, self.hotplug)
-        memory64 = layout.pci_memory64(config.memory)
-        if config.firmware is None:
-            bridge = pci.host_bridge(memory64, range(1, 32))
-        else:  # slot 1 has the chipset
-            bridge = pci.host_bridge(
-                memory64, range(2, 32), layout.firmware_pci_memory32(config.memory)
-            )
-        self.announced.append(bridge)
-        self._events.append((pm.EVENT_PCI, pci.NOTIFY_METHOD))
-        self._tables.append((b"MCFG", pci.mcfg()))
+        add_fw_cfg(self.devices["fw-cfg"], config, self.announced.build(config, address=0))
 
     def tell(self, event: int) -> None:
         """Raise an event of the generic event device; not from within its registers."""
         with self.ports.lock(self.power):
             self.power.tell(event)
 
-    def _ejected(self, slot: int) -> None:
-        """The guest has given a slot's device up. On a vCPU's thread."""
-        self.loop.call_soon(lambda: self._remove(slot))
-
-    def _remove(self, slot: int) -> None:
-        for name, wiring in list(self.devices.items()):
-            if self.slot_number(name) == slot:
-                del self.devices[name]
-                wiring.close()
-                if self.removed is not None:
-                    self.removed(name)
+    def remove(self, name: str) -> None:
+        """Take a device away that the guest has given up. On the loop."""
+        self.devices.pop(name).close()
+        if self.removed is not None:
+            self.removed(name)
 
     def slot_number(self, name: str) -> int | None:
         """The PCI slot of a device, if it is in one."""
@@ -512,18 +387,14 @@ class Board:
 
     def plug(self, name: str, device: DeviceConfig) -> None:
         """Put a device into a slot and tell the guest. On the loop, of a machine with PCI."""
+        assert self.pci is not None
         wiring = Wiring(self, name, device.slot)
         try:
             wiring.control = factory(device.kind)(device, wiring)
-            number = getattr(wiring.slot, "number", None)
-            if number is None:
-                raise ConfigError("device", device.kind, "is none that can be plugged in")
+            self.pci.plugged(name, wiring, device)
         except BaseException:
             wiring.close()
             raise
-        self.devices[name] = wiring
-        with self.ports.lock(self.hotplug):
-            self.hotplug.plugged(number)
 
     def ask_for(self, name: str) -> None:
         """Ask the guest to give a device up.
@@ -531,11 +402,10 @@ class Board:
         Raises:
             ConfigError: it is not there, or in no slot.
         """
-        number = self.slot_number(name)
-        if number is None:
+        wiring = self._wiring(name)
+        if self.pci is None:
             raise ConfigError("device", name, "is in no PCI slot and can't be unplugged")
-        with self.ports.lock(self.hotplug):
-            self.hotplug.ask_for(number)
+        self.pci.ask_for(name, wiring)
 
     def metrics(self) -> dict[str, dict[str, int]]:
         """Counters of all devices by name."""
@@ -544,75 +414,16 @@ class Board:
                 "unclaimed_reads": self.ports.unclaimed_reads + self.mmio.unclaimed_reads,
                 "unclaimed_writes": self.ports.unclaimed_writes + self.mmio.unclaimed_writes,
             },
-            "serial": {"dropped": self.serial.dropped, "breaks": self.serial.breaks},
+            **self.legacy.metrics(),
         }
         for name, wiring in self.devices.items():
             found[name] = wiring.metrics()
         return found
-
-    def take_slot(self, wanted: int | None) -> int:
-        """The PCI slot of the next device."""
-        assert self.pci is not None
-        return self.pci.free_slot(self._fixed_slots) if wanted is None else wanted
 
     def take_mmio_index(self) -> int:
         """The place of the next virtio-mmio device."""
         self._mmio_devices += 1
         return self._mmio_devices - 1
 
-    def _acpi(self, config: MachineConfig, *, address: int) -> bytes:
-        """All tables, with what the devices have to tell."""
-        return tables.build(
-            cpus=config.cpus,
-            max_cpus=config.max_cpus,
-            devices=self.announced,
-            events=self._events,
-            more=self._tables,
-            address=address,
-        )
-
-    def _load(self, config: MachineConfig) -> EntryState:
-        """Put ACPI tables, kernel, initrd and boot parameters into memory, which is fresh."""
-        if config.firmware is not None:
-            return load_firmware(self.memory, config.firmware, config.memory)
-        assert config.kernel is not None
-        acpi = self._acpi(config, address=layout.ACPI_TABLES)
-        self.memory.write(GuestAddress(layout.ACPI_TABLES), acpi)
-        self.memory.write(GuestAddress(layout.RESET_VECTOR), pm.RESET_CODE)
-        try:
-            loaded = load(
-                self.memory,
-                config.kernel,
-                memory_map=[
-                    E820Entry(address, size, E820Type.RAM if usable else E820Type.RESERVED)
-                    for address, size, usable in layout.e820_ranges(
-                        config.memory, pci=self.pci is not None
-                    )
-                ],
-                cmdline=config.cmdline,
-                initrd=config.initrd,
-                protocol=None if config.protocol == "auto" else Protocol(config.protocol),
-                rsdp=layout.ACPI_TABLES,
-                kaslr=config.kaslr,
-                cache=default_folder(),
-                zeroed=True,
-                # Copied, not mapped: in huge pages the guest runs faster than on the page cache.
-                map_files=False,
-            )
-        except LoaderError as error:
-            raise _refused(config, error) from error
-        self._timeline["loaded"] = time.monotonic()
-        return loaded.entry
-
     def _first_run(self) -> None:
         self._timeline["first_run"] = time.monotonic()
-
-
-def _refused(config: MachineConfig, error: LoaderError) -> ConfigError:
-    """What the loader objects to, as a mistake in the field that a user can change."""
-    match error:
-        case CmdlineError():
-            return ConfigError("cmdline", f"{len(config.cmdline)} characters", error.rule)
-        case PlacementError():
-            return ConfigError("memory", f"{config.memory // layout.MIB}M", str(error))
-    return ConfigError("kernel", config.kernel, str(error))

@@ -114,8 +114,10 @@ class Control:
         if most is None or type(count) is not int or not 1 <= count <= most:
             rule = "needs max_cpus" if most is None else f"must be a whole number from 1 to {most}"
             raise ConfigError("cpus", count, rule)
+        from .processors import set_processors
+
         self._cpus_set.clear()
-        self._call(lambda board: board.set_cpus(count))
+        self._call(lambda board: set_processors(board, count))
         self._call(lambda _: self._cpus_changed())
         deadline = time.monotonic() + timeout
         while self.config.cpus != count:

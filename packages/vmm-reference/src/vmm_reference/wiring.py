@@ -77,18 +77,18 @@ class Wiring:
         if hasattr(model, "save"):
             self.parts[f"{self.name}-model"] = model
         slot: VirtioSlot
-        if (bus := self._board.pci) is not None:
+        if (root := self._board.pci) is not None:
             from .pci.virtio import PciSlot
 
             if shared_memory:
                 raise ValueError("shared memory regions have no BAR of their own yet")
-            number = self._board.take_slot(self.number)
+            number = root.take_slot(self.number)
             slot = PciSlot(
                 self,
                 model,
-                bus,
+                root.bus,
                 number,
-                self._board.routes,
+                root.routes,
                 placed=not self._board.running,
                 listens=listens,
             )
@@ -112,20 +112,19 @@ class Wiring:
 
     def announce(self, term: bytes) -> None:
         r"""Add a term of `vmm_reference.acpi.aml` to what the guest's ACPI has in `\_SB`."""
-        self._board.announced.append(term)
+        self._board.announced.devices.append(term)
 
     def table(self, signature: bytes, body: bytes) -> None:
         """Give the guest's ACPI another table, without its header."""
-        self._board.add_table(signature, body)
+        self._board.announced.tables.append((signature, body))
 
     def on_event(self, bit: int, method: str) -> None:
         r"""Have the guest's ACPI call a method of `\_SB` for an event of `devices.pm`."""
-        self._board.add_event(bit, method)
+        self._board.announced.events.append((bit, method))
 
     def raise_event(self, bit: int) -> None:
         """Raise an event of `devices.pm`; any thread but one in the power device."""
-        with self.ports.lock(self._board.power):
-            self._board.power.tell(bit)
+        self._board.tell(bit)
 
     def end(self, outcome: Outcome, detail: str = "") -> None:
         """End the machine; from any thread."""
