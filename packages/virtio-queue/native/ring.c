@@ -55,6 +55,9 @@ int vq_bind(struct vq_ring *ring, uint64_t table)
         *ring = former;
         return 2;
     }
+    ring->tracked = 0;
+    for (uint32_t i = 0; i < map->count; i++)
+        ring->tracked |= map->regions[i].bitmap != NULL;
     map->retain(map);
     if (former.table != NULL)
         former.table->release(former.table);
@@ -216,7 +219,7 @@ void vq_detach(struct vq_ring *ring, struct vq_batch *batch, uint32_t index)
 static void publish(struct vq_ring *ring, uint32_t count, const uint32_t *heads,
                     const uint32_t *lengths)
 {
-    for (uint32_t i = 0; i < count; i++)
+    for (uint32_t i = 0; ring->tracked && i < count; i++)
         if (ring->flights[heads[i]].batch != NULL)
             mark_batch(ring, &ring->flights[heads[i]], lengths[i]);
     if (ring->packed)

@@ -117,6 +117,7 @@ struct vq_ring {
     struct vq_area desc, driver, device;
     struct vmm_table *table;
     uint32_t recent;     /* region that the last lookup hit */
+    int tracked;         /* some region has a bitmap of dirty pages */
     struct vq_fault fault;
     struct vq_flight *flights;
     uint32_t *order;     /* IN_ORDER: heads as taken, a ring of `size` */

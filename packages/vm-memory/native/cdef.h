@@ -9,6 +9,7 @@ struct vmm_mapping {
 };
 struct vmm_mapping *vmm_mapping_new(size_t length, size_t alignment, size_t guard, int flags,
                                     int fd, int64_t offset, int *error);
+struct vmm_mapping *vmm_mapping_adopt(uint64_t host, size_t length, uint64_t owner);
 int vmm_mapping_overlay(struct vmm_mapping *mapping, size_t start, size_t length, int fd,
                         int64_t offset);
 int vmm_mapping_exclude(struct vmm_mapping *mapping, int from_dumps, int from_forks);

@@ -90,6 +90,21 @@ struct vmm_mapping *vmm_mapping_new(size_t length, size_t alignment, size_t guar
     return NULL;
 }
 
+struct vmm_mapping *vmm_mapping_adopt(uint64_t host, size_t length, uint64_t owner)
+{
+    struct vmm_mapping *mapping = calloc(1, sizeof *mapping);
+    if (mapping == NULL)
+        return NULL;
+    mapping->base = (uint8_t *)(uintptr_t)host;
+    mapping->length = length;
+    mapping->fd = -1;
+    mapping->references = 1;
+    mapping->watch = -1;
+    mapping->owner = (void *)(uintptr_t)owner;
+    vmm_keep(owner);
+    return mapping;
+}
+
 void vmm_mapping_retain(struct vmm_mapping *mapping)
 {
     __atomic_fetch_add(&mapping->references, 1, __ATOMIC_RELAXED);
@@ -100,7 +115,10 @@ void vmm_mapping_release(struct vmm_mapping *mapping)
     if (__atomic_sub_fetch(&mapping->references, 1, __ATOMIC_ACQ_REL) != 0)
         return;
     vmm_unwatch(mapping);
-    munmap(mapping->outer, mapping->outer_length);
+    if (mapping->outer_length != 0)
+        munmap(mapping->outer, mapping->outer_length);
+    if (mapping->owner != NULL)
+        vmm_let_go(mapping->owner);
     if (mapping->fd >= 0)
         close(mapping->fd);
     free(mapping);

@@ -88,3 +88,20 @@ int vmm_own(uint64_t list, void *thing, int kind, size_t length)
     PyGILState_Release(state);
     return result;
 }
+
+void vmm_keep(uint64_t object)
+{
+    PyGILState_STATE state = PyGILState_Ensure();
+    Py_INCREF((PyObject *)(uintptr_t)object);
+    PyGILState_Release(state);
+}
+
+void vmm_let_go(void *object)
+{
+    /* C code may hold memory for longer than there is Python: then nobody is left to free it. */
+    if (!Py_IsInitialized() && PyGILState_GetThisThreadState() == NULL)
+        return;
+    PyGILState_STATE state = PyGILState_Ensure();
+    Py_DECREF((PyObject *)object);
+    PyGILState_Release(state);
+}

@@ -19,8 +19,9 @@ struct vmm_mapping {
     size_t length;       /* whole pages */
     int fd;              /* owned; -1 for anonymous memory */
     uint8_t *outer;      /* base less the guard in front */
-    size_t outer_length; /* both guards included */
+    size_t outer_length; /* both guards included; 0 for what is somebody else's to unmap */
     long references;
+    void *owner;         /* a Python object that keeps somebody else's memory, or NULL */
     int watch;           /* head of its chain of watched ranges; -1 for none */
     int lost;            /* pages are gone that no signal told of */
     int no_dump, no_fork;
@@ -29,6 +30,9 @@ struct vmm_mapping {
 /* On failure NULL, with the errno of the failing call in *error. Takes over `fd` on success only. */
 struct vmm_mapping *vmm_mapping_new(size_t length, size_t alignment, size_t guard, int flags,
                                     int fd, int64_t offset, int *error);
+/* Use memory that somebody else mapped, whole pages; it is never unmapped here. `owner`: the id() of
+ * an object that is kept for as long as the mapping lives. NULL when there is no memory. */
+struct vmm_mapping *vmm_mapping_adopt(uint64_t host, size_t length, uint64_t owner);
 void vmm_mapping_retain(struct vmm_mapping *mapping);
 void vmm_mapping_release(struct vmm_mapping *mapping);
 
@@ -153,6 +157,9 @@ int64_t vmm_pwrite(int fd, uint64_t host, size_t length, int64_t offset);
 enum vmm_own { VMM_OWN_MAPPING, VMM_OWN_BITMAP, VMM_OWN_TABLE };
 
 int vmm_own(uint64_t list, void *thing, int kind, size_t length);
+/* Hold a reference to the Python object with this id(), and give one back; from any thread. */
+void vmm_keep(uint64_t object);
+void vmm_let_go(void *object);
 
 /* --- userfault.c --- */
 struct vmm_userfault_event {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import mmap
 import os
 import sys
 import threading
@@ -16,7 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vm_memory import (
+    Adopted,
     Anonymous,
+    Backing,
     ClosedError,
     FilePrivate,
     GuestAddress,
@@ -80,8 +83,11 @@ def test_views_outlive_everything(steps: list[tuple[str, int]]) -> None:
     views: list[object] = []
     for name, number in steps:
         if name == "map" or not maps:
-            backing = Memfd() if number % 2 else Anonymous()
+            backings: list[Backing] = [Memfd(), Anonymous(), adopted()]
+            backing = backings[number % 7 % 3]
             options = [None, Options(guard=4096), Options(inherit=False)][number % 3]
+            if isinstance(backing, Adopted):
+                options = None
             ranges = [(A(0), SIZE), (A(SIZE), SIZE)]
             maps.append(GuestMemory.from_ranges(ranges, backing=backing, options=options))
         memory = maps[number % len(maps)]
@@ -111,6 +117,11 @@ def test_views_outlive_everything(steps: list[tuple[str, int]]) -> None:
         for thing in (*views, *maps):
             touch(thing)
         del memory
+
+
+def adopted() -> Adopted:
+    """Memory of an object that unmaps it when it is gone."""
+    return Adopted.from_buffer(mmap.mmap(-1, 2 * SIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
 
 
 def forked(*things: object) -> None:

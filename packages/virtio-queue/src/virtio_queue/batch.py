@@ -59,7 +59,7 @@ class ChainBatch:
             raise MemoryError(f"a batch of {chains} chains and {segments} segments")
         self.handle: CData = ffi.gc(handle, lib.vq_batch_free)
         self.native = int(ffi.cast("uintptr_t", handle))  # type: ignore[call-overload]
-        self._headers = memoryview(ffi.buffer(handle.headers, MAX_HEADER * chains))
+        self._headers = ffi.buffer(handle.headers, MAX_HEADER * chains)
         self.table = memoryview(ffi.buffer(handle.chains, _CHAIN.size * chains))
         self._chains = self.table.cast("I")
         self._totals = self.table.cast("Q")
@@ -68,13 +68,9 @@ class ChainBatch:
             memoryview(ffi.buffer(handle.iovecs, 16 * iovecs)).cast("Q") if iovecs else None
         )
 
+        # Set by `Queue.pop_batch`: how many chains, and bytes of all their headers.
         self._count = 0
         self._headers_size = 0
-
-    def filled(self, count: int, header: int) -> None:
-        """Take note of what `Queue.pop_batch` has put here."""
-        self._count = count
-        self._headers_size = count * header
 
     def __len__(self) -> int:
         return self._count
@@ -101,7 +97,8 @@ class ChainBatch:
         Read once when the chain was taken; what a shorter chain lacks is zeros.
         `struct.iter_unpack` takes them apart.
         """
-        return self._headers[: self._headers_size].tobytes()
+        headers: bytes = self._headers[: self._headers_size]
+        return headers
 
     def chain(self, index: int) -> DescriptorChain:
         """Copy one chain out of the arrays.

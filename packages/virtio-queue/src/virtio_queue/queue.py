@@ -51,6 +51,7 @@ _UNBOUND = object()
 # What `vq_pop_batch` says besides a count and a fault.
 _BUSY, _TOO_LONG = -2, -3
 
+_NULL = ffi.NULL
 _pop = lib.vq_pop
 _pop_batch = lib.vq_pop_batch
 _complete_batch = lib.vq_complete_batch
@@ -260,7 +261,7 @@ class Queue(QueueConfiguration):
         """
         if memory is not self._memory:
             self._running("pop_batch", memory)
-        wanted = -1 if limit is None else max(limit, 0)
+        wanted = -1 if limit is None else limit if limit > 0 else 0
         try:
             for batch in self._batches:
                 count = _pop_batch(self._ring, batch.handle, wanted, header)
@@ -275,7 +276,8 @@ class Queue(QueueConfiguration):
             if count == _TOO_LONG:
                 raise UsageError("header", f"{header} is not from 0 to {MAX_HEADER}")
             raise self._fault()
-        batch.filled(count, header)
+        batch._count = count
+        batch._headers_size = count * header
         return batch
 
     def _another_batch(self) -> ChainBatch:
@@ -383,7 +385,7 @@ class Queue(QueueConfiguration):
         if memory is not self._memory:
             self._running("complete_batch", memory)
         written: array[int] | None = None
-        raw = ffi.NULL
+        raw = _NULL
         if lengths is not None:
             try:
                 written = array("I", lengths)

@@ -15,7 +15,14 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from vm_memory.address import GuestAddress, RegionOffset
     from vm_memory.atomic import Order, fence
-    from vm_memory.backing import Anonymous, Backing, FilePrivate, FileShared, Memfd
+    from vm_memory.backing import (
+        Adopted,
+        Anonymous,
+        Backing,
+        FilePrivate,
+        FileShared,
+        Memfd,
+    )
     from vm_memory.dirty import DirtyBitmap
     from vm_memory.errors import (
         AddressError,
@@ -43,6 +50,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AddressError",
+    "Adopted",
     "Advice",
     "Anonymous",
     "Backing",
@@ -107,6 +115,7 @@ _MODULES = {
         "fence",
     ),
     "backing": (
+        "Adopted",
         "Anonymous",
         "Backing",
         "FilePrivate",

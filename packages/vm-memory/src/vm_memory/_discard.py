@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from vm_memory._mapping import MAP_ANONYMOUS, MAP_SHARED, PAGE
 from vm_memory._native import lib
-from vm_memory.backing import FileShared
+from vm_memory.backing import Adopted, FileShared
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ def discard(region: GuestRegion, offset: int, length: int) -> None:
         advice = _MADV_REMOVE if mapping.flags & MAP_SHARED else _MADV_DONTNEED
     start = -(-offset // mapping.page) * mapping.page
     end = (offset + length) // mapping.page * mapping.page
-    if offset + length == region.size and not isinstance(region.backing, FileShared):
+    if offset + length == region.size and not isinstance(region.backing, (FileShared, Adopted)):
         end = mapping.length  # what fills the last page is nobody else's
     if (
         advice == 0

@@ -21,10 +21,6 @@ from vm_memory._native import lib
 from vm_memory.backing import Anonymous, FilePrivate, FileShared, Memfd
 from vm_memory.errors import InvalidValueError, MappingError, RegionError
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from vm_memory.backing import Backing
-
 _UNITS = {"K": 10, "M": 20, "G": 30}
 
 
@@ -76,7 +72,9 @@ def parse_hugetlb(text: str) -> int:
     return size
 
 
-def open_source(backing: Backing, ranges: list[tuple[int, int]]) -> Source:
+def open_source(
+    backing: Anonymous | Memfd | FileShared | FilePrivate, ranges: list[tuple[int, int]]
+) -> Source:
     """Open what is behind a backing, large enough for the ranges one behind the other.
 
     Raises:

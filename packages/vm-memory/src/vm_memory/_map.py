@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 
 from vm_memory._mapping import PAGE, Mapping
-from vm_memory.backing import Anonymous
+from vm_memory.backing import Adopted, Anonymous
 from vm_memory.errors import (
     BackingLostError,
     ClosedError,
@@ -355,12 +355,19 @@ def _create(
             )
             for address, size in ranges
         ]
+    # Bitmaps first: what can be refused for its value is refused before anything is made.
+    bitmaps = [_bitmap(size, dirty_page_size) for _, size in ranges]
+    if isinstance(backing, Adopted):
+        from vm_memory._adopting import adopt
+
+        if options is not None:
+            rule = "must be None: how adopted memory is treated is its owner's business"
+            raise InvalidValueError("options", options, rule)
+        return adopt(backing, ranges, bitmaps)
     import os
 
     from vm_memory._files import open_source
 
-    # Bitmaps first: what can be refused for its value is refused before anything is made.
-    bitmaps = [_bitmap(size, dirty_page_size) for _, size in ranges]
     source = open_source(backing, [(int(address), size) for address, size in ranges])
     regions = []
     offset = source.offset

@@ -31,10 +31,12 @@ ANONYMOUS = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE
 class Mapping:
     """One mapping of host memory, unmapped when neither this object nor a view of it is left.
 
+    One that was adopted is let go then, and not unmapped.
+
     Attributes:
         handle: the C structure; valid while this object or a view lives.
         address: the first byte's address in this process.
-        length: bytes, whole pages.
+        length: bytes; whole pages, unless it was adopted.
         flags: how it was mapped, as for mmap(2).
         page: bytes of one of its pages.
         inherited: whether a child of fork has it.
@@ -75,6 +77,34 @@ class Mapping:
         self.page = page
         self.inherited = True
         self.overlaid = False
+
+    @classmethod
+    def adopt(cls, address: int, length: int, owner: object, flags: int, page: int) -> Mapping:
+        """Use memory that somebody else mapped, and keep its owner.
+
+        Args:
+            address: its first byte, at a page's start.
+            length: bytes; the last page may be used partly.
+            owner: what is kept alive.
+            flags: MAP_SHARED or MAP_PRIVATE, as it was mapped.
+            page: bytes of one of its pages.
+
+        Raises:
+            MappingError: when the host has no memory.
+        """
+        handle = lib.vmm_mapping_adopt(address, -(-length // page) * page, id(owner))
+        if not handle:
+            raise MappingError(f"adopting {length:#x} bytes", ENOMEM)
+        mapping = cls.__new__(cls)
+        mapping.handle = handle
+        mapping._owner = own(handle, MAPPING, length)
+        mapping.address = address
+        mapping.length = length
+        mapping.flags = flags
+        mapping.page = page
+        mapping.inherited = True
+        mapping.overlaid = False
+        return mapping
 
     @property
     def fd(self) -> int:

@@ -2,6 +2,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 class CData:
+    def __len__(self) -> int: ...
     base: CData
     length: int
     fd: int
@@ -54,6 +55,7 @@ class _Lib:
         offset: int,
         error: CData,
     ) -> CData: ...
+    def vmm_mapping_adopt(self, host: int, length: int, owner: int) -> CData: ...
     def vmm_mapping_overlay(
         self, mapping: CData, start: int, length: int, fd: int, offset: int
     ) -> int: ...
