@@ -76,6 +76,10 @@ def test_a_kernel_tells_about_itself(kernel: Kernel, tmp_path: Path) -> None:
     assert found.unpacked_size > 3 * found.size
     assert found.entries[Protocol.LINUX64] == 0x1000200
     assert found.entries[Protocol.LINUX32] == 0x1000000
+    assert found.efi is not None
+    (text,) = [section for section in found.efi.sections if section.name == ".text"]
+    assert text.address <= found.efi.entry < text.address + text.memory_size
+    assert (found.efi.machine, found.efi.image_size >= found.size) == ("x86_64", True)
     # Debian's kernels embed no configuration; their packages lay one beside them.
     assert found.config_source == str(kernel.vmlinuz.parent / f"config-{kernel.version}")
     assert found.config is not None
@@ -193,12 +197,34 @@ def test_firmware_ends_at_4_gib(package: str, name: str) -> None:
         assert guest.read(GuestAddress((1 << 20) - low), low) == data[-low:]
 
 
+@pytest.mark.parametrize(
+    "name", ["usr/share/AAVMF/AAVMF_CODE.fd", "usr/share/qemu-efi-aarch64/QEMU_EFI.fd"]
+)
+def test_arm64_firmware_is_placed(name: str) -> None:
+    """UEFI for arm64 is known by its volume, and finds the device tree where RAM begins."""
+    path = image("qemu-efi-aarch64", name)
+    found = inspect(path)
+    assert (found.format, found.architecture) == (Format.FIRMWARE, "arm64")
+    data, base = path.read_bytes(), 1 << 30
+    ranges = [(GuestAddress(0), len(data)), (GuestAddress(base), 16 << 20)]
+    with GuestMemory.from_ranges(ranges) as guest:
+        loaded = load_image(
+            guest, path, memory_map=[E820Entry(base, 16 << 20, E820Type.RAM)],
+            device_tree=DeviceTree(Node("")), firmware=0,
+        )  # fmt: skip
+        assert (loaded.entry.pc, loaded.entry.arguments[0]) == (0, base)
+        assert crc32(guest.read(GuestAddress(0), len(data))) == crc32(data)
+        assert guest.read(GuestAddress(base), 4) == b"\xd0\x0d\xfe\xed"
+
+
 def test_an_arm64_kernel_is_placed() -> None:
     """It tells what it is, lies 2 MiB-aligned in RAM, and finds a device tree behind it."""
     path = image(ARM64, ARM64_KERNEL)
     found = inspect(path)
     assert (found.format, found.architecture) == (Format.ARM64, "arm64")
     assert re.match(r"\d+\.\d+\.\d+-\d+-arm64 ", found.version)
+    assert found.efi is not None
+    assert (found.efi.machine, found.efi.sections[0].name) == ("arm64", ".text")
     assert found.symbols["_stext"] < found.symbols["kernel_init"] < found.symbols["_etext"]
     base = 1 << 30
     machine = DeviceTree(Node(""))

@@ -8,7 +8,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from linux_loader import E820Entry, LoadedImage, LoaderError, PlacementError, load_image, plan
+from linux_loader import (
+    E820Entry,
+    Format,
+    LoadedImage,
+    LoaderError,
+    PlacementError,
+    inspect,
+    load_image,
+    plan,
+)
 from linux_loader.decompress import COMPRESSIONS
 from linux_loader.fdt import DeviceTree, Node, cells
 from linux_loader.testing import build_image, build_zboot, compress, image_file, lies
@@ -168,3 +177,96 @@ def test_command_lines_and_initrds_that_do_not_fit(architecture: str) -> None:
         boot(image, cmdline="x" * 2048)
     with image_file(bytes(SIZE)) as big, pytest.raises(PlacementError, match="initrd"):
         boot(image, initrd=big)
+
+
+def volume(
+    *, length: int | None = None, header: int = 72, spoil: int = 0, front: bool = False
+) -> bytes:
+    """arm64 firmware: a volume of UEFI that begins with a branch, or has one in front."""
+    size = 0x4000 if length is None else length
+    fields = (0x14000020, b"guid", size, b"_FVH", 0x4FEFF, header, 0, 0, 0, 2)
+    head = bytearray(struct.pack("<I12x16sQ4sIHHHBB", *fields).ljust(header + header % 2, b"\0"))
+    total = sum(struct.unpack(f"<{len(head) // 2}H", head)) + spoil
+    head[0x32:0x34] = struct.pack("<H", -total & 0xFFFF)
+    data = bytes(head).ljust(0x4000, b"\xd5")
+    return struct.pack("<I", 0x14000400).ljust(0x1000, b"\xff") + data if front else data
+
+
+def start_firmware(data: bytes, at: int = 0, **arguments: object) -> LoadedImage:
+    ranges = [(GuestAddress(0), 0x8000), (GuestAddress(BASE), SIZE)]
+    with GuestMemory.from_ranges(ranges) as guest, image_file(data) as fd:
+        loaded = load_image(
+            guest, fd, memory_map=MAP, device_tree=DeviceTree(Node("")), firmware=at,
+            **arguments,  # type: ignore[arg-type]
+        )  # fmt: skip
+        assert guest.read(GuestAddress(at), len(data)) == data
+        memory = handed(guest, loaded).root.find(f"memory@{BASE:x}")
+        assert memory.properties["device_type"] == b"memory\0"
+    return loaded
+
+
+@pytest.mark.parametrize("front", [False, True])
+def test_arm64_starts_by_uefi(front: bool) -> None:
+    """The firmware lies outside RAM, begins with its first instruction, and finds the tree."""
+    loaded = start_firmware(volume(front=front), 0x2000)
+    assert (loaded.entry.pc, loaded.entry.architecture) == (0x2000, "arm64")
+    assert loaded.entry.arguments == (BASE, 0, 0, 0)
+    assert (loaded.wrapping, loaded.entry.pstate) == ("", 0x3C5)
+    with image_file(volume(front=front)) as fd:
+        found = inspect(fd)
+    assert (found.format, found.architecture, found.entries) == (Format.FIRMWARE, "arm64", {})
+
+
+@pytest.mark.parametrize(
+    ("data", "field"),
+    [
+        (b"", "ZeroVector"),
+        (bytes(4) + volume()[4:], "ZeroVector"),
+        (volume().replace(b"_FVH", b"_FVX"), "ZeroVector"),
+        (volume(front=True)[:0x1020], "ZeroVector"),
+        (volume(front=True)[:0x4FFF], "FvLength"),
+        (volume(length=0x4001), "FvLength"),
+        (volume(length=63), "FvLength"),
+        (volume(header=62), "HeaderLength"),
+        (volume(header=73), "HeaderLength"),
+        (volume(header=4098), "HeaderLength"),
+        (volume(spoil=1), "Checksum"),
+    ],
+)
+def test_firmware_that_lies_is_refused(data: bytes, field: str) -> None:
+    """Each field of the volume's header by its name, by inspect as well."""
+    with pytest.raises(LoaderError) as caught:
+        start_firmware(data)
+    assert caught.value.field == field
+    with image_file(data) as fd, pytest.raises(LoaderError):
+        inspect(fd)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "field"),
+    [
+        ({"at": 0x10}, "firmware"),
+        ({"at": -4096}, "firmware"),
+        ({"at": 1 << 48}, "firmware"),
+        ({"at": BASE - 0x1000}, "firmware"),
+        ({"at": 0x100000}, "firmware"),
+        ({"cmdline": "x"}, "cmdline"),
+        ({"rng_seed": b"x"}, "rng_seed"),
+        ({"initrd": __file__}, "initrd"),
+    ],
+)
+def test_what_uefi_cannot_take_is_refused(arguments: dict[str, object], field: str) -> None:
+    """Places that are no pages, in RAM or without memory, and what firmware has to find itself."""
+    with pytest.raises(LoaderError) as caught:
+        start_firmware(volume(), **arguments)  # type: ignore[arg-type]
+    assert caught.value.field == field
+
+
+@given(lies(st.just(volume()), within=80))
+def test_a_lie_in_a_volume_is_started_or_refused(data: bytes) -> None:
+    """And nothing else."""
+    try:
+        loaded = start_firmware(data)
+    except LoaderError:
+        return
+    assert loaded.entry.pc == 0

@@ -56,9 +56,10 @@ def open_files() -> int:
     st.one_of([st.one_of(kind, lies(kind)) for kind in KINDS] + [st.binary(max_size=2000)]),
     st.sampled_from([None, *Protocol]),
     st.booleans(),
+    st.one_of(st.just(0), st.sampled_from([0x1000, 0x200000, -0x200000]), st.integers()),
 )
 def test_any_image_is_loaded_or_refused(
-    guest: GuestMemory, image: bytes, protocol: Protocol | None, kaslr: bool
+    guest: GuestMemory, image: bytes, protocol: Protocol | None, kaslr: bool, offset: int
 ) -> None:
     """Hostile images raise LoaderError or are loaded inside their plan; no file stays open."""
     before = open_files()
@@ -67,7 +68,13 @@ def test_any_image_is_loaded_or_refused(
     with image_file(image) as fd:
         try:
             loaded = load(
-                guest, fd, memory_map=MAP, protocol=protocol, kaslr=kaslr, cmdline="quiet"
+                guest,
+                fd,
+                memory_map=MAP,
+                protocol=protocol,
+                kaslr=kaslr,
+                cmdline="quiet",
+                offset=offset,
             )
         except LoaderError:
             pass

@@ -22,8 +22,9 @@ import attrs
 
 from linux_loader.e820 import checked_map, ram_ranges
 from linux_loader.encode import encode_cmdline
-from linux_loader.errors import ImageError, PlacementError
+from linux_loader.errors import ImageError, LoaderError, PlacementError
 from linux_loader.fdt import DeviceTree, cells
+from linux_loader.flat import check_volume
 from linux_loader.image import parse_image, unwrap
 from linux_loader.initrd import microcode_first
 from linux_loader.placement import (
@@ -101,10 +102,11 @@ def load_image(
     cmdline: str = "",
     initrd: File | Sequence[File] | None = None,
     rng_seed: bytes = b"",
+    firmware: int | None = None,
     zeroed: bool = False,
     map_files: bool = True,
 ) -> LoadedImage:
-    """Load an arm64 or riscv64 kernel: Image, compressed Image or zboot.
+    """Load an arm64 or riscv64 kernel: Image, compressed Image or zboot; or UEFI for arm64.
 
     The kernel goes to the lowest RAM that its header allows, the tree and the initrds behind it.
 
@@ -117,6 +119,11 @@ def load_image(
         cmdline: printable ASCII.
         initrd: path or descriptor, or several, which are concatenated.
         rng_seed: entropy.
+        firmware: take the file for arm64 firmware that begins with a volume of UEFI (Debian's
+            `AAVMF_CODE.fd` is one), and put it to this address outside RAM, where the caller's
+            guest memory must have a region. It starts there by its first instruction, and finds
+            the tree at the beginning of RAM. It takes command lines, initrds and entropy by
+            other ways.
         zeroed: the caller states that the memory is fresh.
         map_files: as for `linux_loader.load`.
 
@@ -131,9 +138,17 @@ def load_image(
             sources.append(Source.open(file))  # noqa: PERF401  (each must be closed)
         initrds = microcode_first(sources[1:])
         ranges = checked_map(memory_map)
-        placements, entry, tree, wrapping = _plan(
-            sources, initrds, ranges, device_tree, cmdline, rng_seed
-        )
+        if firmware is not None:
+            for field, given in (("cmdline", cmdline), ("initrd", len(initrds)),
+                                 ("rng_seed", len(rng_seed))):  # fmt: skip
+                if given:
+                    raise LoaderError(field, None, given, "firmware takes none: leave it out")
+            placements, entry, tree = _plan_firmware(sources[0], firmware, ranges, device_tree)
+            wrapping = ""
+        else:
+            placements, entry, tree, wrapping = _plan(
+                sources, initrds, ranges, device_tree, cmdline, rng_seed
+            )
         ordered = checked(placements, ranges)
         mapped = write_placements(ordered, memory, zeroed=zeroed, map_files=map_files)
     finally:
@@ -198,6 +213,32 @@ def _plan(
         pstate=_PSTATE if arm else 0,
     )
     return placements, entry, tree, wrapping
+
+
+def _plan_firmware(
+    source: Source, address: int, memory_map: tuple[E820Entry, ...], device_tree: DeviceTree
+) -> tuple[list[Placement], ImageEntry, DeviceTree]:
+    ram = ram_ranges(memory_map)
+    check_volume(source)
+    size = source.size
+    if address % 4096 or not 0 <= address <= (1 << 48) - size:
+        raise LoaderError("firmware", None, address, "must be whole pages below 2**48")
+    if any(start < address + size and address < stop for start, stop in ram):
+        raise PlacementError("firmware", None, address, f"must lie outside RAM, {describe(ram)}")
+    tree = DeviceTree.parse(device_tree.encode())
+    _describe_memory(tree, ram)
+    blob = tree.encode()
+    if not ram:
+        raise PlacementError("memory_map", None, 0, "must have RAM for the device tree")
+    content = FileRange(source=source, offset=0, size=size)
+    placements = [
+        Placement("firmware", address, size, content, rom=True),
+        Placement("device tree", ram[0][0], len(blob), blob),
+    ]
+    entry = ImageEntry(
+        architecture="arm64", pc=address, arguments=(ram[0][0], 0, 0, 0), pstate=_PSTATE
+    )
+    return placements, entry, tree
 
 
 def _place_kernel(ram: list[tuple[int, int]], text_offset: int, size: int) -> int:

@@ -39,6 +39,7 @@ def plan_image(
     kaslr: bool,
     cache: Folder,
     flat: Flat | None,
+    offset: int,
 ) -> Plan:
     """Plan the start of an x86 image.
 
@@ -49,6 +50,7 @@ def plan_image(
         kaslr: leave a boot image to its own decompressor.
         cache: folder of unpacked kernels.
         flat: take it for a flat binary, whatever it holds.
+        offset: bytes to put it above the addresses that it was linked for.
 
     Raises:
         LoaderError: the image is of no known kind, or cannot be started so.
@@ -60,6 +62,8 @@ def plan_image(
     version = ""
     if kaslr and kind is not Format.BZIMAGE:
         raise LoaderError("kaslr", None, source.name, "needs a boot image, with a decompressor")
+    if offset and kind not in (Format.BZIMAGE, Format.ELF64, Format.ELF32):
+        raise LoaderError("offset", None, offset, "moves ELF and boot images only: leave it out")
     if flat is not None:
         from linux_loader.flat import plan_flat
 
@@ -71,9 +75,9 @@ def plan_image(
         version = image.version
         unpacked = None if kaslr else _unpack(source, image, cache, sources)
         if unpacked is None:
-            protocol, planned = _start_bzimage(request, source, image, protocol)
+            protocol, planned = _start_bzimage(request, source, image, protocol, offset)
         else:
-            protocol, planned = _start_elf(request, *unpacked, protocol, image)
+            protocol, planned = _start_elf(request, *unpacked, protocol, image, offset)
     elif kind is None:
         kind, protocol, planned = _start_other(request, source, protocol)
     else:
@@ -83,7 +87,7 @@ def plan_image(
             from linux_loader.cache import DecompressionCache
 
             DecompressionCache(cache).know_zeros(source)
-        protocol, planned = _start_elf(request, source, parse_elf(source), protocol, None)
+        protocol, planned = _start_elf(request, source, parse_elf(source), protocol, None, offset)
     placements, entry = planned
     return Plan(checked(placements, request.memory_map), entry, kind, protocol, version)
 
@@ -154,7 +158,11 @@ def unpack_kernel(file: File) -> bytes:
 
 
 def _start_bzimage(
-    request: BootRequest, source: Source, image: BzImage, protocol: Protocol | None
+    request: BootRequest,
+    source: Source,
+    image: BzImage,
+    protocol: Protocol | None,
+    offset: int,
 ) -> tuple[Protocol, Planned]:
     from linux_loader.bzimage import XLF_KERNEL_64
     from linux_loader.linux import plan_bzimage
@@ -169,7 +177,7 @@ def _start_bzimage(
             "a boot image that unpacks itself starts by a Linux protocol; without kaslr it may be "
             "unpacked here",
         )
-    return protocol, plan_bzimage(request, source, image, protocol)
+    return protocol, plan_bzimage(request, source, image, protocol, offset)
 
 
 def _start_elf(
@@ -178,7 +186,17 @@ def _start_elf(
     elf: ElfImage,
     protocol: Protocol | None,
     image: BzImage | None,
+    offset: int,
 ) -> tuple[Protocol, Planned]:
+    if offset:
+        from linux_loader.moving import move_elf
+
+        pvh_entry = elf.pvh_entry
+        elf = move_elf(elf, offset, image)
+        if pvh_entry is not None and elf.pvh_entry is None and protocol is Protocol.PVH:
+            raise ImageError(
+                "XEN_ELFNOTE_PHYS32_RELOC", None, None, "must be there for a PVH start elsewhere"
+            )
     kernel = [
         Placement(
             f"kernel segment {index}",
@@ -193,7 +211,7 @@ def _start_elf(
         if elf.pvh_entry is not None:
             protocol = Protocol.PVH
         else:
-            planner = _multiboot(source, None, kernel, elf.entry)
+            planner = None if offset else _multiboot(source, None, kernel, elf.entry)
             if planner is not None:
                 return planner[0], planner[1](request)
     if protocol is None:
@@ -207,6 +225,9 @@ def _start_elf(
             )
         return protocol, plan_pvh(request, kernel=kernel, entry=elf.pvh_entry)
     if protocol in (Protocol.MULTIBOOT, Protocol.MULTIBOOT2):
+        if offset:
+            rule = f"a {protocol.value} kernel goes where its header says: leave it out"
+            raise LoaderError("offset", None, offset, rule)
         planner = _multiboot(source, protocol, kernel, elf.entry)
         if planner is None:
             raise ImageError("magic", None, protocol.value, "this image has no such header")

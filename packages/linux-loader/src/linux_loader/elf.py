@@ -11,7 +11,7 @@ from linux_loader.errors import ImageError
 if TYPE_CHECKING:
     from linux_loader.source import Source
 
-__all__ = ["ElfImage", "ElfSegment", "parse_elf"]
+__all__ = ["ElfImage", "ElfSegment", "Relocation", "parse_elf"]
 
 EM_386 = 3
 EM_X86_64 = 62
@@ -23,9 +23,13 @@ _PROGRAM_64 = struct.Struct("<IIQQQQQQ")
 _PROGRAM_32 = struct.Struct("<IIIIIIII")
 _NOTE = struct.Struct("<III")
 
+ET_DYN = 3
 _PT_LOAD = 1
 _PT_NOTE = 4
 _XEN_ELFNOTE_PHYS32_ENTRY = 18
+_XEN_ELFNOTE_PHYS32_RELOC = 19
+_NO_LIMITS = [2 << 20, 0, 0xFFFFFFFF]
+"""What the note PHYS32_RELOC means by a number that it leaves out."""
 _MAX_PROGRAM_HEADERS = 256
 _MAX_NOTES = 1 << 20
 
@@ -50,21 +54,41 @@ class ElfSegment(Value):
     flags: int
 
 
+class Relocation(Value):
+    """Where a kernel that moves itself may lie: the note XEN_ELFNOTE_PHYS32_RELOC.
+
+    Attributes:
+        alignment: of its first byte; a power of two.
+        minimum: the lowest address of its first byte.
+        maximum: the highest address of its last byte.
+    """
+
+    alignment: int
+    minimum: int
+    maximum: int
+
+
 class ElfImage(Value):
     """A checked x86 executable.
 
     Attributes:
         bits: 32 or 64, the file's class.
+        kind: e_type: 2 (ET_EXEC) or 3 (ET_DYN, position-independent).
         machine: e_machine: 3 (EM_386) or 62 (EM_X86_64).
         entry: guest-physical address of e_entry.
         pvh_entry: 32-bit entry of the XEN_ELFNOTE_PHYS32_ENTRY note, or None.
+        relocation: what the XEN_ELFNOTE_PHYS32_RELOC note says, or None.
+        alignment: the largest p_align of the segments, 1 or more.
         segments: in the file's order; none is empty.
     """
 
     bits: int
+    kind: int
     machine: int
     entry: int
     pvh_entry: int | None
+    relocation: Relocation | None
+    alignment: int
     segments: tuple[ElfSegment, ...]
 
 
@@ -86,12 +110,12 @@ def parse_elf(source: Source) -> ElfImage:
     wide = head[4] == 2
     if wide and len(head) < 64:
         raise ImageError("e_ehsize", 0, len(head), "an ELF64 header has 64 bytes")
-    (kind, machine, version, entry, phoff, _, _, _, phentsize, phnum) = (
+    (e_type, machine, version, entry, phoff, _, _, _, phentsize, phnum) = (
         _HEADER_64 if wide else _HEADER_32
     ).unpack_from(head)
     program = _PROGRAM_64 if wide else _PROGRAM_32
-    if kind not in (2, 3):
-        raise ImageError("e_type", 16, kind, "must be ET_EXEC (2) or ET_DYN (3)")
+    if e_type not in (2, ET_DYN):
+        raise ImageError("e_type", 16, e_type, "must be ET_EXEC (2) or ET_DYN (3)")
     if machine not in _MACHINES:
         raise ImageError("e_machine", 18, machine, "must be EM_386 (3) or EM_X86_64 (62)")
     if version != 1:
@@ -110,7 +134,8 @@ def parse_elf(source: Source) -> ElfImage:
         table, start = source.read("e_phoff", phoff, table_size), 0
 
     segments: list[ElfSegment] = []
-    pvh_entry = None
+    alignment = 1
+    notes: dict[int, tuple[int, bytes]] = {}
     for index in range(phnum):
         at = phoff + index * program.size
         fields = program.unpack_from(table, start + index * program.size)
@@ -121,6 +146,7 @@ def parse_elf(source: Source) -> ElfImage:
         if kind == _PT_LOAD:
             if memsz:
                 _check_segment(source, at, offset, paddr, filesz, memsz)
+                alignment = max(alignment, align)
                 segments.append(
                     ElfSegment(
                         offset=offset,
@@ -133,19 +159,23 @@ def parse_elf(source: Source) -> ElfImage:
                 )
             elif filesz:
                 raise ImageError("p_memsz", at, 0, f"must be at least p_filesz ({filesz:#x})")
-        elif kind == _PT_NOTE and pvh_entry is None:
-            pvh_entry = _pvh_note(source, at, offset, filesz, 8 if align == 8 else 4)
+        elif kind == _PT_NOTE:
+            _xen_notes(notes, source, at, offset, filesz, 8 if align == 8 else 4)
     if not segments:
         raise ImageError("e_phnum", at_phentsize + 2, phnum, "must include a PT_LOAD segment")
+    pvh_entry = _pvh_entry(notes)
     if pvh_entry is not None and _holder(segments, pvh_entry) is None:
         raise ImageError(
             "XEN_ELFNOTE_PHYS32_ENTRY", None, pvh_entry, "must lie in a PT_LOAD segment"
         )
     return ElfImage(
         bits=64 if wide else 32,
+        kind=e_type,
         machine=machine,
         entry=_physical_entry(segments, entry, pvh_entry),
         pvh_entry=pvh_entry,
+        relocation=_relocation(notes),
+        alignment=alignment,
         segments=tuple(segments),
     )
 
@@ -185,8 +215,15 @@ def _physical_entry(segments: list[ElfSegment], entry: int, pvh_entry: int | Non
     raise ImageError("e_entry", 24, entry, "must lie in a PT_LOAD segment")
 
 
-def _pvh_note(source: Source, at: int, offset: int, size: int, align: int) -> int | None:
-    """Find the PVH entry among the notes of one PT_NOTE header."""
+def _xen_notes(
+    found: dict[int, tuple[int, bytes]],
+    source: Source,
+    at: int,
+    offset: int,
+    size: int,
+    align: int,
+) -> None:
+    """Add Xen's notes of one PT_NOTE header: by type, where its description lies, and that."""
     if size > _MAX_NOTES:
         raise ImageError("p_filesz", at, size, f"of a PT_NOTE must be at most {_MAX_NOTES:#x}")
     notes = source.read("PT_NOTE", offset, size)
@@ -201,16 +238,32 @@ def _pvh_note(source: Source, at: int, offset: int, size: int, align: int) -> in
             raise ImageError(
                 "n_descsz", offset + position, descsz, "the note must end inside its PT_NOTE"
             )
-        if kind == _XEN_ELFNOTE_PHYS32_ENTRY and notes[name : name + namesz] == b"Xen\0":
-            if descsz not in (4, 8):
-                raise ImageError(
-                    "n_descsz", offset + position + 4, descsz, "must be 4 or 8 for PHYS32_ENTRY"
-                )
-            value = int.from_bytes(notes[desc:end], "little")
-            if value >> 32:
-                raise ImageError(
-                    "XEN_ELFNOTE_PHYS32_ENTRY", offset + desc, value, "must fit 32 bits"
-                )
-            return value
+        if notes[name : name + namesz] == b"Xen\0":
+            found.setdefault(kind, (offset + desc, notes[desc:end]))
         position = (end + align - 1) & -align
-    return None
+
+
+def _pvh_entry(notes: dict[int, tuple[int, bytes]]) -> int | None:
+    if _XEN_ELFNOTE_PHYS32_ENTRY not in notes:
+        return None
+    at, desc = notes[_XEN_ELFNOTE_PHYS32_ENTRY]
+    if len(desc) not in (4, 8):
+        raise ImageError("n_descsz", at, len(desc), "must be 4 or 8 for PHYS32_ENTRY")
+    value = int.from_bytes(desc, "little")
+    if value >> 32:
+        raise ImageError("XEN_ELFNOTE_PHYS32_ENTRY", at, value, "must fit 32 bits")
+    return value
+
+
+def _relocation(notes: dict[int, tuple[int, bytes]]) -> Relocation | None:
+    """Read up to three numbers: alignment, lowest start, highest last byte."""
+    if _XEN_ELFNOTE_PHYS32_RELOC not in notes:
+        return None
+    at, desc = notes[_XEN_ELFNOTE_PHYS32_RELOC]
+    if len(desc) not in (0, 4, 8, 12):
+        raise ImageError("n_descsz", at, len(desc), "must be 0, 4, 8 or 12 for PHYS32_RELOC")
+    given = list(struct.unpack(f"<{len(desc) // 4}I", desc))
+    alignment, minimum, maximum = given + _NO_LIMITS[len(given) :]
+    if alignment & (alignment - 1) or not alignment:
+        raise ImageError("XEN_ELFNOTE_PHYS32_RELOC", at, alignment, "must align to a power of two")
+    return Relocation(alignment=alignment, minimum=minimum, maximum=maximum)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from typing import TYPE_CHECKING
 
 import attrs
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from linux_loader.request import BootRequest
     from linux_loader.source import Source
 
-__all__ = ["Flat", "is_firmware", "plan_firmware", "plan_flat"]
+__all__ = ["Flat", "check_volume", "find_volume", "is_firmware", "plan_firmware", "plan_flat"]
 
 _FOUR_GIB = 1 << 32
 _FIRMWARE_MAX = 16 << 20
@@ -89,6 +90,44 @@ def is_firmware(source: Source) -> bool:
     # They begin with a jump, after no-operations or a cache flush, or ask CR0 which mode it is.
     vector = vector.lstrip(b"\x90").removeprefix(b"\x0f\x09")
     return vector.startswith((b"\xe9", b"\xea", b"\xeb", b"\x0f\x20\xc0"))
+
+
+def find_volume(source: Source) -> int | None:
+    """Where arm64 firmware has its first volume of UEFI; None where the file is no such firmware.
+
+    It begins with a branch, in the sixteen bytes that the volume's header leaves for it, or in a
+    page of its own in front. On x86 firmware begins at its end, and these bytes are zeros.
+    """
+    (word,) = struct.unpack("<I", source.read_up_to(0, 4).ljust(4, b"\0"))
+    if word >> 26 != 5:  # A64's B, whose operand counts words
+        return None
+    for offset in (0, (word & 0x1FFFFFF) * 4):
+        if offset + 64 <= source.size and source.read("volume", offset + 0x28, 4) == b"_FVH":
+            return offset
+    return None
+
+
+def check_volume(source: Source) -> None:
+    """Check the header of a firmware volume (UEFI PI 1.8, volume 3, section 3.2.1).
+
+    Raises:
+        ImageError: there is none, or it lies about its size.
+    """
+    at = find_volume(source)
+    if at is None:
+        rule = "must be a branch, to a volume of UEFI or at its beginning"
+        raise ImageError("ZeroVector", 0, source.read_up_to(0, 4), rule)
+    head = source.read("volume header", at, 64)
+    length, header = struct.unpack_from("<Q8xH", head, 0x20)
+    rest = source.size - at
+    if not 64 <= length <= rest:
+        raise ImageError("FvLength", at + 0x20, length, f"must be 64 to {rest:#x}, the file's rest")
+    if header % 2 or not 64 <= header <= min(length, 4096):
+        rule = "must be even, 64 to 4096, in the volume"
+        raise ImageError("HeaderLength", at + 0x30, header, rule)
+    words = source.read("volume header", at, header)
+    if sum(struct.unpack(f"<{header // 2}H", words)) & 0xFFFF:
+        raise ImageError("Checksum", at + 0x32, head[0x32:0x34], "must make the header's sum 0")
 
 
 def plan_firmware(request: BootRequest, source: Source) -> tuple[list[Placement], EntryState]:

@@ -19,10 +19,13 @@ from linux_loader.kinds import Format, Protocol, format_of
 from linux_loader.source import Source
 
 if TYPE_CHECKING:
+    from linux_loader.pe import PeImage
     from linux_loader.source import File
 
 __all__ = ["Inspection", "inspect"]
 
+# A compressed Image has its header inside, where no firmware looks.
+_WITH_STUBS = (Format.BZIMAGE, Format.ARM64, Format.RISCV64)
 _BANNER = b"Linux version "
 
 
@@ -39,6 +42,7 @@ class Inspection:
             none.
         boot_protocol: of a boot image, such as `2.15`; else empty.
         entries: each protocol that starts it, with the address where it starts.
+        efi: the PE header by which UEFI firmware starts it; None where there is none.
         unpacked_size: bytes of the kernel inside, where it was unpacked.
         config: its configuration, where one was found.
         config_source: `IKCONFIG`, or the path of the file beside the image; else empty.
@@ -55,6 +59,7 @@ class Inspection:
     compression: str
     boot_protocol: str
     entries: dict[Protocol, int]
+    efi: PeImage | None
     unpacked_size: int
     config: dict[str, str] | None = attrs.field(repr=False)
     config_source: str
@@ -70,6 +75,10 @@ class Inspection:
             if value:
                 lines.append(f"{name.replace('_', ' ')}: {value}")
         lines += [f"entry {key.value}: {value:#x}" for key, value in self.entries.items()]
+        if self.efi is not None:
+            lines.append(
+                f"entry efi: {self.efi.entry:#x} of {self.efi.image_size:#x} ({self.efi.machine})"
+            )
         if self.symbols:
             lines.append(f"symbols: {len(self.symbols)} from {self.symbols_source}")
         for name, driver in self.drivers.items():
@@ -181,7 +190,7 @@ def _look_for_multiboot(facts: _Facts, entry: int | None) -> bool:
 
 
 def _look_at_others(facts: _Facts) -> Format:
-    from linux_loader.flat import is_firmware
+    from linux_loader.flat import check_volume, find_volume, is_firmware
     from linux_loader.image import parse_image, unwrap
 
     source = facts.source
@@ -191,6 +200,10 @@ def _look_at_others(facts: _Facts) -> Format:
     if is_firmware(source):
         facts.entries[Protocol.RESET] = 0xFFFFFFF0
         facts.architecture = "i386"
+        return Format.FIRMWARE
+    if find_volume(source) is not None:
+        check_volume(source)
+        facts.architecture = "arm64"
         return Format.FIRMWARE
     inner, facts.compression = unwrap(source, facts.sources.append)
     image = parse_image(inner)
@@ -202,6 +215,8 @@ def _look_at_others(facts: _Facts) -> Format:
 
 
 def _conclude(facts: _Facts, kind: Format) -> Inspection:
+    from linux_loader.pe import parse_pe
+
     config, modules = None, None
     symbols, symbols_source = facts.symbols, "ELF"
     if facts.kernel is not None:
@@ -225,6 +240,7 @@ def _conclude(facts: _Facts, kind: Format) -> Inspection:
         compression=facts.compression,
         boot_protocol=facts.boot_protocol,
         entries=facts.entries,
+        efi=parse_pe(facts.source) if kind in _WITH_STUBS else None,
         unpacked_size=facts.kernel.size if facts.kernel is not None else 0,
         config=config[0] if config is not None else None,
         config_source=config[1] if config is not None else "",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from linux_loader.bzimage import XLF_KERNEL_64
 from linux_loader.e820 import encode, ram_ranges
 from linux_loader.entry import TableState, long_mode, protected_mode
-from linux_loader.errors import ImageError, PlacementError
+from linux_loader.errors import ImageError, LoaderError, PlacementError
 from linux_loader.kinds import Protocol
 from linux_loader.layout import Layout
 from linux_loader.placement import FileRange, Placement, describe, lowest_fit
@@ -193,9 +193,11 @@ def _extras(request: BootRequest, image: BzImage | None) -> list[tuple[int, byte
 
 
 def plan_bzimage(
-    request: BootRequest, source: Source, image: BzImage, protocol: Protocol
+    request: BootRequest, source: Source, image: BzImage, protocol: Protocol, offset: int = 0
 ) -> tuple[list[Placement], EntryState]:
     """Plan the start of a boot image's own protected-mode code, at its preferred address if free.
+
+    With an offset it goes so many bytes above that, and nowhere else.
 
     Raises:
         LoaderError: the image cannot run where there is RAM, or has no 64-bit entry.
@@ -211,8 +213,14 @@ def plan_bzimage(
         )
     content = FileRange(source=source, offset=image.setup_size, size=image.kernel_size)
     room = max(image.kernel_size, image.init_size)
+    if offset:
+        from linux_loader.moving import check_bzimage_offset
+
+        check_bzimage_offset(image, offset)
+        if image.pref_address + offset + room > 1 << 32:
+            raise LoaderError("offset", None, offset, "must leave the kernel below 4 GiB")
     if image.relocatable:
-        address = _load_address(request, image, room)
+        address = image.pref_address + offset if offset else _load_address(request, image, room)
         kernel = [Placement("kernel", address, room, content)]
     else:
         address = image.code32_start

@@ -63,6 +63,7 @@ def load(
     rng_seed: bytes = b"",
     screen: Screen | None = None,
     flat: Flat | None = None,
+    offset: int = 0,
     zeroed: bool = False,
     map_files: bool = True,
 ) -> Loaded:
@@ -91,6 +92,9 @@ def load(
             protocols only.
         screen: a framebuffer that the guest may draw on from the start. Linux protocols only.
         flat: take the file for a binary without a header, to be put and started as this says.
+        offset: bytes to put an ELF or boot image above the addresses that it was linked for;
+            its entries move with it. The image must say that it can be moved: as ET_DYN, by the
+            note XEN_ELFNOTE_PHYS32_RELOC, or as a relocatable boot image.
         zeroed: the caller states that the memory is fresh, so that it need not be cleared.
         map_files: map large page-aligned pieces of files copy-on-write where the memory allows
             it. The files must then not be changed while the guest lives.
@@ -119,6 +123,7 @@ def load(
             rng_seed=rng_seed,
             screen=screen,
             flat=flat,
+            offset=offset,
         )
         mapped = made.write(memory, zeroed=zeroed, map_files=map_files)
     finally:
@@ -141,6 +146,7 @@ def plan(
     rng_seed: bytes = b"",
     screen: Screen | None = None,
     flat: Flat | None = None,
+    offset: int = 0,
 ) -> Plan:
     """Plan what `load` would write, without any guest memory. Arguments are those of `load`.
 
@@ -164,6 +170,7 @@ def plan(
         rng_seed=rng_seed,
         screen=screen,
         flat=flat,
+        offset=offset,
     )
 
 
@@ -182,6 +189,7 @@ def _plan(
     rng_seed: bytes,
     screen: Screen | None,
     flat: Flat | None,
+    offset: int,
 ) -> Plan:
     """Plan; every file opened is appended to `sources`."""
     source = Source.open(kernel)
@@ -197,4 +205,6 @@ def _plan(
         rng_seed=rng_seed,
         screen=screen,
     )
-    return plan_image(sources, request, protocol=protocol, kaslr=kaslr, cache=cache, flat=flat)
+    return plan_image(
+        sources, request, protocol=protocol, kaslr=kaslr, cache=cache, flat=flat, offset=offset
+    )

@@ -20,6 +20,8 @@ from linux_loader.testing.images import (
     image_file,
     memory_map,
     pvh_note,
+    reloc_note,
+    with_pe,
 )
 from linux_loader.testing.strategies import bzimages, cmdlines, elf_images, lies, multiboot_images
 
@@ -39,4 +41,6 @@ __all__ = [
     "memory_map",
     "multiboot_images",
     "pvh_note",
+    "reloc_note",
+    "with_pe",
 ]

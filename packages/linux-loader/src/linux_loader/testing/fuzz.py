@@ -29,6 +29,8 @@ from linux_loader.testing.images import (
     image_file,
     memory_map,
     pvh_note,
+    reloc_note,
+    with_pe,
 )
 from vm_memory import GuestAddress, GuestMemory
 
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
 __all__ = ["fuzz", "hostile_image"]
 
 _SIZE = 32 << 20
+_OFFSETS = (4096, 2 << 20, -(2 << 20), 1 << 32, 3)
 _MEMORY_LIMIT = 160 << 20
 """What handling one small image may allocate: a window of zstd, and its output."""
 
@@ -48,6 +51,7 @@ def _valid_images() -> list[bytes]:
     images = [
         elf,
         build_elf([(0x100000, code)], entry=0x100000, bits=32),
+        build_elf([(0x1000000, code)], entry=0x1000000, kind=3, notes=reloc_note(4096, 0)),
         build_multiboot(code, memory=0x4000),
         build_multiboot2(code, tags=[(5, 1, bytes(12))]),
         bytes(0xF000) + b"\xf4" * 0xFF0 + b"\xea\x5b\xe0\0\xf0".ljust(16, b"\0"),
@@ -55,6 +59,9 @@ def _valid_images() -> list[bytes]:
     for name in COMPRESSIONS:
         images.append(build_bzimage(code, payload=compress(name, elf)))
         images.append(build_zboot(name, build_image("arm64", code)))
+    for machine, name in ((0xAA64, "arm64"), (0x5064, "riscv64")):
+        images.append(with_pe(build_image(name, bytes(0x400)), machine, entry=0x100))
+    images.append(with_pe(build_bzimage(code), 0x8664))
     images += [build_bzimage(code, protocol=version) for version in (0x200, 0x203, 0x209, 0x20C)]
     return images
 
@@ -85,6 +92,7 @@ def _try(guest: GuestMemory, image: bytes, chance: random.Random) -> None:
     with image_file(image) as fd:
         for use in (
             lambda: load(guest, fd, memory_map=ram, kaslr=chance.random() < 0.2, zeroed=True),
+            lambda: load(guest, fd, memory_map=ram, offset=chance.choice(_OFFSETS), zeroed=True),
             lambda: inspect(fd),
             lambda: load_image(guest, fd, memory_map=ram, device_tree=tree, zeroed=True),
         ):

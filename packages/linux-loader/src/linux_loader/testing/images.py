@@ -23,6 +23,8 @@ __all__ = [
     "image_file",
     "memory_map",
     "pvh_note",
+    "reloc_note",
+    "with_pe",
 ]
 
 
@@ -59,6 +61,11 @@ def note(name: bytes, kind: int, desc: bytes, *, align: int = 4) -> bytes:
 def pvh_note(entry: int, *, size: int = 4, align: int = 4) -> bytes:
     """Return the note XEN_ELFNOTE_PHYS32_ENTRY with a number of `size` bytes."""
     return note(b"Xen\0", 18, entry.to_bytes(size, "little"), align=align)
+
+
+def reloc_note(*numbers: int) -> bytes:
+    """Return the note XEN_ELFNOTE_PHYS32_RELOC with up to three numbers of 32 bits."""
+    return note(b"Xen\0", 19, struct.pack(f"<{len(numbers)}I", *numbers))
 
 
 def build_elf(
@@ -255,6 +262,45 @@ def build_image(
     else:
         header += struct.pack("<I12x8s", 2, b"RISCV\0\0\0") + b"RSC\x05"
     return header.ljust(64, b"\0") + code
+
+
+def with_pe(
+    image: bytes,
+    machine: int,
+    *,
+    at: int = 0x40,
+    entry: int = 0x1000,
+    image_size: int | None = None,
+    alignment: int = 0x1000,
+    subsystem: int = 10,
+    sections: Sequence[tuple[bytes, int, int, int, int]] | None = None,
+) -> bytes:
+    """Return an image with the PE header of an EFI application laid over its first bytes.
+
+    Args:
+        image: with room for it.
+        machine: 0x8664, 0xAA64, 0x5064, or 0x14C, which gets a header of 32 bits.
+        at: where the header begins.
+        entry: AddressOfEntryPoint.
+        image_size: SizeOfImage; None for the size of the file.
+        alignment: SectionAlignment.
+        subsystem: 10 for an application.
+        sections: name, VirtualSize, VirtualAddress, SizeOfRawData, PointerToRawData of each; None
+            for one over all of the file.
+    """
+    size = len(image) if image_size is None else image_size
+    if sections is None:
+        sections = [(b".text", size, 0, len(image), 0)]
+    magic, optional = (0x10B, 96) if machine == 0x14C else (0x20B, 112)
+    header = struct.pack("<4sHH12xHH", b"PE\0\0", machine, len(sections), optional, 0x206)
+    fields = (magic, entry, alignment, 0x200, size, 0, subsystem)
+    header += struct.pack("<H14xI12xII16xII4xH", *fields).ljust(optional, b"\0")
+    header += b"".join([struct.pack("<8sIIII16x", *section) for section in sections])
+    result = bytearray(image)
+    result[:2] = b"MZ"
+    struct.pack_into("<I", result, 0x3C, at)
+    result[at : at + len(header)] = header
+    return bytes(result)
 
 
 def build_zboot(name: str, image: bytes) -> bytes:

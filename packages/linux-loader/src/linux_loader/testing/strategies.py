@@ -16,6 +16,7 @@ from linux_loader.testing.images import (
     build_multiboot2,
     compress,
     pvh_note,
+    reloc_note,
 )
 
 if TYPE_CHECKING:
@@ -42,11 +43,15 @@ def elf_images(draw: DrawFn, *, bits: int | None = None, pvh: bool | None = None
         segments.append((address, data, size))
         address += size
     first = segments[0][0]
+    notes = pvh_note(first, size=draw(st.sampled_from([4, 8]))) if pvh else b""
+    if draw(st.booleans()):
+        notes += reloc_note(*draw(st.sampled_from([(), (4096,), (4096, 0, 0xFFFFFFFF)])))
     return build_elf(
         segments,
         entry=first,
         bits=bits,
-        notes=pvh_note(first, size=draw(st.sampled_from([4, 8]))) if pvh else b"",
+        kind=draw(st.sampled_from([2, 3])),
+        notes=notes,
         virtual_offset=draw(st.sampled_from([0, 0xC0000000, 0xFFFFFFFF80000000])),
         page_aligned=draw(st.booleans()),
     )
@@ -55,10 +60,11 @@ def elf_images(draw: DrawFn, *, bits: int | None = None, pvh: bool | None = None
 @st.composite
 def bzimages(draw: DrawFn) -> bytes:
     """Valid boot images of every protocol version from 2.00, with or without a payload."""
-    payload = b""
+    payload, kernel = b"", b""
     protocol = draw(st.integers(0x200, 0x20F))
     if protocol >= 0x208 and draw(st.booleans()):
-        payload = compress(draw(st.sampled_from(COMPRESSIONS)), draw(elf_images(bits=64)))
+        kernel = draw(elf_images(bits=64))
+        payload = compress(draw(st.sampled_from(COMPRESSIONS)), kernel)
     return build_bzimage(
         draw(st.binary(min_size=16, max_size=64)).ljust(0x220, b"\x90"),
         payload=payload,
@@ -68,7 +74,8 @@ def bzimages(draw: DrawFn) -> bytes:
         xloadflags=draw(st.integers(0, 3)),
         kernel_alignment=1 << draw(st.integers(12, 24)),
         pref_address=draw(st.sampled_from([0x100000, 0x200000, 0x1000000])),
-        init_size=draw(st.integers(0, 0x200000)),
+        # What is unpacked must have room there; 0 says nothing.
+        init_size=draw(st.one_of(st.just(0), st.integers(max(len(kernel), 1), 0x200000))),
     )
 
 
