@@ -47,3 +47,9 @@ def test_nested_guests_breakpoints_and_hypercalls(linux: Lab | Direct) -> None:
         "IoapicEoi(vector=51)",
         r"IoOut(port=17, size=1, count=1, data=b'\x00')",
     ]
+    pae = found["pae"]
+    assert pae["saved"] == pae["moved"] == pae["expected"]
+    assert pae["without"] != pae["expected"]
+    assert pae["same"]
+    assert pae["before"] == [1, 2, 3, 4, 5]
+    assert pae["after"] == [6, 7, 8, 9, 10]

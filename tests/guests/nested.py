@@ -2,8 +2,8 @@
 
 A hypervisor in the guest enters its own guest by VMRUN; its state is saved while the inner guest
 runs and put into another VM, where the inner guest goes on. And software breakpoints at ring 0, and
-hypercalls that user space answers; and a level interrupt that stays in service until its handler
-ends it.
+hypercalls that user space answers; a level interrupt that stays in service until its handler ends
+it; and a vCPU in 32-bit PAE paging, with the page-directory pointers that it has loaded.
 """
 
 from __future__ import annotations
@@ -143,9 +143,44 @@ def end_of_interrupt() -> dict[str, object]:
             return {"in service": in_service, "seen": seen}
 
 
+def page_directory_pointers() -> dict[str, object]:
+    """A vCPU in PAE paging moves with the pointers that it has loaded, whatever memory has."""
+    source = "1: inc %al; out %al, $0x10; jmp 1b"
+    table, size = 0x7000, 32
+    with Guest(source, Mode.PROTECTED) as guest, Guest(source, Mode.PROTECTED) as other:
+        directories = [0x12000 + 0x1000 * number | 1 for number in range(4)]  # 2 MiB pages
+        pack_into("<4Q", guest.memory, table, *directories)
+        sregs = guest.vcpu.get_sregs()
+        guest.vcpu.set_sregs(
+            evolve(sregs, cr0=sregs.cr0 | 1 << 31, cr3=table, cr4=sregs.cr4 | 1 << 5)
+        )
+        before = [output(guest) for _ in range(_COUNT)]
+        guest.vcpu.kick()
+        guest.run()
+        state = guest.vcpu.save()
+        other.memory[:] = guest.memory[:]
+        other.memory[table : table + size] = bytes(size)
+        other.vcpu.restore(state)
+        moved = other.vcpu.save()
+        other.vcpu.set_sregs(state.sregs)
+        without = other.vcpu.get_sregs2().pdptrs
+        other.vcpu.restore(state)
+        # This kind of processor looks into memory again.
+        other.memory[table : table + size] = guest.memory[table : table + size]
+        return {
+            "expected": directories,
+            "saved": state.pdptrs,
+            "moved": moved.pdptrs,
+            "without": without,
+            "same": moved.sregs == state.sregs,
+            "before": before,
+            "after": [output(other) for _ in range(_COUNT)],
+        }
+
+
 if __name__ == "__main__":
     found = {
         "nested": nested(), "breakpoint": breakpoints(), "hypercall": hypercall(),
-        "end of interrupt": end_of_interrupt(),
+        "end of interrupt": end_of_interrupt(), "pae": page_directory_pointers(),
     }  # fmt: skip
     print(json.dumps(found))

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-import pytest
+import threading
+from struct import pack_into
 
-from kvm_ioctls import Vcpu, exits
-from kvm_ioctls.testing import Guest, Mode
+import attrs
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvm_ioctls import MpState, MsiRoute, Vcpu, exits
+from kvm_ioctls.testing import Guest, Mode, assemble
 
 pytestmark = pytest.mark.kvm
 
@@ -68,3 +74,84 @@ def test_time_goes_on_from_where_it_was() -> None:
         assert other.vm.get_clock().clock >= vm.clock.clock
         tsc = 0x10
         assert other.vcpu.get_msrs([tsc])[tsc] >= dict(vcpu.msrs)[tsc]
+
+
+# The first vCPU and the second count, at ports of their own, and the third waits to be started.
+# When they are told to, the second takes an interrupt that was pending all the time, and the first
+# starts the third.
+PROCESSORS = """
+    mov %edi, %edx
+    add $0x60, %edx
+1:  add $3, %al
+    rol $1, %bl
+    xor %bl, %al
+    out %al, %dx
+    cmpb $0, 0x5000(%edi)
+    je 1b
+    movb $0, 0x5000(%edi)
+    test %edi, %edi
+    jz 2f
+    sti
+    hlt
+2:  movl $0x02000000, 0xfee00310
+    movl $0x4500, 0xfee00300
+    movl $0x4602, 0xfee00300
+    xor %eax, %eax
+    jmp 1b
+.balign 32
+taken: mov $0x33, %al
+    out %al, $0x71
+    hlt
+"""
+
+
+def processors() -> Guest:
+    guest = Guest(PROCESSORS, Mode.PROTECTED, cpus=3, irqchip=True)
+    for vcpu in guest.vcpus:
+        vcpu.set_lapic(attrs.evolve(vcpu.get_lapic(), svr=0x1FF))
+    return guest
+
+
+def outputs(vcpu: Vcpu, count: int) -> list[exits.Exit]:
+    return [vcpu.run() for _ in range(count)]
+
+
+@settings(max_examples=10)
+@given(st.integers(1, 60), st.integers(1, 60))
+def test_a_guest_of_several_processors_moves(first: int, second: int) -> None:
+    """Each goes on as its twin: running, with an interrupt pending, and waiting to be started."""
+    with processors() as guest, processors() as other:
+        entry = guest.memory.find(b"\xb0\x33\xe6\x71")
+        gate = entry & 0xFFFF | 8 << 16 | 0x8E00 << 32
+        pack_into("<Q", guest.memory, 0x9000 + 8 * 0x33, gate)
+        third = assemble("mov $0x62, %al; out %al, $0x62; hlt", 16, 0)
+        guest.memory[0x2000 : 0x2000 + len(third)] = third
+        guest.vcpus[2].set_mp_state(MpState.UNINITIALIZED)
+        guest.vm.set_gsi_routing([MsiRoute(24, 0xFEE01000, 0x33)])
+        guest.vm.irq_line(24, 1)
+        runners = [threading.Thread(target=outputs, args=pair)
+                   for pair in zip(guest.vcpus, (first, second), strict=False)]  # fmt: skip
+        for runner in runners:
+            runner.start()
+        for runner in runners:
+            runner.join(30)
+        for vcpu in guest.vcpus:
+            settle(vcpu)
+        states, vm = [vcpu.save() for vcpu in guest.vcpus], guest.vm.save()
+        other.memory[:] = guest.memory[:]
+        for vcpu, state in zip(other.vcpus, states, strict=True):
+            vcpu.restore(state)
+        other.vm.restore(vm)
+        assert [state.mp_state for state in states] == [0, 0, MpState.UNINITIALIZED]
+        assert states[1].lapic is not None
+        assert states[1].lapic.vectors("irr") == (0x33,)
+        seen = []
+        for each in (guest, other):
+            found = [outputs(vcpu, 20) for vcpu in each.vcpus[:2]]
+            each.memory[0x5000:0x5002] = b"\1\1"
+            found.append([each.vcpus[1].run()])
+            found.append([each.vcpus[0].run(), each.vcpus[2].run()])
+            seen.append(found)
+        assert seen[0] == seen[1]
+        assert seen[1][2] == [exits.IoOut(0x71, 1, 1, b"\x33")]
+        assert seen[1][3][1] == exits.IoOut(0x62, 1, 1, b"\x62")

@@ -18,7 +18,7 @@ from kvm_ioctls.state.nested import NestedState
 from kvm_ioctls.state.pit import PitState2
 from kvm_ioctls.state.regs import Regs
 from kvm_ioctls.state.routing import RoutingEntry
-from kvm_ioctls.state.sregs import Sregs
+from kvm_ioctls.state.sregs import Sregs, Sregs2
 from kvm_ioctls.state.xsave import Xcrs, Xsave
 
 if TYPE_CHECKING:
@@ -30,6 +30,8 @@ __all__ = ["VcpuState", "VmState"]
 _ENXIO, _EINVAL = 6, 22
 _TSC_DEADLINE = 0x6E0
 _REALTIME = 4
+_CAP_SREGS2, _PDPTRS_VALID = 200, 1
+_CR0_PG, _CR4_PAE, _EFER_LMA = 1 << 31, 1 << 5, 1 << 10
 
 
 @attrs.frozen
@@ -43,7 +45,10 @@ class VcpuState:
         msrs: the MSRs that KVM saves, by index.
         lapic: None without a controller in the kernel.
         nested: None where KVM runs no nested guests.
-        version: of this form; 1.
+        pdptrs: the page-directory pointers that the processor has loaded, which may differ from
+            those in memory; None outside of 32-bit PAE paging, and where KVM cannot tell
+            (KVM_CAP_SREGS2).
+        version: of this form; 2, which has `pdptrs`.
     """
 
     cpuid: tuple[CpuidEntry, ...]
@@ -58,7 +63,8 @@ class VcpuState:
     mp_state: MpState
     lapic: LapicState | None = None
     nested: NestedState | None = None
-    version: int = attrs.field(default=1, kw_only=True)
+    pdptrs: tuple[int, int, int, int] | None = None
+    version: int = attrs.field(default=2, kw_only=True)
 
 
 @attrs.frozen
@@ -94,11 +100,12 @@ def save_vcpu(vcpu: Vcpu, msr_indices: tuple[int, ...]) -> VcpuState:
         if error.errno != _EINVAL:
             raise
         lapic = None
+    sregs = vcpu.get_sregs()
     return VcpuState(
         cpuid=vcpu.get_cpuid2(),
         tsc_khz=vcpu.get_tsc_khz(),
         regs=vcpu.get_regs(),
-        sregs=vcpu.get_sregs(),
+        sregs=sregs,
         xcrs=vcpu.get_xcrs(),
         xsave=vcpu.get_xsave2(),
         debugregs=vcpu.get_debugregs(),
@@ -107,7 +114,16 @@ def save_vcpu(vcpu: Vcpu, msr_indices: tuple[int, ...]) -> VcpuState:
         nested=nested,
         events=vcpu.get_vcpu_events(),
         mp_state=mp_state,
+        pdptrs=_pdptrs(vcpu, sregs),
     )
+
+
+def _pdptrs(vcpu: Vcpu, sregs: Sregs) -> tuple[int, int, int, int] | None:
+    pae = sregs.cr0 & _CR0_PG and sregs.cr4 & _CR4_PAE and not sregs.efer & _EFER_LMA
+    if not pae or not vcpu.vm.check_extension(_CAP_SREGS2):
+        return None
+    loaded = vcpu.get_sregs2()
+    return loaded.pdptrs if loaded.flags & _PDPTRS_VALID else None
 
 
 def restore_vcpu(vcpu: Vcpu, state: VcpuState) -> None:
@@ -121,7 +137,12 @@ def restore_vcpu(vcpu: Vcpu, state: VcpuState) -> None:
         vcpu.set_cpuid2(state.cpuid)
     if state.tsc_khz and vcpu.get_tsc_khz() != state.tsc_khz:
         vcpu.set_tsc_khz(state.tsc_khz)
-    vcpu.set_sregs(state.sregs)
+    if state.pdptrs is None:
+        vcpu.set_sregs(state.sregs)
+    else:  # set_sregs() would load them from memory
+        values = attrs.asdict(state.sregs, recurse=False)
+        del values["interrupt_bitmap"], values["version"]  # the events have the interrupt too
+        vcpu.set_sregs2(Sregs2(**values, flags=_PDPTRS_VALID, pdptrs=state.pdptrs))
     vcpu.set_regs(state.regs)
     vcpu.set_xcrs(state.xcrs)
     vcpu.set_xsave(state.xsave)
