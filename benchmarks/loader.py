@@ -21,9 +21,9 @@ from time import perf_counter
 from benchmarks.harness import Bench, Goal, Measure, Row, Skip, per_call
 from linux_loader import Placement, Protocol, load, plan, unpack_kernel
 from linux_loader.bzimage import parse_bzimage
-from linux_loader.dispatch import unpack_payload
 from linux_loader.source import Source
 from linux_loader.testing import build_elf, image_file, memory_map, pvh_note
+from linux_loader.unpacking import unpack_payload
 from vm_memory import GuestAddress, GuestMemory, Permissions
 
 SIZE = 256 << 20

@@ -171,8 +171,8 @@ def test_misuse_of_msr_filters() -> None:
         one = MsrFilterRange(KVM_MSR_FILTER_READ, 0, (True,))
         for ranges, rule in (
             ([one] * 17, "at most 16"),
-            ([one._replace(allowed=())], "1 to 12288"),
-            ([one._replace(allowed=(True,) * 12289)], "1 to 12288"),
+            ([attrs.evolve(one, allowed=())], "1 to 12288"),
+            ([attrs.evolve(one, allowed=(True,) * 12289)], "1 to 12288"),
         ):
             with pytest.raises(ArgumentError, match=rule):
                 guest.vm.x86_set_msr_filter(ranges)

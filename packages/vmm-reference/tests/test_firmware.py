@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from kvm_ioctls.testing import assemble
 from vm_memory import GuestAddress
 from vmm_reference.config import MachineConfig
+from vmm_reference.devices.cmos import cmos
 from vmm_reference.devices.debug_console import LIMIT, WINDOW, DebugConsole, DebugLog
 from vmm_reference.devices.rtc import Rtc
 from vmm_reference.errors import ConfigError, HostError
-from vmm_reference.firmware import cmos
 from vmm_reference.machine import Machine
 from vmm_reference.outcome import Outcome
 

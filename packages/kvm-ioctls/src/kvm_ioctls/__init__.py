@@ -5,8 +5,7 @@ Names are loaded when first used: importing the package costs next to nothing.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from kvm_ioctls import constants, exits, state
     from kvm_ioctls.errors import ArgumentError, ClosedError, KvmError

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
 
 from kvm_ioctls._native import ffi, lib
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from types import TracebackType
-    from typing import NoReturn, Self
+    from typing import Any, NoReturn, Self
 
 _from_buffer = ffi.from_buffer
 _ioctl = lib.kvmi_ioctl

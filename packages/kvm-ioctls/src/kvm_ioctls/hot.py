@@ -36,10 +36,11 @@ from __future__ import annotations
 from _thread import allocate_lock
 from functools import partial
 from struct import Struct
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from kvm_ioctls._native import ffi, lib
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any, NoReturn

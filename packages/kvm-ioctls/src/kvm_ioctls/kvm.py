@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 from struct import pack, unpack_from
-from typing import TYPE_CHECKING
 
 from kvm_ioctls._attributes import Attributes
 from kvm_ioctls._fd import Descriptor
 from kvm_ioctls._native import lib
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from typing import Self

@@ -13,7 +13,6 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from linux_loader.cmdline import Cmdline
     from linux_loader.device_tree_boot import LoadedImage, load_image
-    from linux_loader.dispatch import unpack_kernel
     from linux_loader.e820 import E820Entry, E820Type
     from linux_loader.entry import EntryState, SegmentState, TableState
     from linux_loader.errors import CmdlineError, ImageError, LoaderError, PlacementError
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
     from linux_loader.loading import Loaded, load, plan
     from linux_loader.placement import Placement, Plan
     from linux_loader.screen import Screen
+    from linux_loader.unpacking import unpack_kernel
 
 __all__ = [
     "Cmdline",
@@ -56,7 +56,6 @@ __all__ = [
 _MODULES = {
     "cmdline": ("Cmdline",),
     "device_tree_boot": ("LoadedImage", "load_image"),
-    "dispatch": ("unpack_kernel",),
     "e820": ("E820Entry", "E820Type"),
     "entry": ("EntryState", "SegmentState", "TableState"),
     "errors": ("CmdlineError", "ImageError", "LoaderError", "PlacementError"),
@@ -67,6 +66,7 @@ _MODULES = {
     "loading": ("Loaded", "load", "plan"),
     "placement": ("Placement", "Plan"),
     "screen": ("Screen",),
+    "unpacking": ("unpack_kernel",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

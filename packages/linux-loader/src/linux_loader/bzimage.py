@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import struct
-from typing import TYPE_CHECKING
 
-from linux_loader._value import Value
 from linux_loader.decompress import MAX_KERNEL_SIZE
 from linux_loader.errors import ImageError
 from linux_loader.kinds import Format, format_of
+from vm_memory._values import frozen
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from linux_loader.source import Source
 
@@ -24,7 +24,8 @@ XLF_KERNEL_64 = 1
 XLF_CAN_BE_LOADED_ABOVE_4G = 2
 
 
-class BzImage(Value):
+@frozen(kw_only=True)
+class BzImage:
     """A checked setup header. Fields that the protocol version does not have hold its defaults.
 
     Attributes:

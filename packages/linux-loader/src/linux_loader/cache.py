@@ -11,11 +11,11 @@ and of kernels that need no unpacking where they hold zeros.
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
 
 from linux_loader.source import Source
 from linux_loader.zeros import decode_zeros, encode_zeros, find_zeros
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 

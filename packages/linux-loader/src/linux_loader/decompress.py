@@ -6,10 +6,9 @@ lzo (lzop files). Each is told how much may come out and stops there, whatever t
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from linux_loader.errors import ImageError
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     import zstandard
 

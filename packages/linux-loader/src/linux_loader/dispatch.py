@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from linux_loader.decompress import MAX_KERNEL_SIZE, compression_of, decompress
 from linux_loader.errors import ImageError, LoaderError
 from linux_loader.kinds import Format, Protocol, format_of
 from linux_loader.placement import FileRange, Placement, Plan, checked
 from linux_loader.source import Source
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     import os
     from collections.abc import Callable
@@ -20,7 +18,6 @@ if TYPE_CHECKING:
     from linux_loader.entry import EntryState
     from linux_loader.flat import Flat
     from linux_loader.request import BootRequest
-    from linux_loader.source import File
 
     Folder: TypeAlias = str | os.PathLike[str] | None
     Planned: TypeAlias = tuple[list[Placement], EntryState]
@@ -28,7 +25,7 @@ if TYPE_CHECKING:
 _WORTH_KNOWING = 4 << 20
 """A kernel smaller than this is copied faster than looked up."""
 
-__all__ = ["plan_image", "unpack_kernel", "unpack_payload"]
+__all__ = ["plan_image"]
 
 
 def plan_image(
@@ -70,10 +67,11 @@ def plan_image(
         kind, protocol, planned = Format.FLAT, Protocol.FLAT, plan_flat(request, source, flat)
     elif kind is Format.BZIMAGE:
         from linux_loader.bzimage import parse_bzimage
+        from linux_loader.unpacking import unpack
 
         image = parse_bzimage(source)
         version = image.version
-        unpacked = None if kaslr else _unpack(source, image, cache, sources)
+        unpacked = None if kaslr else unpack(source, image, cache, sources)
         if unpacked is None:
             protocol, planned = _start_bzimage(request, source, image, protocol, offset)
         else:
@@ -90,71 +88,6 @@ def plan_image(
         protocol, planned = _start_elf(request, source, parse_elf(source), protocol, None, offset)
     placements, entry = planned
     return Plan(checked(placements, request.memory_map), entry, kind, protocol, version)
-
-
-def _unpack(
-    source: Source,
-    image: BzImage,
-    cache: str | os.PathLike[str] | None,
-    sources: list[Source],
-) -> tuple[Source, ElfImage] | None:
-    """Return the kernel inside a boot image, or None where only the image itself can unpack it."""
-    from linux_loader.elf import parse_elf
-
-    offset, size = image.payload_offset, image.payload_size
-    if size < 16 or compression_of(source.read("payload", offset, 16)) is None:
-        return None
-
-    def unpack(piece: bytes) -> bytes:
-        return unpack_payload(piece, limit=image.unpacked_limit)
-
-    if cache is not None:
-        from linux_loader.cache import DecompressionCache
-
-        folder = DecompressionCache(cache)
-        kernel = folder.open(source, offset, size, unpack)
-        sources.append(kernel)
-        try:
-            return kernel, parse_elf(kernel)
-        except ImageError:
-            folder.forget(kernel)
-    data = unpack(source.read("payload", offset, size))
-    kernel = Source.of_bytes(data, f"kernel of {source.name}")
-    sources.append(kernel)
-    return kernel, parse_elf(kernel)
-
-
-def unpack_payload(payload: bytes, *, limit: int = MAX_KERNEL_SIZE) -> bytes:
-    """Decompress the payload of a boot image, which ends with the size of what comes out.
-
-    Args:
-        payload: the compressed kernel.
-        limit: the most bytes that may come out; a boot image states it as `init_size`.
-
-    Raises:
-        ImageError: the payload is broken, or something else comes out than it says.
-    """
-    return decompress(payload, limit=limit, size=int.from_bytes(payload[-4:], "little"))
-
-
-def unpack_kernel(file: File) -> bytes:
-    """Return the kernel inside a boot image: an ELF file (vmlinux).
-
-    Args:
-        file: path of the boot image, or an open descriptor.
-
-    Raises:
-        ImageError: it is no boot image, holds no payload that can be unpacked here, or is broken.
-        OSError: it cannot be read.
-    """
-    from linux_loader.bzimage import parse_bzimage
-
-    with Source.open(file) as source:
-        image = parse_bzimage(source)
-        payload = source.read("payload", image.payload_offset, image.payload_size)
-    if len(payload) < 16:
-        raise ImageError("payload_length", 0x24C, len(payload), "there is no kernel in this image")
-    return unpack_payload(payload, limit=image.unpacked_limit)
 
 
 def _start_bzimage(

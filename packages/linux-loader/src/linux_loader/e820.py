@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import enum
 import struct
-from typing import TYPE_CHECKING
-
-import attrs
 
 from linux_loader.errors import PlacementError
+from vm_memory._values import frozen
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
@@ -29,7 +28,7 @@ class E820Type(enum.IntEnum):
     PMEM = 7
 
 
-@attrs.frozen
+@frozen
 class E820Entry:
     """One range of the guest's physical address space.
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import struct
-from typing import TYPE_CHECKING
 
-from linux_loader._value import Value
 from linux_loader.errors import ImageError
+from vm_memory._values import frozen
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from linux_loader.source import Source
 
@@ -34,7 +34,8 @@ _MAX_PROGRAM_HEADERS = 256
 _MAX_NOTES = 1 << 20
 
 
-class ElfSegment(Value):
+@frozen(kw_only=True)
+class ElfSegment:
     """A PT_LOAD program header.
 
     Attributes:
@@ -54,7 +55,8 @@ class ElfSegment(Value):
     flags: int
 
 
-class Relocation(Value):
+@frozen(kw_only=True)
+class Relocation:
     """Where a kernel that moves itself may lie: the note XEN_ELFNOTE_PHYS32_RELOC.
 
     Attributes:
@@ -68,7 +70,8 @@ class Relocation(Value):
     maximum: int
 
 
-class ElfImage(Value):
+@frozen(kw_only=True)
+class ElfImage:
     """A checked x86 executable.
 
     Attributes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import attrs
+from vm_memory._values import frozen
 
 __all__ = ["EntryState", "SegmentState", "TableState", "long_mode", "protected_mode", "real_mode"]
 
@@ -13,7 +13,7 @@ DATA_SELECTOR = 0x18
 TASK_SELECTOR = 0x20
 
 
-@attrs.frozen
+@frozen
 class SegmentState:
     """A segment register with its hidden part (Intel SDM volume 3, section 3.4.3).
 
@@ -46,7 +46,7 @@ class SegmentState:
     unusable: int = 0
 
 
-@attrs.frozen
+@frozen
 class TableState:
     """GDTR or IDTR: linear address of the table and its size in bytes less one."""
 
@@ -54,7 +54,7 @@ class TableState:
     limit: int
 
 
-@attrs.frozen
+@frozen
 class EntryState:
     """Everything the boot protocol says about the first processor at its first instruction.
 

@@ -7,13 +7,13 @@ a PE file around a compressed Image.
 from __future__ import annotations
 
 import struct
-from typing import TYPE_CHECKING
 
-from linux_loader._value import Value
 from linux_loader.decompress import MAX_KERNEL_SIZE, compression_of, decompress
 from linux_loader.errors import ImageError
 from linux_loader.source import Source
+from vm_memory._values import frozen
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -23,7 +23,8 @@ _HEADER = struct.Struct("<8xQQQ")
 _OLD_TEXT_OFFSET = 0x80000
 
 
-class KernelImage(Value):
+@frozen(kw_only=True)
+class KernelImage:
     """A checked header.
 
     Attributes:

@@ -132,7 +132,7 @@ def inspect(file: File) -> Inspection:
 def _look_at_bzimage(facts: _Facts) -> None:
     from linux_loader.bzimage import XLF_KERNEL_64, parse_bzimage
     from linux_loader.decompress import compression_of
-    from linux_loader.dispatch import unpack_payload
+    from linux_loader.unpacking import unpack_payload
 
     source = facts.source
     image = parse_bzimage(source)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import attrs
+from vm_memory._values import frozen
 
 __all__ = ["Layout"]
 
 
-@attrs.frozen
+@frozen
 class Layout:
     """Guest-physical addresses of what a boot protocol hands over.
 

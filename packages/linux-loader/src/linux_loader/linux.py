@@ -6,7 +6,6 @@ Offsets into the zero page are those of `struct boot_params`.
 from __future__ import annotations
 
 import struct
-from typing import TYPE_CHECKING
 
 from linux_loader.bzimage import XLF_KERNEL_64
 from linux_loader.e820 import encode, ram_ranges
@@ -18,6 +17,7 @@ from linux_loader.placement import FileRange, Placement, describe, lowest_fit
 from linux_loader.request import initrd_range
 from linux_loader.tables import descriptor_table, identity_page_tables
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from linux_loader.bzimage import BzImage
     from linux_loader.e820 import E820Entry

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-import attrs
-
 from linux_loader.dispatch import plan_image
 from linux_loader.request import BootRequest
 from linux_loader.source import Source, file_list
+from vm_memory._values import frozen
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     import os
     from collections.abc import Iterable, Sequence
@@ -27,7 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["Loaded", "load", "plan"]
 
 
-@attrs.frozen
+@frozen
 class Loaded:
     """A guest whose memory is ready.
 

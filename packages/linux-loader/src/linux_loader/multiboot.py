@@ -5,12 +5,12 @@ from __future__ import annotations
 import struct
 from typing import TYPE_CHECKING
 
-from linux_loader._value import Value
 from linux_loader.encode import encode_cmdline
 from linux_loader.entry import TableState, protected_mode
 from linux_loader.errors import ImageError, LoaderError, PlacementError
 from linux_loader.placement import FileRange, Placement, describe, lowest_fit
 from linux_loader.tables import descriptor_table
+from vm_memory._values import frozen
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,7 +29,8 @@ LOADER_NAME = b"linux-loader\0"
 _COMMAND_LINE = 1 << 16
 
 
-class LoadAddresses(Value):
+@frozen(kw_only=True)
+class LoadAddresses:
     """Where a kernel that is not ELF goes: the address fields of its header.
 
     Attributes:
@@ -47,7 +48,8 @@ class LoadAddresses(Value):
     entry: int | None
 
 
-class MultibootHeader(Value):
+@frozen(kw_only=True)
+class MultibootHeader:
     """A checked header.
 
     Attributes:

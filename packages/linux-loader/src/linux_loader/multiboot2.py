@@ -5,7 +5,6 @@ from __future__ import annotations
 import struct
 from typing import TYPE_CHECKING
 
-from linux_loader._value import Value
 from linux_loader.encode import encode_cmdline
 from linux_loader.errors import ImageError, LoaderError
 from linux_loader.multiboot import (
@@ -18,6 +17,7 @@ from linux_loader.multiboot import (
     start,
 )
 from linux_loader.placement import Placement
+from vm_memory._values import frozen
 
 if TYPE_CHECKING:
     from linux_loader.entry import EntryState
@@ -37,7 +37,8 @@ _HARMLESS = {4, 6, 8, 9, 10}
 """Header tags obeyed as we start: console, module alignment, EFI entries, relocation."""
 
 
-class Multiboot2Header(Value):
+@frozen(kw_only=True)
+class Multiboot2Header:
     """A checked header.
 
     Attributes:

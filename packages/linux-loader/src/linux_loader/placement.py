@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-import attrs
-
-from linux_loader._value import Value
 from linux_loader.e820 import ram_ranges
 from linux_loader.errors import PlacementError
+from vm_memory._values import field, frozen
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
@@ -25,7 +22,8 @@ _PAGE = 4096
 _MAP_AT_LEAST = 64 << 10  # below this, a mapping costs more than the copy it saves
 
 
-class FileRange(Value):
+@frozen(kw_only=True)
+class FileRange:
     """Bytes that are still in a file."""
 
     source: Source
@@ -33,7 +31,7 @@ class FileRange(Value):
     size: int
 
 
-@attrs.frozen
+@frozen
 class Placement:
     """One piece of guest memory and what it will hold.
 
@@ -49,7 +47,7 @@ class Placement:
     name: str
     address: int
     size: int
-    content: bytes | FileRange | None = attrs.field(default=None, repr=False)
+    content: bytes | FileRange | None = field(default=None, repr=False)
     zero: bool = False
     rom: bool = False
 
@@ -61,7 +59,7 @@ class Placement:
         return self.content.size if isinstance(self.content, FileRange) else len(self.content)
 
 
-@attrs.frozen
+@frozen
 class Plan:
     """What will be where, and how the first processor starts. Printed, it is a table.
 

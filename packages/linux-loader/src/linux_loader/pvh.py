@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import struct
-from typing import TYPE_CHECKING
 
 from linux_loader.entry import TableState, protected_mode
 from linux_loader.placement import Placement
 from linux_loader.request import initrd_range
 from linux_loader.tables import descriptor_table
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from linux_loader.e820 import checked_map, ram_ranges
 from linux_loader.encode import encode_cmdline
 from linux_loader.errors import LoaderError, PlacementError
 from linux_loader.layout import Layout
 from linux_loader.placement import FileRange, Placement, describe, highest_fit
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 

@@ -7,8 +7,8 @@ section follows it, and the gaps to the next 2 MiB.
 from __future__ import annotations
 
 import struct
-from typing import TYPE_CHECKING
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from linux_loader.source import Source
 

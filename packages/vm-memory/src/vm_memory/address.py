@@ -7,8 +7,6 @@ what is checked lives in the named functions below.
 
 from __future__ import annotations
 
-from typing import NewType
-
 from vm_memory.errors import InvalidValueError
 
 __all__ = [
@@ -23,11 +21,18 @@ __all__ = [
     "offset_from",
 ]
 
-GuestAddress = NewType("GuestAddress", int)
-"""A position in an address space: guest-physical, or an I/O virtual address behind an IOMMU."""
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import NewType
 
-RegionOffset = NewType("RegionOffset", int)
-"""A distance in bytes from the start of a region."""
+    GuestAddress = NewType("GuestAddress", int)
+    RegionOffset = NewType("RegionOffset", int)
+else:
+    GuestAddress = int
+    """A position in an address space: guest-physical, or an I/O virtual address behind an IOMMU."""
+
+    RegionOffset = int
+    """A distance in bytes from the start of a region."""
 
 ADDRESS_LIMIT = 1 << 64
 """The first integer that is no address any more."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import attrs
-
+from vm_memory._values import field, frozen
 from vm_memory.errors import InvalidValueError
 
 TYPE_CHECKING = False
@@ -28,7 +27,7 @@ def _check_length(adopted: Adopted, _attribute: object, length: int) -> None:
         raise InvalidValueError("length", length, rule)
 
 
-@attrs.frozen
+@frozen
 class Adopted:
     """Memory that somebody else mapped in this process, and that stays theirs.
 
@@ -60,9 +59,9 @@ class Adopted:
     b'here'
     """
 
-    host_address: int = attrs.field(validator=_check_host_address)
-    length: int = attrs.field(validator=_check_length)
-    owner: object = attrs.field(eq=False, repr=False)
+    host_address: int = field(validator=_check_host_address)
+    length: int = field(validator=_check_length)
+    owner: object = field(eq=False, repr=False)
 
     @classmethod
     def from_buffer(cls, buffer: object) -> Adopted:
@@ -82,7 +81,7 @@ class Adopted:
         return cls(int(ffi.cast("uintptr_t", view)), len(view), view)
 
 
-@attrs.frozen
+@frozen
 class Anonymous:
     """Private memory of this process, without a file behind it.
 
@@ -96,7 +95,7 @@ class Anonymous:
     hugetlb: str | None = None
 
 
-@attrs.frozen
+@frozen
 class Memfd:
     """Memory in an anonymous file (`memfd_create`), which other processes can map too.
 
@@ -112,7 +111,7 @@ class Memfd:
     hugetlb: str | None = None
 
 
-@attrs.frozen
+@frozen
 class FileShared:
     """A file; what is written reaches it, and every other process that maps it.
 
@@ -128,7 +127,7 @@ class FileShared:
     offset: int = 0
 
 
-@attrs.frozen
+@frozen
 class FilePrivate:
     """The content of a file, copy-on-write: what is written stays in this process.
 

@@ -1,7 +1,5 @@
 """`python -m vmm_reference` is the command `vmm`."""
 
-import sys
+from .cli import command
 
-from .cli import main
-
-sys.exit(main())
+command()

@@ -10,12 +10,9 @@ from __future__ import annotations
 import os
 import time
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
 
-import attrs
-
-from kvm_ioctls import constants
 from vm_memory import Anonymous, GuestAddress, GuestMemory, Memfd
+from vm_memory._values import evolve
 
 from . import layout
 from .boot import Announcements, load_kernel
@@ -23,13 +20,13 @@ from .bus import Bus
 from .cpu.state import CpuPolicy, set_entry_state
 from .devices import factory
 from .errors import ConfigError, HostError
-from .firmware import add_chipset, add_flash, add_fw_cfg, load_firmware, rom_ranges
 from .legacy import LegacyDevices
 from .loop import READ
 from .outcome import Outcome
 from .vcpu import VcpuThread
 from .wiring import Wiring
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from typing import Any
@@ -47,6 +44,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Board"]
 
+_KVM_MEM_READONLY = 2
 _PIT_SPEAKER_DUMMY = 1
 _PARK_SECONDS = 10.0
 
@@ -120,6 +118,8 @@ class Board:
 
                 self.pci = PciRoot(self, config)
             if config.firmware is not None:
+                from .firmware import add_chipset
+
                 wiring = self.devices["chipset"] = Wiring(self, "chipset")
                 stack.callback(wiring.close)
                 add_chipset(wiring, None if self.pci is None else self.pci.bus)
@@ -132,6 +132,8 @@ class Board:
             entry = policy = None
             if restored is None and incoming is None:
                 if config.firmware is not None:
+                    from .firmware import load_firmware
+
                     entry = load_firmware(self.memory, config.firmware, config.memory)
                 else:
                     entry = load_kernel(self.memory, config, self.announced)
@@ -175,7 +177,7 @@ class Board:
     def save(self) -> Iterator[tuple[str, object]]:
         """All states but memory, by name; the guest is paused, and this is the loop's thread."""
         assert self.clock is not None
-        yield "vm", attrs.evolve(self.vm.save(), clock=self.clock)
+        yield "vm", evolve(self.vm.save(), clock=self.clock)
         for thread in self._vcpus:
             yield f"vcpu{thread.vcpu.id}", thread.vcpu.save()
         for name, part in self.parts().items():
@@ -195,7 +197,7 @@ class Board:
             self.loop.add(fd, READ, lambda _: self._filled(fd))
         for thread, state in zip(self._vcpus, restored.vcpus, strict=True):
             thread.vcpu.restore(state)
-        self.vm.restore(attrs.evolve(restored.vm, clock=attrs.evolve(restored.vm.clock, flags=0)))
+        self.vm.restore(evolve(restored.vm, clock=evolve(restored.vm.clock, flags=0)))
         self.clock = restored.vm.clock
         restored.apply(self.parts())
         for wiring in self.devices.values():
@@ -317,8 +319,11 @@ class Board:
 
     def _get_memory(self, config: MachineConfig, given: GuestMemory | None) -> GuestMemory:
         ranges = [(GuestAddress(a), size) for a, size in layout.ram_ranges(config.memory)]
-        roms = rom_ranges(config) if config.firmware is not None else []
-        ranges = sorted([*ranges, *((GuestAddress(start), size) for start, size in roms)])
+        if config.firmware is not None:
+            from .firmware import rom_ranges
+
+            roms = rom_ranges(config)
+            ranges = sorted([*ranges, *((GuestAddress(start), size) for start, size in roms)])
         if given is None:
             backing = Memfd() if config.shared_memory else Anonymous()
             return GuestMemory.from_ranges(ranges, backing=backing, dirty_page_size=4096)
@@ -337,7 +342,7 @@ class Board:
                 slot=slot,
                 guest_phys_addr=region.guest_address,
                 memory=region.buffer,
-                flags=constants.KVM_MEM_READONLY if rom else 0,
+                flags=_KVM_MEM_READONLY if rom else 0,
             )
         vm.set_identity_map_addr(layout.IDENTITY_MAP)
         vm.set_tss_addr(layout.TSS)
@@ -346,6 +351,8 @@ class Board:
 
     def _add_firmware(self, stack: ExitStack, config: MachineConfig, restored: bool) -> None:
         """What only firmware looks for; after all that ACPI has to tell."""
+        from .firmware import add_flash, add_fw_cfg, rom_ranges
+
         for name in ("flash", "fw-cfg"):
             wiring = self.devices[name] = Wiring(self, name)
             stack.callback(wiring.close)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from linux_loader import (
     CmdlineError,
     E820Entry,
@@ -21,6 +19,7 @@ from .acpi import tables
 from .devices import pm
 from .errors import ConfigError
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from linux_loader import EntryState
     from vm_memory import GuestMemory

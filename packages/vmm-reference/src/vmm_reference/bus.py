@@ -9,13 +9,16 @@ from __future__ import annotations
 
 from _thread import allocate_lock
 from bisect import bisect_right
-from typing import TYPE_CHECKING, Protocol
 
 from .errors import VmmError
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from threading import Lock
+    from typing import Protocol
+else:
+    Protocol = object
 
 __all__ = ["Bus", "BusDevice", "OverlapError"]
 

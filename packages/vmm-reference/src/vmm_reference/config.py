@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import os
 import stat
-from typing import TYPE_CHECKING, Any, ClassVar
 
-import attrs
+from vm_memory._values import field, fields, frozen
 
 from .deviceconfig import MAX_SLOT, DeviceConfig, device_from_mapping, to_mapping
 from .devices import config_class
 from .errors import ConfigError
 from .layout import MIB, VIRTIO_MMIO_DEVICES
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
+    from typing import Any, ClassVar
 
 __all__ = ["MAX_CPUS", "MAX_DEVICES", "Drive", "MachineConfig", "parse_size"]
 
@@ -86,7 +87,7 @@ def _file(field: str, path: object, *, block: bool = False) -> str:
     return name
 
 
-@attrs.frozen
+@frozen
 class Drive(DeviceConfig):
     """A disk image in raw format: a regular file or a block device, never guessed.
 
@@ -153,7 +154,7 @@ class Drive(DeviceConfig):
             )
 
 
-@attrs.frozen(kw_only=True)
+@frozen(kw_only=True)
 class MachineConfig:
     """A machine, whole: checked when it is made.
 
@@ -190,9 +191,9 @@ class MachineConfig:
     cmdline: str = ""
     cpus: int = 1
     max_cpus: int | None = None
-    memory: int = attrs.field(default=256 * MIB, converter=_memory)
-    drives: tuple[Drive, ...] = attrs.field(default=(), converter=_tuple)
-    devices: tuple[DeviceConfig, ...] = attrs.field(default=(), converter=_tuple)
+    memory: int = field(default=256 * MIB, converter=_memory)
+    drives: tuple[Drive, ...] = field(default=(), converter=_tuple)
+    devices: tuple[DeviceConfig, ...] = field(default=(), converter=_tuple)
     transport: str = "mmio"
     shared_memory: bool = False
     on_reset: str = "restart"
@@ -245,9 +246,9 @@ class MachineConfig:
                 raise ConfigError("variables", self.variables, "can't be written; give a copy")
         if total > MAX_FIRMWARE:
             raise ConfigError("firmware", f"{total} bytes with variables", "must be 16 MiB at most")
-        for field in ("kernel", "initrd", "cmdline", "kaslr"):
-            if value := getattr(self, field):
-                raise ConfigError(field, value, "must not be given: firmware finds its own kernel")
+        for name in ("kernel", "initrd", "cmdline", "kaslr"):
+            if value := getattr(self, name):
+                raise ConfigError(name, value, "must not be given: firmware finds its own kernel")
 
     def named_devices(self) -> dict[str, DeviceConfig]:
         """All devices by their names, in the order in which the guest finds them."""
@@ -287,7 +288,7 @@ class MachineConfig:
         `drives` is an array of paths (`"root.img"`, `"root.img,ro"`) or of tables with the fields
         of `Drive`, `devices` one of tables with a `kind` and the fields of that kind.
         """
-        known = [field.name for field in attrs.fields(cls)]
+        known = [item.name for item in fields(cls)]
         for key in table:
             if key not in known:
                 raise ConfigError(source, key, f"unknown key; known are {', '.join(known)}")
@@ -306,7 +307,7 @@ class MachineConfig:
 
     def to_mapping(self) -> dict[str, Any]:
         """The table that `from_mapping` makes the same machine of: plain values alone."""
-        table = {field.name: getattr(self, field.name) for field in attrs.fields(type(self))}
+        table = {item.name: getattr(self, item.name) for item in fields(type(self))}
         table["drives"] = [_without_kind(to_mapping(drive)) for drive in self.drives]
         table["devices"] = [to_mapping(device) for device in self.devices]
         return table

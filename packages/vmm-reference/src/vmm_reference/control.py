@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import threading
 import time
-from typing import TYPE_CHECKING, TypeVar
 
-from attrs import evolve
+from vm_memory._values import evolve
 
 from .errors import ConfigError, HostError
 from .outcome import Outcome
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import TypeVar
 
     from .board import Board
     from .config import MachineConfig
@@ -24,10 +25,10 @@ if TYPE_CHECKING:
     from .devices.blk import DriveControl
     from .loop import Loop
 
-__all__ = ["Control"]
+    T = TypeVar("T")
+    D = TypeVar("D", bound=DeviceConfig)
 
-T = TypeVar("T")
-D = TypeVar("D", bound="DeviceConfig")
+__all__ = ["Control"]
 
 
 class Control:

@@ -7,16 +7,15 @@ part of a `MachineConfig`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
-
-import attrs
+from vm_memory._values import field, fields, frozen
 
 from .devices import REGISTRY, config_class
 from .errors import ConfigError
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from typing import TypeVar
+    from typing import Any, ClassVar, TypeVar
 
     D = TypeVar("D", bound="DeviceConfig")
 
@@ -25,7 +24,7 @@ __all__ = ["DeviceConfig", "device_from_mapping", "parse_device", "to_mapping"]
 MAX_SLOT = 31  # PCI device numbers of bus 0, less the host bridge's
 
 
-@attrs.frozen
+@frozen
 class DeviceConfig:
     """A device that a machine is to have.
 
@@ -39,8 +38,8 @@ class DeviceConfig:
     positional: ClassVar[str] = ""  # the field that a first word without `=` gives
     flags: ClassVar[Mapping[str, str]] = {}  # short words for fields that are true or false
 
-    id: str = attrs.field(default="", kw_only=True)
-    slot: int | None = attrs.field(default=None, kw_only=True)
+    id: str = field(default="", kw_only=True)
+    slot: int | None = field(default=None, kw_only=True)
 
     def check(self, field: str) -> None:
         """Raise `ConfigError` unless a device can be made of this; `field` is what to call it.
@@ -62,7 +61,7 @@ class DeviceConfig:
             ConfigError: a word is no field of this device, or its value is of another type.
         """
         words = text.split(",") if text else []
-        known = {field.name: str(field.type) for field in attrs.fields(cls)}
+        known = {item.name: item.type for item in fields(cls)}
         values: dict[str, Any] = {}
         options: list[str] = []
         # From the right: a path, which comes first, may hold commas.
@@ -106,7 +105,7 @@ def device_from_mapping(table: object, field: str, kind: str = "") -> DeviceConf
         raise ConfigError(field, table, "must be a table")
     values = dict(table)
     cls = _class(kind or values.pop("kind", None), f"{field}.kind")
-    names = [item.name for item in attrs.fields(cls)]
+    names = [item.name for item in fields(cls)]
     for key in values:
         if key not in names:
             raise ConfigError(field, key, f"unknown key; known are {', '.join(sorted(names))}")
@@ -115,7 +114,9 @@ def device_from_mapping(table: object, field: str, kind: str = "") -> DeviceConf
 
 def to_mapping(device: DeviceConfig) -> dict[str, Any]:
     """The table that `device_from_mapping` makes the same device of."""
-    return {"kind": device.kind} | attrs.asdict(device)
+    return {"kind": device.kind} | {
+        item.name: getattr(device, item.name) for item in fields(type(device))
+    }
 
 
 def _is_name(text: str) -> bool:
@@ -129,8 +130,8 @@ def _class(kind: object, field: str) -> type[DeviceConfig]:
 
 
 def _made(cls: type[D], values: dict[str, Any], field: str) -> D:
-    for item in attrs.fields(cls):
-        if item.default is attrs.NOTHING and item.name not in values:
+    for item in fields(cls):
+        if item.required and item.name not in values:
             raise ConfigError(f"{field}.{item.name}", "(none)", "must be given")
     return cls(**values)
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import time
 from struct import pack
-from typing import TYPE_CHECKING
 
 from linux_loader import E820Entry, E820Type, load
 from vm_memory import GuestAddress, Permissions
@@ -21,6 +20,7 @@ from .acpi import linker
 from .devices import fw_cfg
 from .errors import HostError
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from linux_loader import EntryState
     from vm_memory import GuestMemory
@@ -29,14 +29,7 @@ if TYPE_CHECKING:
     from .pci.bus import PciBus
     from .wiring import Wiring
 
-__all__ = ["add_chipset", "add_flash", "add_fw_cfg", "cmos", "load_firmware", "rom_ranges"]
-
-_KIB, _64_KIB, _MIB = 1 << 10, 64 << 10, 1 << 20
-
-# Registers of the CMOS memory, as PCs and SeaBIOS have them: low byte first.
-_CONVENTIONAL, _EXTENDED, _EXTENDED_TOO = 0x15, 0x17, 0x30  # in KiB
-_ABOVE_16M, _ABOVE_4G = 0x34, 0x5B  # in 64 KiB
-_MORE_CPUS = 0x5F
+__all__ = ["add_chipset", "add_flash", "add_fw_cfg", "load_firmware", "rom_ranges"]
 
 # Items of the configuration device (QEMU's include/standard-headers/linux/qemu_fw_cfg.h).
 _RAM_SIZE, _CPUS, _MAX_CPUS = 0x03, 0x05, 0x0F
@@ -156,32 +149,3 @@ def add_fw_cfg(wiring: Wiring, config: MachineConfig, acpi: bytes) -> None:
     )
     wiring.ports.add(fw_cfg.PORT, fw_cfg.SIZE, device)
     wiring.keep(device)
-
-
-def cmos(memory: int, cpus: int) -> dict[int, int]:
-    """CMOS registers that tell how much memory and how many CPUs there are.
-
-    Args:
-        memory: bytes of RAM.
-        cpus: how many.
-
-    Example:
-        >>> registers = cmos(64 << 20, 2)
-        >>> registers[0x34] | registers[0x35] << 8, registers[0x5F]
-        (768, 1)
-    """
-    low = min(memory, layout.MMIO_GAP_START)
-    extended = min((low - _MIB) // _KIB, 0xFFFF)
-    words = {
-        _CONVENTIONAL: (640, 2),
-        _EXTENDED: (extended, 2),
-        _EXTENDED_TOO: (extended, 2),
-        _ABOVE_16M: (max(low - 16 * _MIB, 0) // _64_KIB, 2),
-        _ABOVE_4G: ((memory - low) // _64_KIB, 3),
-        _MORE_CPUS: (cpus - 1, 1),
-    }
-    return {
-        register + index: byte
-        for register, (value, size) in words.items()
-        for index, byte in enumerate(value.to_bytes(size, "little"))
-    }

@@ -7,19 +7,19 @@ loop for the alarm.
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
 
 from . import layout
 from .acpi import tables
 from .devices import pm
+from .devices.cmos import cmos
 from .devices.i8042 import I8042
 from .devices.pm import PowerManagement
 from .devices.pvpanic import Pvpanic
 from .devices.rtc import Rtc
 from .devices.serial import Serial
-from .firmware import cmos
 from .outcome import Outcome
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any

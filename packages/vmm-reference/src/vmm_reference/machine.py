@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import threading
 import time
-from typing import TYPE_CHECKING
 
 from kvm_ioctls import Kvm
 
@@ -20,6 +19,7 @@ from .loop import Loop
 from .outcome import Outcome
 from .transfer import Transfer
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     import os
     from collections.abc import Callable

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from .acpi import cpus
 from .devices import pm
 from .devices.cpus import PORT, SIZE, Cpus
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from .board import Board
 

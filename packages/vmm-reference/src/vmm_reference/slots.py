@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from functools import partial
-from typing import TYPE_CHECKING
 
 from virtio_queue.device import VirtioDevice
 from virtio_queue.mmio import QUEUE_NOTIFY, MmioTransport
@@ -17,6 +16,7 @@ from . import layout
 from .acpi.tables import virtio_mmio
 from .loop import READ
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 

@@ -6,10 +6,9 @@ Everything here is called from the owner's threads, one call at a time; what it 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from .errors import HostError
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     import os
     import threading

@@ -8,12 +8,12 @@ by surprise.
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING
 
 from kvm_ioctls import exits
 
 from .outcome import Outcome
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 

@@ -9,12 +9,13 @@ order when the device is unplugged or the machine ends.
 from __future__ import annotations
 
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
 
 from .slots import MmioSlot
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from typing import Any
 
     from virtio_queue import DeviceModel
 

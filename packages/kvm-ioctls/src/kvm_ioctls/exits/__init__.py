@@ -15,10 +15,9 @@ Classes are loaded when they are first named or first occur.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from kvm_ioctls.exits.base import Exit
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from kvm_ioctls.exits.failures import (
         EmulationFailure,

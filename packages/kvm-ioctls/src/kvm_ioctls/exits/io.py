@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from struct import Struct
 
-import attrs
-
+from kvm_ioctls._values import define
 from kvm_ioctls.exits.base import Exit
 
 __all__ = ["IoIn", "IoOut", "MmioRead", "MmioWrite"]
 
 
-@attrs.define
+@define
 class IoIn(Exit):
     """KVM_EXIT_IO, in: the guest reads a port.
 
@@ -22,14 +21,22 @@ class IoIn(Exit):
         data: a view of the run page, size * count bytes: write the answer there, then run.
     """
 
+    __slots__ = ("count", "data", "port", "size")
+
     reason = 2
     port: int
     size: int
     count: int
     data: memoryview
 
+    def __init__(self, port: int, size: int, count: int, data: memoryview) -> None:
+        self.port = port
+        self.size = size
+        self.count = count
+        self.data = data
 
-@attrs.define
+
+@define
 class IoOut(Exit):
     """KVM_EXIT_IO, out: the guest writes a port.
 
@@ -40,14 +47,22 @@ class IoOut(Exit):
         data: what it wrote, size * count bytes.
     """
 
+    __slots__ = ("count", "data", "port", "size")
+
     reason = 2
     port: int
     size: int
     count: int
     data: bytes
 
+    def __init__(self, port: int, size: int, count: int, data: bytes) -> None:
+        self.port = port
+        self.size = size
+        self.count = count
+        self.data = data
 
-@attrs.define
+
+@define
 class MmioRead(Exit):
     """KVM_EXIT_MMIO, read: the guest reads an address without memory.
 
@@ -56,12 +71,18 @@ class MmioRead(Exit):
         data: a view of the run page, 1 to 8 bytes: write the answer there, then run.
     """
 
+    __slots__ = ("address", "data")
+
     reason = 6
     address: int
     data: memoryview
 
+    def __init__(self, address: int, data: memoryview) -> None:
+        self.address = address
+        self.data = data
 
-@attrs.define
+
+@define
 class MmioWrite(Exit):
     """KVM_EXIT_MMIO, write: the guest writes an address without memory.
 
@@ -70,9 +91,15 @@ class MmioWrite(Exit):
         data: what it wrote, 1 to 8 bytes.
     """
 
+    __slots__ = ("address", "data")
+
     reason = 6
     address: int
     data: bytes
+
+    def __init__(self, address: int, data: bytes) -> None:
+        self.address = address
+        self.data = data
 
 
 unpack_io = Struct("<BBHIQ").unpack_from

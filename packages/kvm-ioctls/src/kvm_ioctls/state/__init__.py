@@ -6,8 +6,7 @@ and a `version` of its own form. Modules are loaded when one of their names is f
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from kvm_ioctls.state.clock import ClockData
     from kvm_ioctls.state.cpuid import CpuidEntry

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import struct
-from typing import NoReturn
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import NoReturn
 
 __all__ = ["pack_fields", "refuse_field"]
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from struct import Struct
-from typing import TYPE_CHECKING
 
-import attrs
-
+from kvm_ioctls._values import field, frozen
 from kvm_ioctls.state._codec import pack_fields
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
@@ -18,7 +17,7 @@ _ENTRY = Struct("<7I12x")
 _HEAD = Struct("<II")
 
 
-@attrs.frozen
+@frozen
 class CpuidEntry:
     """struct kvm_cpuid_entry2.
 
@@ -37,7 +36,7 @@ class CpuidEntry:
     ebx: int = 0
     ecx: int = 0
     edx: int = 0
-    version: int = attrs.field(default=1, kw_only=True)
+    version: int = field(default=1, kw_only=True)
 
 
 def unpack_entries(data: bytes | bytearray) -> tuple[CpuidEntry, ...]:

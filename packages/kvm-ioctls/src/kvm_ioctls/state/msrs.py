@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from struct import Struct
-from typing import TYPE_CHECKING
-
-import attrs
 
 from kvm_ioctls._native import lib
+from kvm_ioctls._values import field, frozen
 from kvm_ioctls.state._codec import pack_fields
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
     from typing import Any
@@ -23,7 +22,7 @@ _ENTRY = Struct("<I4xQ")
 _BATCH = 256
 
 
-@attrs.frozen
+@frozen
 class MsrReport:
     """What became of a batch of MSRs.
 
@@ -35,7 +34,7 @@ class MsrReport:
 
     values: dict[int, int]
     refused: tuple[int, ...] = ()
-    version: int = attrs.field(default=1, kw_only=True)
+    version: int = field(default=1, kw_only=True)
 
     def __getitem__(self, index: int) -> int:
         return self.values[index]

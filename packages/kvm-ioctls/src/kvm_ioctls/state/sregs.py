@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from struct import Struct
-from typing import TYPE_CHECKING
 
 import attrs
 
 from kvm_ioctls.state._codec import pack_fields
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Self
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from kvm_ioctls._attributes import Attributes
 from kvm_ioctls._fd import Descriptor
 from kvm_ioctls.vcpu.arm64 import VcpuArm64
@@ -14,6 +12,7 @@ from kvm_ioctls.vcpu.interrupts import VcpuInterrupts
 from kvm_ioctls.vcpu.registers import VcpuRegisters
 from kvm_ioctls.vcpu.shared import VcpuShared
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from struct import pack, unpack_from
-from typing import TYPE_CHECKING, NamedTuple
 
 from kvm_ioctls._fd import Descriptor
 from kvm_ioctls._native import lib
+from kvm_ioctls._values import frozen
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
@@ -19,7 +20,8 @@ _LENGTHS = {1: 0, 2: 1, 4: 3, 8: 2}
 _ACCESSES = {"execute": 0, "write": 1, "access": 3}
 
 
-class HardwareBreakpoint(NamedTuple):
+@frozen
+class HardwareBreakpoint:
     """One of the four breakpoints that the processor watches for the debugger.
 
     Attributes:
@@ -33,7 +35,8 @@ class HardwareBreakpoint(NamedTuple):
     on: str = "execute"
 
 
-class Translation(NamedTuple):
+@frozen
+class Translation:
     """What a guest-virtual address stands for.
 
     Attributes:

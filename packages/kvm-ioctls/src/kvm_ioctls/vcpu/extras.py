@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from struct import pack, unpack_from
-from typing import TYPE_CHECKING
 
 from kvm_ioctls._fd import Descriptor
 from kvm_ioctls._native import ffi, lib
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from kvm_ioctls._native import ffi, lib
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Self
 

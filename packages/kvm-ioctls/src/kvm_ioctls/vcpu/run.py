@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
 
 from kvm_ioctls._fd import Descriptor
 from kvm_ioctls._native import ffi, lib
 from kvm_ioctls.exits.decoders import decoders, interrupted
 from kvm_ioctls.exits.io import IoIn, IoOut, MmioRead, MmioWrite, unpack_io, unpack_mmio
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any, NoReturn
 

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from struct import Struct
-from typing import TYPE_CHECKING, NamedTuple
 
 from kvm_ioctls._native import ffi, lib
 from kvm_ioctls.vcpu.run import VcpuRun
 from kvm_ioctls.vm.memory import PAGE
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
     from kvm_ioctls.state.events import VcpuEvents
     from kvm_ioctls.state.regs import Regs
     from kvm_ioctls.state.sregs import Sregs
+    from kvm_ioctls.vcpu.rings import CoalescedWrite, DirtyPage
     from kvm_ioctls.vm import Vm
 
-__all__ = ["CoalescedWrite", "DirtyPage", "VcpuShared"]
+__all__ = ["VcpuShared"]
 
 _VALID, _DIRTY = slice(288, 296), slice(296, 304)
 _REGS, _SREGS, _EVENTS = slice(304, 448), slice(448, 760), slice(760, 824)
@@ -25,32 +26,6 @@ _COALESCED = Struct("<QII8s")
 _GFN = Struct("<IIQ")
 _BATCH = 512
 _COALESCED_AT = lib.KVMI_COALESCED_PAGE * PAGE
-
-
-class CoalescedWrite(NamedTuple):
-    """A write that waited in the ring.
-
-    Attributes:
-        address: guest-physical address, or port with `pio`.
-        data: what was written.
-        pio: whether it is a port.
-    """
-
-    address: int
-    data: bytes
-    pio: bool
-
-
-class DirtyPage(NamedTuple):
-    """A page that the guest has written.
-
-    Attributes:
-        slot: the memory slot.
-        page: its number within the slot.
-    """
-
-    slot: int
-    page: int
 
 
 class VcpuShared(VcpuRun):
@@ -114,6 +89,8 @@ class VcpuShared(VcpuRun):
         it is full, writes exit as others do, and what is in the ring is older than such an exit.
         Call it from one thread at a time.
         """
+        from kvm_ioctls.vcpu.rings import CoalescedWrite
+
         size, offset = PAGE, _COALESCED_AT
         ring = ffi.from_buffer(self._shared()[offset : offset + size])
         room = (size - 8) // _COALESCED.size
@@ -154,6 +131,8 @@ class VcpuShared(VcpuRun):
         free, after Vm.reset_dirty_rings(). It may be called while the vCPU runs, from one thread at
         a time; a page that the guest is just writing may come with the next call.
         """
+        from kvm_ioctls.vcpu.rings import DirtyPage
+
         if self._ring is None:
             self._map_dirty_ring()
         out = bytearray(_GFN.size * _BATCH)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from struct import pack
-from typing import TYPE_CHECKING
 
 from kvm_ioctls._attributes import Attributes
 from kvm_ioctls._fd import Descriptor
@@ -16,6 +15,7 @@ from kvm_ioctls.vm.irq import VmIrq
 from kvm_ioctls.vm.pages import VmPages
 from kvm_ioctls.vm.platform import VmPlatform
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Self
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from struct import pack
-from typing import TYPE_CHECKING
 
 from kvm_ioctls._fd import Descriptor
 from kvm_ioctls._native import lib
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Protocol
 

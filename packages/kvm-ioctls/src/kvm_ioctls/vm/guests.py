@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from struct import pack
-from typing import TYPE_CHECKING, NamedTuple
 
 from kvm_ioctls._fd import Descriptor
 from kvm_ioctls._native import ffi, lib
+from kvm_ioctls._values import frozen
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
 __all__ = ["MsrFilterRange", "VmGuests"]
 
 
-class MsrFilterRange(NamedTuple):
+@frozen
+class MsrFilterRange:
     """Some MSRs in a row, each allowed or denied.
 
     Attributes:

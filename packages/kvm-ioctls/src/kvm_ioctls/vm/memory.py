@@ -5,11 +5,12 @@ from __future__ import annotations
 from _thread import allocate_lock
 from os import sysconf
 from struct import pack
-from typing import TYPE_CHECKING, NamedTuple
 
 from kvm_ioctls._fd import Descriptor
 from kvm_ioctls._native import ffi, lib
+from kvm_ioctls._values import frozen
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any, NoReturn
 
@@ -23,7 +24,8 @@ _LOG, _READONLY = 1, 2
 _EINVAL, _EEXIST, _ENOENT, _EFAULT = 22, 17, 2, 14
 
 
-class HostMemory(NamedTuple):
+@frozen
+class HostMemory:
     """Memory given by address, with whoever keeps it mapped.
 
     Attributes:
@@ -37,7 +39,8 @@ class HostMemory(NamedTuple):
     owner: object
 
 
-class Slot(NamedTuple):
+@frozen
+class Slot:
     """One memory slot as it was set.
 
     Attributes:

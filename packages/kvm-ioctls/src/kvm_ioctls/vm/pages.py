@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from struct import pack, unpack_from
-from typing import TYPE_CHECKING
 
 from kvm_ioctls._fd import Descriptor
 from kvm_ioctls._native import ffi, lib
 from kvm_ioctls.vm.memory import PAGE, Slot, VmMemory
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 

@@ -8,7 +8,6 @@ a kernel use the 8259 and 8254, which are there all the same. Power is the block
 from __future__ import annotations
 
 from struct import pack, pack_into
-from typing import TYPE_CHECKING
 
 from vmm_reference.devices import pm, pvpanic
 from vmm_reference.layout import (
@@ -22,6 +21,7 @@ from vmm_reference.layout import (
 
 from . import aml
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 import threading
 import time
-from typing import TYPE_CHECKING
 
 from vmm_reference.errors import VmmError
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 

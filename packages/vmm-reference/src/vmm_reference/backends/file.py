@@ -13,10 +13,10 @@ import fcntl
 import os
 import stat
 import struct
-from typing import TYPE_CHECKING
 
 from vmm_reference.errors import HostError
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 

@@ -7,10 +7,9 @@ does not call without end.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from vmm_reference.loop import HANGUP, ONESHOT, READ, WRITE
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 

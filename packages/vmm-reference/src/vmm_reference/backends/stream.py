@@ -10,10 +10,10 @@ from __future__ import annotations
 import os
 import select
 import threading
-from typing import TYPE_CHECKING
 
 from vmm_reference.loop import READ, WRITE
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 

@@ -2,12 +2,33 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 import sys
 
 from vmm_reference.errors import ConfigError, VmmError
 
-__all__ = ["main"]
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import NoReturn
+
+__all__ = ["command", "main"]
+
+
+def command() -> NoReturn:
+    """Be the process: run the command line and end with its status.
+
+    What the interpreter would tidy up on its way out the kernel does in no time.
+    """
+    status = main()
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # nobody reads any more
+            status = status or 1
+    os._exit(status)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -22,6 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
         del sys.path[0]
     try:
         if words[:1] == ["run"]:
+            gc.disable()  # until the guest runs: what start-up makes is there to stay
             from .run import run
 
             return run(words[1:])
@@ -38,3 +60,5 @@ def main(arguments: list[str] | None = None) -> int:
         return leave.code if isinstance(leave.code, int) else 2
     except KeyboardInterrupt:
         return 130
+    finally:
+        gc.enable()

@@ -2,31 +2,71 @@
 
 from __future__ import annotations
 
-import argparse
+import gc
 import os
 import signal
 import sys
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
 
-from attrs import evolve
-
+from vm_memory._values import evolve
 from vmm_reference.config import Drive, MachineConfig
 from vmm_reference.deviceconfig import parse_device
 from vmm_reference.errors import ConfigError
 from vmm_reference.machine import Machine
 from vmm_reference.outcome import Outcome
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from types import FrameType
+    from typing import Any
 
 __all__ = ["configuration", "run", "run_on_terminal"]
 
-STATUSES = """
-Exit status: 0 the guest powered off (or Ctrl-A x), 1 the host failed, 2 a mistake in the
-arguments, 3 the guest panicked, 4 it reset itself with --on-reset exit, 5 triple fault,
-6 KVM internal error, 128 + N ended by signal N; or what a device `debug-exit` is told.
-"""
+# What the command line may say: an option's name, and the field that it gives.
+_VALUES = {
+    "--kernel": "kernel",
+    "--firmware": "firmware",
+    "--variables": "variables",
+    "--initrd": "initrd",
+    "--transport": "transport",
+    "--cpus": "cpus",
+    "--memory": "memory",
+    "--cmdline": "cmdline",
+    "--api-socket": "api_socket",
+    "--incoming": "incoming",
+    "--tls": "tls",
+    "--config": "config",
+    "--on-reset": "on_reset",
+    "--protocol": "protocol",
+}
+_LISTS = {"--drive": "drives", "--device": "devices"}
+_FLAGS = {"--kaslr": "kaslr"}
+
+
+def options(arguments: list[str]) -> dict[str, Any]:
+    """What a command line says, by field; what it does not say is None.
+
+    Anything but options and values in their plain form is argparse's matter: help, and mistakes.
+    A boot can't wait for it.
+    """
+    found: dict[str, Any] = dict.fromkeys([*_VALUES.values(), *_LISTS.values(), *_FLAGS.values()])
+    words = iter(arguments)
+    for word in words:
+        name, equals, value = word.partition("=")
+        if word in _FLAGS:
+            found[_FLAGS[word]] = True
+            continue
+        if not equals:
+            value = next(words, "-")
+        if value.startswith("-") or not (name in _VALUES or name in _LISTS):
+            from .options import parser
+
+            return vars(parser().parse_args(arguments))
+        if name in _VALUES:
+            found[_VALUES[name]] = value
+        else:
+            found[_LISTS[name]] = [*(found[_LISTS[name]] or ()), value]
+    return found
 
 
 def configuration(path: str | None, options: dict[str, Any]) -> MachineConfig:
@@ -108,6 +148,8 @@ def run_on_terminal(machine: Machine, api_socket: str | None = None) -> int:
             previous = signal.signal(signal.SIGCONT, lambda _number, _frame: terminal.set_raw())
             stack.callback(signal.signal, signal.SIGCONT, previous)
         stack.enter_context(machine)
+        gc.freeze()
+        gc.enable()
         if api_socket is not None:
             from vmm_reference.api.server import Control, Server
 
@@ -123,22 +165,22 @@ def run(arguments: list[str]) -> int:
         ConfigError: the arguments make no machine.
         VmmError, OSError: the host failed.
     """
-    options = vars(_parser().parse_args(arguments))
-    path = options.pop("config")
-    api_socket, incoming = options.pop("api_socket"), options.pop("incoming")
-    tls = options.pop("tls")
-    if options["cpus"] is not None:
-        text = options["cpus"]
-        options["cpus"] = int(text) if text.isascii() and text.isdigit() else text
-    if options["drives"] is not None:
-        options["drives"] = tuple(Drive.parse(text) for text in options["drives"])
-    if options["devices"] is not None:
-        options["devices"] = tuple(parse_device(text) for text in options["devices"])
+    given = options(arguments)
+    path = given.pop("config")
+    api_socket, incoming = given.pop("api_socket"), given.pop("incoming")
+    tls = given.pop("tls")
+    if given["cpus"] is not None:
+        text = given["cpus"]
+        given["cpus"] = int(text) if text.isascii() and text.isdigit() else text
+    if given["drives"] is not None:
+        given["drives"] = tuple(Drive.parse(text) for text in given["drives"])
+    if given["devices"] is not None:
+        given["devices"] = tuple(parse_device(text) for text in given["devices"])
     if incoming is not None:
-        given = {name: value for name, value in options.items() if value not in (None, (), False)}
-        machine = _receive(incoming, tls, api_socket, given)
+        overrides = {name: value for name, value in given.items() if value not in (None, (), False)}
+        machine = _receive(incoming, tls, api_socket, overrides)
     else:
-        machine = Machine(configuration(path, options), console=(0, 1))
+        machine = Machine(configuration(path, given), console=(0, 1))
     status = run_on_terminal(machine, api_socket)
     if machine.outcome is not Outcome.POWER_OFF and machine.outcome is not None:
         detail = f": {machine.detail}" if machine.detail else ""
@@ -178,53 +220,3 @@ def _receive(
                 continue
             closing.pop_all()  # the source may have to ask again, as long as the machine runs
             return machine
-
-
-def _formatter(prog: str) -> argparse.HelpFormatter:
-    """As argparse makes one, for every option; it would import shutil to ask for the width."""
-    try:
-        width = os.get_terminal_size(1).columns
-    except OSError:
-        width = 80
-    return argparse.HelpFormatter(prog, width=max(width - 2, 40))
-
-
-def _parser() -> argparse.ArgumentParser:
-    # argparse here, click elsewhere: click's import alone takes a third of the time from the
-    # process's start to the guest's first instruction.
-    parser = argparse.ArgumentParser(
-        prog="vmm run",
-        description="Run a machine until its guest powers off. The guest's serial console is on "
-        "the standard streams; on a terminal, Ctrl-A x leaves.",
-        epilog=STATUSES,
-        allow_abbrev=False,
-        formatter_class=_formatter,
-    )
-    add = parser.add_argument
-    add("--kernel", metavar="PATH", help="Linux image: ELF vmlinux or bzImage")
-    add("--firmware", metavar="PATH", help="in the kernel's place: firmware such as SeaBIOS, which "
-        "finds a boot loader itself")  # fmt: skip
-    add("--variables", metavar="PATH", help="file of the firmware's flash, such as a copy of "
-        "OVMF_VARS.fd; it is written")  # fmt: skip
-    add("--initrd", metavar="PATH", help="initial RAM file system, or `none`; with a drive and "
-        "modules beside the kernel the default is one that mounts the root disk")  # fmt: skip
-    add("--drive", dest="drives", metavar="PATH[,ro]", action="append",
-        help="raw disk image or block device; the first is /dev/vda; may be repeated")  # fmt: skip
-    add("--device", dest="devices", metavar="KIND[,FIELD=VALUE...]", action="append",
-        help="another device, such as `rng`; see the documentation; may be repeated")  # fmt: skip
-    add("--transport", metavar="mmio|pci", help="how the guest finds virtio devices (default mmio)")
-    add("--cpus", metavar="N", help="number of vCPUs (default 1)")
-    add("--memory", metavar="SIZE", help="RAM, such as 256M or 2G (default 256M)")
-    add("--cmdline", metavar="TEXT", help="the kernel's command line (default console=ttyS0, and "
-        "root=/dev/vda with a drive)")  # fmt: skip
-    add("--api-socket", metavar="PATH", help="make a control socket, for vmm pause, migrate, ...")
-    add("--incoming", metavar="ADDRESS", help="wait for a machine that vmm migrate sends, at "
-        "tcp:HOST:PORT or unix:PATH; what is given here replaces what it had")  # fmt: skip
-    add("--tls", metavar="FOLDER", help="take machines only from who proves itself: cert.pem, "
-        "key.pem and ca.pem")  # fmt: skip
-    add("--config", metavar="FILE", help="TOML file with the same names; options here win")
-    add("--on-reset", metavar="restart|exit", help="when the guest resets (default restart)")
-    add("--protocol", metavar="auto|linux64|pvh", help="how the kernel is entered (default auto)")
-    add("--kaslr", action="store_true", default=None,
-        help="start a bzImage in its own decompressor")  # fmt: skip
-    return parser

@@ -7,10 +7,9 @@ SDM, volume 2A, CPUID, and to the AMD APM, volume 3, appendix E.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from vm_memory._values import evolve
 
-from attrs import evolve
-
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
 

@@ -7,14 +7,11 @@ of the boot vCPU takes the PIC's interrupts; that LINT1 is the NMI stands in the
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from attrs import evolve
-
-from kvm_ioctls import DescriptorTable, Regs, Segment, constants
+from struct import Struct
 
 from .cpuid import topology
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
@@ -30,13 +27,20 @@ _MSR_IA32_MISC_ENABLE, _FAST_STRING = 0x1A0, 1
 _MSR_MTRR_DEF_TYPE, _MTRR_ENABLED_WRITE_BACK = 0x2FF, 0x806
 
 
+_KVM_CAP_TSC_DEADLINE_TIMER = 72
+
+# struct kvm_segment and two struct kvm_dtable, as struct kvm_sregs begins with them: the values of
+# kvm_ioctls.state would do, but every boot would wait for their classes.
+_SEGMENT, _TABLES = Struct("<QIH9Bx"), Struct("<QH6xQH6x")
+
+
 class CpuPolicy:
     """What all vCPUs of a machine have in common, read from KVM once."""
 
     def __init__(self, kvm: Kvm, cpus: int) -> None:
         self._cpus = cpus
         self._supported: Iterable[CpuidEntry] = kvm.get_supported_cpuid()
-        self._tsc_deadline = kvm.check_extension(constants.KVM_CAP_TSC_DEADLINE_TIMER) > 0
+        self._tsc_deadline = kvm.check_extension(_KVM_CAP_TSC_DEADLINE_TIMER) > 0
 
     def apply(self, vcpu: Vcpu) -> None:
         """Give a new vCPU its CPUID table and boot MSRs."""
@@ -58,53 +62,20 @@ class CpuPolicy:
 
 def set_entry_state(vcpu: Vcpu, entry: EntryState) -> None:
     """Put the boot vCPU where the boot protocol says, with what it says."""
-    vcpu.set_sregs(
-        evolve(
-            vcpu.get_sregs(),
-            cs=_segment(entry.cs),
-            ds=_segment(entry.ds),
-            es=_segment(entry.es),
-            fs=_segment(entry.fs),
-            gs=_segment(entry.gs),
-            ss=_segment(entry.ss),
-            tr=_segment(entry.tr),
-            ldt=_segment(entry.ldt),
-            gdt=DescriptorTable(base=entry.gdt.base, limit=entry.gdt.limit),
-            idt=DescriptorTable(base=entry.idt.base, limit=entry.idt.limit),
-            cr0=entry.cr0,
-            cr3=entry.cr3,
-            cr4=entry.cr4,
-            efer=entry.efer,
-        )
-    )
-    vcpu.set_regs(
-        Regs(
-            rax=entry.rax,
-            rbx=entry.rbx,
-            rcx=entry.rcx,
-            rdx=entry.rdx,
-            rsi=entry.rsi,
-            rdi=entry.rdi,
-            rsp=entry.rsp,
-            rbp=entry.rbp,
-            rip=entry.rip,
-            rflags=entry.rflags,
-        )
-    )
-
-
-def _segment(value: SegmentState) -> Segment:
-    return Segment(
-        base=value.base,
-        limit=value.limit,
-        selector=value.selector,
-        type=value.type,
-        present=value.present,
-        dpl=value.dpl,
-        db=value.db,
-        s=value.s,
-        l=value.l,
-        g=value.g,
-        avl=value.avl,
-        unusable=value.unusable,
-    )
+    special = vcpu.raw_sregs().get()
+    for number, name in enumerate(("cs", "ds", "es", "fs", "gs", "ss", "tr", "ldt")):
+        value: SegmentState = getattr(entry, name)
+        _SEGMENT.pack_into(
+            special.buffer, _SEGMENT.size * number,
+            value.base, value.limit, value.selector, value.type, value.present, value.dpl,
+            value.db, value.s, value.l, value.g, value.avl, value.unusable,
+        )  # fmt: skip
+    tables = (entry.gdt.base, entry.gdt.limit, entry.idt.base, entry.idt.limit)
+    _TABLES.pack_into(special.buffer, _SEGMENT.size * 8, *tables)
+    for name in ("cr0", "cr3", "cr4", "efer"):
+        special[name] = getattr(entry, name)
+    special.set()
+    general = vcpu.raw_regs()
+    for name in ("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rsp", "rbp", "rip", "rflags"):
+        general[name] = getattr(entry, name)
+    general.set()

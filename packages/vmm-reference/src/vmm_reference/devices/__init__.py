@@ -15,10 +15,13 @@ and the factory that makes the device and its backend out of one. Nothing else n
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, NamedTuple
 
+from vm_memory._values import frozen
+
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import Any
 
     from vmm_reference.deviceconfig import DeviceConfig
     from vmm_reference.wiring import Wiring
@@ -26,7 +29,8 @@ if TYPE_CHECKING:
 __all__ = ["REGISTRY", "Kind", "config_class", "factory"]
 
 
-class Kind(NamedTuple):
+@frozen
+class Kind:
     """Where a kind of device comes from: `module:name` below `vmm_reference`, loaded on use.
 
     Attributes:

@@ -13,14 +13,15 @@ keep the I/O thread from its other devices.
 from __future__ import annotations
 
 from struct import Struct
-from typing import TYPE_CHECKING, Literal, Protocol
 
 from virtio_queue.constants import DEFAULT_QUEUE_FEATURES
 from virtio_queue.errors import ChainError
 from vmm_reference.errors import HostError
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from typing import Literal, Protocol
 
     from virtio_queue import DescriptorChain, Queue, Reader, VirtioDevice, Writer
     from vm_memory import GuestMemory
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from .limiter import Limiter
     from .pumped import PumpedBlock
     from .states import BlockState
+else:
+    Protocol = object
 
 __all__ = ["Backend", "Block", "DriveControl", "build"]
 

@@ -7,10 +7,10 @@ QEMU's `docs/specs/fw_cfg`.
 from __future__ import annotations
 
 from struct import pack, unpack
-from typing import TYPE_CHECKING
 
 from vm_memory import GuestAddress, MemoryAccessError
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
 

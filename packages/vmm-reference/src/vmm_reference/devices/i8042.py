@@ -6,8 +6,7 @@ It is there for what else hangs on it: the reset line of the processor, by which
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 

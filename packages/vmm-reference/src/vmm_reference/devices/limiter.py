@@ -10,11 +10,11 @@ rate. All arithmetic is in whole numbers: no token is lost to rounding.
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
 
 from vmm_reference.config import parse_size
 from vmm_reference.errors import ConfigError
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 

@@ -16,8 +16,8 @@ kernel that knows their absence leaves alone the 8259 and 8254 too, which saves 
 from __future__ import annotations
 
 from struct import pack
-from typing import TYPE_CHECKING
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 

@@ -7,8 +7,6 @@ pause or another image, and told when the driver changes the cache mode.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
-
 from virtio_queue.pump_block import BlockPump
 from vmm_reference.loop import READ
 
@@ -22,8 +20,10 @@ from .blk import (
     Block,
 )
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from typing import Literal
 
     from virtio_queue import Queue
     from vm_memory import GuestMemory

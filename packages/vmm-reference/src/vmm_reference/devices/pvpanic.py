@@ -7,8 +7,7 @@ those whose bits are set. Linux finds it through ACPI as QEMU0001. Specification
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, ClassVar
-
-import attrs
 
 from virtio_queue.constants import DEFAULT_QUEUE_FEATURES
+from vm_memory._values import frozen
 from vmm_reference.deviceconfig import DeviceConfig
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from typing import ClassVar
 
     from virtio_queue import DescriptorChain, Queue
     from vm_memory import GuestMemory
@@ -83,7 +83,7 @@ class Rng:
         return writer.used_length
 
 
-@attrs.frozen
+@frozen
 class Entropy(DeviceConfig):
     """A source of the host's random bytes."""
 

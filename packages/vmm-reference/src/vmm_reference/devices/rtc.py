@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from time import gmtime
 from types import MappingProxyType
-from typing import TYPE_CHECKING
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 

@@ -8,7 +8,6 @@ numbers and identities anew.
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, ClassVar
 
 import attrs
 
@@ -18,8 +17,10 @@ from vmm_reference.layout import VM_GENERATION
 
 from . import pm
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import ClassVar
 
     from vm_memory import GuestAddress
     from vmm_reference.wiring import Wiring

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 from vmm_reference import layout
 from vmm_reference.acpi import pci
 from vmm_reference.devices import pm
@@ -14,7 +12,10 @@ from .bus import PciBus
 from .hotplug import PORT, SIZE, PciHotplug
 from .msix import MsiRoutes
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from vmm_reference.board import Board
     from vmm_reference.config import MachineConfig
     from vmm_reference.deviceconfig import DeviceConfig
