@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vmm_reference import layout
-from vmm_reference.acpi import aml, cpus, pci, tables
+from vmm_reference.acpi import aml, cpus, modules, pci, tables
 from vmm_reference.devices import pm, pvpanic
 
 BASE = layout.ACPI_TABLES
@@ -274,3 +274,20 @@ def test_bridge_and_processors_are_sound_aml(tmp_path: Path) -> None:
     assert int.from_bytes(found(blob)["MCFG"][44:52], "little") == layout.ECAM
     largest = tables.build(cpus=1, max_cpus=254, devices=[cpus.processors(254)])
     assert BASE + len(largest) <= 0xFFFF0
+
+
+@needs_iasl
+def test_memory_modules_are_sound_aml(tmp_path: Path) -> None:
+    """`iasl` takes back what it made: each slot says where its module is, and can be ejected."""
+    blob = tables.build(
+        cpus=1, devices=[modules.memory_devices()], events=[(16, modules.NOTIFY_METHOD)]
+    )
+    text = disassembled(tmp_path / "dsdt.aml", found(blob)["DSDT"])
+    for slot in range(16):
+        assert f"Device (M{slot:03X})" in text
+        assert f"Notify (M{slot:03X}, 0x03)" in text
+    assert text.count('_HID, EisaId ("PNP0C80")') == 16
+    assert text.count("CreateQWordField (RANG, \\_SB.MEMS.M000._CRS._Y") >= 1
+    for name in ("_MIN", "_MAX", "_LEN"):
+        assert re.search(rf"CreateQWordField \(RANG, .*{name}, ", text)
+    assert text.count("Method (_OST, 3") == 16

@@ -8,7 +8,7 @@ from vmm_reference.devices.i8042 import I8042
 from vmm_reference.devices.states import I8042State, StateError
 
 DATA, COMMAND = 0, 4
-FULL, SYSTEM, AUX = 0x01, 0x04, 0x20
+FULL, SYSTEM, AUX, TIMEOUT = 0x01, 0x04, 0x20, 0x40
 
 
 class Controller:
@@ -97,10 +97,13 @@ def test_echo_to_the_two_output_buffers(i8042: Controller) -> None:
 
 
 def test_no_keyboard_answers(i8042: Controller) -> None:
-    """A byte for the keyboard or the mouse gets no answer; the input port can be read."""
+    """A byte for the keyboard gets no answer, one for the mouse times out."""
     i8042.device.write(DATA, b"\xff")
-    i8042.command(0xD4, 0xFF)
     assert not i8042.status & FULL
+    i8042.command(0xD4, 0xFF)
+    assert i8042.status & (AUX | TIMEOUT) == AUX | TIMEOUT
+    assert i8042.answer() == 0xFE
+    assert not i8042.status & (FULL | AUX | TIMEOUT)
     i8042.command(0xC0)
     assert i8042.answer() == 0x80
 
@@ -141,4 +144,4 @@ FIELDS = ("status", "command_byte", "output_port", "output", "expecting")
 def test_impossible_state_is_refused(field: str) -> None:
     """Registers have eight bits."""
     with pytest.raises(StateError, match=f"I8042State.{field}"):
-        I8042State(**{**dict.fromkeys(FIELDS, 0), field: 256})
+        I8042State(**{**dict.fromkeys(FIELDS, 0), field: 256}, released=False)

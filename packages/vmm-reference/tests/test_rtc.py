@@ -11,7 +11,7 @@ from vmm_reference.devices.states import RtcState, StateError
 
 SECONDS, SECONDS_ALARM, MINUTES, MINUTES_ALARM, HOURS, HOURS_ALARM = range(6)
 WEEKDAY, DAY, MONTH, YEAR, A, B, C, D, CENTURY = 6, 7, 8, 9, 10, 11, 12, 13, 0x32
-SET, AIE, UIE, BINARY, H24 = 0x80, 0x20, 0x10, 0x04, 0x02
+SET, PIE, AIE, UIE, BINARY, H24 = 0x80, 0x40, 0x20, 0x10, 0x04, 0x02
 
 UTC = datetime.UTC
 NOON = datetime.datetime(2026, 11, 22, 12, 34, 56, tzinfo=UTC)
@@ -141,7 +141,7 @@ def test_index_port_cannot_be_read_and_wide_accesses_are_split(clock: Clock) -> 
     """Port 0x70 reads as an empty bus; a 16-bit write selects and fills, a 16-bit read reads."""
     clock.rtc.write(0, b"\x40\x99")
     assert clock.rtc.read(0, 2) == b"\xff\x99"
-    assert clock.rtc.read(1, 4) == b"\x99\xff\xff\xff"
+    assert clock.rtc.read(1, 4) == b"\x99\xff\0\xff"
 
 
 # Alarm and update interrupts.
@@ -157,7 +157,7 @@ def test_update_ended_interrupt(clock: Clock) -> None:
     clock.now = NOON.timestamp() + 1
     clock.rtc.expire()
     assert (clock.levels, clock.rtc.deadline) == ([True], None)
-    assert (clock.get(C), clock.get(C)) == (0x90, 0)
+    assert (clock.get(C), clock.get(C)) == (0xD0, 0)
     assert (clock.levels, clock.rtc.deadline) == ([True, False], NOON.timestamp() + 2)
     clock.put(B, H24)
     assert clock.timers == [NOON.timestamp() + 1, None, NOON.timestamp() + 2, None]
@@ -176,7 +176,7 @@ def test_alarm(clock: Clock) -> None:
     clock.now = due
     clock.rtc.expire()
     assert clock.levels == [True]
-    assert clock.get(C) == 0xB0
+    assert clock.get(C) == 0xF0
     assert clock.rtc.deadline == due + 86400
 
 
@@ -246,12 +246,79 @@ def test_clock_that_goes_back_raises_nothing(clock: Clock) -> None:
     assert (clock.levels, clock.rtc.deadline) == ([], NOON.timestamp() - 99)
 
 
+# The periodic interrupt and the second bank.
+
+
+@pytest.mark.parametrize(
+    ("rate", "hertz"), [(1, 256), (2, 128), (3, 8192), (6, 1024), (10, 64), (15, 2)]
+)
+def test_periodic_interrupt(rate: int, hertz: int) -> None:
+    """The line rises with each tick that finds it low; PF is there without PIE too."""
+    clock = Clock(1000.0)
+    clock.put(A, 0x20 | rate)
+    assert not clock.get(C)
+    clock.now += 1 / hertz
+    assert clock.get(C) == 0x40
+    clock.put(B, H24 | PIE)
+    for tick in range(2, 6):
+        due = 1000 + tick / hertz
+        assert clock.rtc.deadline == due
+        clock.now = due
+        clock.rtc.expire()
+        assert clock.levels[-1]
+        assert clock.rtc.deadline is None
+        assert clock.get(C) & 0xE0 == 0xC0
+    assert clock.levels == [True, False] * 4
+    clock.put(A, 0x20)
+    assert clock.rtc.deadline is None
+    clock.now += 5
+    assert not clock.get(C) & 0x40
+
+
+@given(st.integers(1, 15), st.lists(st.floats(0, 3), min_size=1, max_size=20))
+def test_ticks_against_counting_them(rate: int, steps: list[float]) -> None:
+    """PF says whether the chain of dividers, counted from 1970, has made a step."""
+    clock = Clock(100.0)
+    clock.put(A, 0x20 | rate)
+    clock.get(C)
+    period = {1: 128, 2: 256}.get(rate, 1 << rate - 1)
+    before = int(clock.now * 32768) // period
+    for step in steps:
+        clock.now += step
+        count = int(clock.now * 32768) // period
+        assert bool(clock.get(C) & 0x40) == (count > before)
+        before = count
+
+
+def test_periodic_interrupt_beside_the_others() -> None:
+    """The timer is for what comes first; one look takes all flags."""
+    clock = Clock(1000.0)
+    clock.put(A, 0x2F)
+    clock.put(B, H24 | UIE | PIE)
+    assert clock.rtc.deadline == 1000.5
+    clock.now = 1001.0
+    clock.rtc.expire()
+    assert clock.get(C) == 0xD0
+    assert clock.rtc.deadline == 1001.5
+
+
+def test_the_second_bank_is_memory(clock: Clock) -> None:
+    """128 bytes behind two ports of their own; the first bank does not notice."""
+    for index in range(128):
+        clock.rtc.write(2, bytes([index, 255 - index]))
+    for index in range(128):
+        clock.rtc.write(2, bytes([index | 0x80]))
+        assert clock.rtc.read(3, 1) == bytes([255 - index])
+    assert clock.rtc.read(2, 2) == bytes([255, 128])
+    assert clock.get(B) == H24
+
+
 # Anything at all, and state.
 
 steps = st.lists(
     st.one_of(
-        st.tuples(st.just("write"), st.integers(0, 2), st.binary(max_size=4)),
-        st.tuples(st.just("read"), st.integers(0, 2), st.integers(0, 8)),
+        st.tuples(st.just("write"), st.integers(0, 4), st.binary(max_size=4)),
+        st.tuples(st.just("read"), st.integers(0, 4), st.integers(0, 8)),
         st.tuples(st.just("put"), st.integers(0, 13), st.integers(0, 255)),
         st.tuples(st.just("sleep"), st.floats(-1e5, 1e7), st.just(0)),
     ),
@@ -291,10 +358,20 @@ def test_nothing_raises_and_state_is_the_whole_device(
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("index", 128), ("cmos", bytes(127)), ("offset", 1 << 63), ("updated", 0.5), ("version", 0)],
+    [
+        ("index", 128),
+        ("cmos", bytes(127)),
+        ("offset", 1 << 63),
+        ("updated", 0.5),
+        ("version", 0),
+        ("ticked", 1 << 63),
+        ("bank", 128),
+        ("more", bytes(129)),
+    ],
 )
 def test_impossible_state_is_refused(field: str, value: object) -> None:
     """A state that no RTC can have is refused with the field's name."""
     values = {"index": 0, "cmos": bytes(128), "offset": 0, "updated": 0}
+    values |= {"ticked": 0, "bank": 0, "more": bytes(128)}
     with pytest.raises(StateError, match=f"RtcState.{field}"):
         RtcState(**{**values, field: value})  # type: ignore[arg-type]

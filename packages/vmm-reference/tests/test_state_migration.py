@@ -19,7 +19,7 @@ from vmm_reference.config import Drive, MachineConfig
 from vmm_reference.errors import ConfigError, HostError
 from vmm_reference.machine import Machine
 from vmm_reference.outcome import Outcome
-from vmm_reference.state import snapshot
+from vmm_reference.ram import Ram
 from vmm_reference.state.handover import Destination, Source
 from vmm_reference.state.incoming import Incoming
 from vmm_reference.state.moving import MigrationError, Options, Progress, Report
@@ -94,16 +94,21 @@ def config(tmp_path: Path) -> Callable[..., MachineConfig]:
 @pytest.fixture
 def restless(monkeypatch: pytest.MonkeyPatch) -> None:
     """However short a round is, the guest has written meanwhile."""
-    real = snapshot.dirty
+    real, pause, still = Ram.dirty, Board.pause, set()
 
-    def dirty(board: Board) -> list[tuple[int, int]]:
-        found = real(board)
-        while not found and board.clock is None:  # it runs
+    def paused(board: Board) -> None:
+        pause(board)
+        still.add(board.ram)
+
+    def dirty(ram: Ram) -> list[tuple[int, int]]:
+        found = real(ram)
+        while not found and ram not in still:  # it runs
             time.sleep(0.001)
-            found = real(board)
+            found = real(ram)
         return found
 
-    monkeypatch.setattr(snapshot, "dirty", dirty)
+    monkeypatch.setattr(Board, "pause", paused)
+    monkeypatch.setattr(Ram, "dirty", dirty)
 
 
 @attrs.define

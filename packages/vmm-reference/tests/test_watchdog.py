@@ -141,10 +141,10 @@ def test_a_machine_is_reset_by_its_watchdog(tmp_path_factory: pytest.TempPathFac
     kernel.write_bytes(
         tiny_kernel(
             """
-            movw $0x620, %dx
+            movw $0x660, %dx
             movl $10, %eax
             outl %eax, %dx
-            movw $0x628, %dx
+            movw $0x668, %dx
             movl $1, %eax
             outl %eax, %dx
             1: hlt

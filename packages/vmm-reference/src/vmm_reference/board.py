@@ -11,7 +11,6 @@ import os
 import time
 from contextlib import ExitStack
 
-from vm_memory import Anonymous, GuestAddress, GuestMemory, Memfd
 from vm_memory._values import evolve
 
 from . import layout
@@ -19,10 +18,11 @@ from .boot import Announcements, load_kernel
 from .bus import Bus
 from .cpu.state import CpuPolicy, set_entry_state
 from .devices import factory
-from .errors import ConfigError, HostError
+from .errors import ConfigError
 from .legacy import LegacyDevices
 from .loop import READ
 from .outcome import Outcome
+from .ram import MODULES, Ram
 from .vcpu import VcpuThread
 from .wiring import Wiring
 
@@ -33,18 +33,19 @@ if TYPE_CHECKING:
 
     from kvm_ioctls import Kvm
     from kvm_ioctls.state import ClockData
+    from vm_memory import GuestMemory
     from vm_memory.userfault import Filler
 
     from .config import MachineConfig
     from .deviceconfig import DeviceConfig
     from .devices.cpus import Cpus
     from .loop import Loop
+    from .modules import Modules
     from .pci.root import PciRoot
     from .state.snapshot import Restored, Tracking
 
 __all__ = ["Board"]
 
-_KVM_MEM_READONLY = 2
 _PIT_SPEAKER_DUMMY = 1
 _PARK_SECONDS = 10.0
 
@@ -95,12 +96,15 @@ class Board:
         self.devices: dict[str, Wiring] = {}
         self.pci: PciRoot | None = None
         self.cpus: Cpus | None = None  # where processors may come and go
+        self.modules: Modules | None = None  # where modules of memory may come and go
+        self.modules_changed: Callable[[], None] = lambda: None  # told when the guest gave one up
         self.cpus_changed: Callable[[], None] = lambda: None  # told when the guest gave one up
         self.removed: Callable[[str], object] | None = None  # told when the guest gave one up
         self.running = False
         self._mmio_devices = 0
         with ExitStack() as stack:
-            self.memory = self._get_memory(config, restored.memory if restored else incoming)
+            self.ram = Ram(config, restored.memory if restored else incoming)
+            self.memory = self.ram.memory
             stack.callback(self.memory.close)
             if restored is not None and restored.filler is not None:
                 stack.callback(restored.filler.close)
@@ -113,6 +117,10 @@ class Board:
                 from .processors import add_processors
 
                 self.cpus = add_processors(self, config.cpus, config.max_cpus)
+            if MODULES in self.ram.areas:
+                from .modules import Modules
+
+                self.modules = Modules(self, config.memory_modules)
             if config.transport == "pci":
                 from .pci.root import PciRoot
 
@@ -168,6 +176,8 @@ class Board:
         found = self.legacy.parts()
         if self.cpus is not None:
             found["cpus"] = self.cpus
+        if self.modules is not None:
+            found["modules"] = self.modules.registers
         if self.pci is not None:
             found |= self.pci.parts()
         for wiring in self.devices.values():
@@ -187,9 +197,7 @@ class Board:
         """Become what was saved; the guest goes on with `start`."""
         self.tracking = restored.tracking
         if self.tracking is not None:
-            from .state.snapshot import log_dirty_pages
-
-            log_dirty_pages(self, on=True)
+            self.ram.log_dirty_pages(on=True)
         self._filler = restored.filler
         if self._filler is not None:
             self._filler.start()
@@ -317,33 +325,11 @@ class Board:
         with self.ports.lock(self.serial):
             self.serial.transmitted(count)
 
-    def _get_memory(self, config: MachineConfig, given: GuestMemory | None) -> GuestMemory:
-        ranges = [(GuestAddress(a), size) for a, size in layout.ram_ranges(config.memory)]
-        if config.firmware is not None:
-            from .firmware import rom_ranges
-
-            roms = rom_ranges(config)
-            ranges = sorted([*ranges, *((GuestAddress(start), size) for start, size in roms)])
-        if given is None:
-            backing = Memfd() if config.shared_memory else Anonymous()
-            return GuestMemory.from_ranges(ranges, backing=backing, dirty_page_size=4096)
-        found = [(region.guest_address, region.size) for region in given.regions]
-        if found != ranges:
-            raise HostError("memory", f"{found} was saved", f"this machine has it at {ranges}")
-        return given
-
     def _create_platform(self) -> None:
         """Interrupt controllers, timer and RAM: what KVM itself emulates."""
         vm = self.vm
         # Memory first: once there are interrupt controllers, each slot costs some 8 ms.
-        for slot, region in enumerate(self.memory.regions):
-            rom = layout.MMIO_GAP_START <= region.guest_address < layout.MMIO_GAP_END
-            vm.set_user_memory_region(
-                slot=slot,
-                guest_phys_addr=region.guest_address,
-                memory=region.buffer,
-                flags=_KVM_MEM_READONLY if rom else 0,
-            )
+        self.ram.attach(vm)
         vm.set_identity_map_addr(layout.IDENTITY_MAP)
         vm.set_tss_addr(layout.TSS)
         vm.create_irqchip()

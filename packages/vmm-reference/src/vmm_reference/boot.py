@@ -36,12 +36,14 @@ class Announcements:
         devices: terms of `vmm_reference.acpi.aml` for `\_SB`.
         events: bits of `vmm_reference.devices.pm`'s events, and the method that each calls.
         tables: signature and body of further tables.
+        boot_flags: of the FADT (table 5.11).
     """
 
     def __init__(self) -> None:
         self.devices: list[bytes] = []
         self.events: list[tuple[int, str]] = []
         self.tables: list[tuple[bytes, bytes]] = []
+        self.boot_flags = 0
 
     def build(self, config: MachineConfig, *, address: int) -> bytes:
         """All tables, as they lie from `address` on."""
@@ -51,6 +53,7 @@ class Announcements:
             devices=self.devices,
             events=self.events,
             more=self.tables,
+            boot_flags=self.boot_flags,
             address=address,
         )
 

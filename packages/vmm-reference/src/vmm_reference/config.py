@@ -15,7 +15,7 @@ from vm_memory._values import field, fields, frozen
 from .deviceconfig import MAX_SLOT, DeviceConfig, device_from_mapping, to_mapping
 from .devices import config_class
 from .errors import ConfigError
-from .layout import MIB, VIRTIO_MMIO_DEVICES
+from .layout import BLOCK, MIB, VIRTIO_MMIO_DEVICES
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ MAX_DEVICES = {"mmio": VIRTIO_MMIO_DEVICES, "pci": MAX_SLOT}
 MIN_MEMORY = 16 * MIB
 MAX_MEMORY = 1 << 40
 MAX_FIRMWARE = 16 * MIB
+MAX_MODULES = 16
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
@@ -58,6 +59,14 @@ def parse_size(text: str | int, field: str = "size") -> int:
 
 def _tuple(value: Iterable[Any]) -> tuple[Any, ...]:
     return tuple(value)
+
+
+def _pairs(value: Iterable[Iterable[Any]]) -> tuple[Any, ...]:
+    return tuple(map(tuple, value))
+
+
+def _max_memory(value: str | int | None) -> int | None:
+    return None if value is None else parse_size(value, "max_memory")
 
 
 def _memory(value: str | int) -> int:
@@ -170,6 +179,10 @@ class MachineConfig:
         max_cpus: how many it may have later (`Machine.set_cpus`), `cpus` to 254, or None for no
             change.
         memory: RAM in bytes (an int, or text such as `256M`), 16 MiB to 1 TiB, whole MiB.
+        max_memory: how much there may be with modules that come later (`Machine.add_memory`), more
+            than `memory` by a multiple of 128 MiB, or None for no modules.
+        memory_modules: of each of 16 slots, the offset and the size of its module among that
+            memory, multiples of 128 MiB, size 0 in an empty slot; kept by the running machine.
         drives: virtio-blk disks in order: /dev/vda, /dev/vdb, ...
         devices: what else there is, configurations of any kind in `vmm_reference.devices.REGISTRY`.
             An entropy device is there in any case.
@@ -192,6 +205,8 @@ class MachineConfig:
     cpus: int = 1
     max_cpus: int | None = None
     memory: int = field(default=256 * MIB, converter=_memory)
+    max_memory: int | None = field(default=None, converter=_max_memory)
+    memory_modules: tuple[tuple[int, int], ...] = field(default=(), converter=_pairs)
     drives: tuple[Drive, ...] = field(default=(), converter=_tuple)
     devices: tuple[DeviceConfig, ...] = field(default=(), converter=_tuple)
     transport: str = "mmio"
@@ -221,6 +236,7 @@ class MachineConfig:
             raise ConfigError("memory", f"{self.memory} bytes", "must be from 16M to 1T")
         if self.memory % MIB:
             raise ConfigError("memory", f"{self.memory} bytes", "must be a multiple of 1M")
+        self._check_modules()
         for number, drive in enumerate(self.drives):
             if not isinstance(drive, Drive):
                 raise ConfigError(f"drives[{number}]", drive, "must be a Drive")
@@ -236,6 +252,27 @@ class MachineConfig:
         for name in ("kaslr", "shared_memory"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(name, getattr(self, name), "must be true or false")
+
+    def _check_modules(self) -> None:
+        """Memory that may come, and modules that are there."""
+        space = 0 if self.max_memory is None else self.max_memory - self.memory
+        if not 0 <= space <= MAX_MEMORY or space % BLOCK:
+            rule = "must be memory and a multiple of 128M, 1T at most"
+            raise ConfigError("max_memory", f"{self.max_memory} bytes", rule)
+        if len(self.memory_modules) > MAX_MODULES:
+            rule = f"are too many; there are {MAX_MODULES} slots"
+            raise ConfigError("memory_modules", len(self.memory_modules), rule)
+        rule = "must be offset and size below max_memory, multiples of 128M, without overlap"
+        pairs: tuple[tuple[object, ...], ...] = self.memory_modules
+        for pair in pairs:
+            numbers = [n for n in pair if type(n) is int and n >= 0 and not n % BLOCK]
+            if not len(numbers) == len(pair) == 2 or sum(numbers) > space:
+                raise ConfigError("memory_modules", pair, rule)
+        end = 0
+        for offset, size in sorted(pair for pair in self.memory_modules if pair[1]):
+            if offset < end:
+                raise ConfigError("memory_modules", (offset, size), rule)
+            end = offset + size
 
     def _check_firmware(self, path: str) -> None:
         """Firmware fits its place, and is alone: what a boot loader takes, it could not pass on."""

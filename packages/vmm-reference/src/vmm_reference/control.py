@@ -11,13 +11,14 @@ import time
 
 from vm_memory._values import evolve
 
+from .config import parse_size
 from .errors import ConfigError, HostError
 from .outcome import Outcome
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import TypeVar
+    from typing import Any, TypeVar
 
     from .board import Board
     from .config import MachineConfig
@@ -43,6 +44,7 @@ class Control:
     def __init__(self) -> None:
         self._reset_asked = False
         self._cpus_set = threading.Event()
+        self._modules_set = threading.Event()
         self._removals: dict[str, threading.Event] = {}
 
     def press_power_button(self) -> None:
@@ -126,6 +128,117 @@ class Control:
                 raise TimeoutError(f"the guest still has {self.config.cpus} processors")
             self._cpus_set.clear()
 
+    def add_memory(self, size: str | int) -> int:
+        """Put a module of memory into a free slot; the guest is told, and takes it.
+
+        Needs `max_memory` in the configuration. The module stays in `config`, and so in snapshots
+        and after a reset. The guest's kernel has to be one that puts new memory to use by itself
+        (`memhp_default_state=online`), or something in it that does.
+
+        Args:
+            size: a multiple of 128 MiB.
+
+        Returns:
+            The slot.
+
+        Raises:
+            ConfigError: there is no slot, or no room below `max_memory`.
+            HostError: the machine does not run.
+        """
+        length = parse_size(size, "memory")
+
+        def add(board: Board) -> int:
+            if board.modules is None:
+                raise ConfigError("memory", size, "needs max_memory")
+            slot = board.modules.add(length)
+            self._keep_modules()
+            return slot
+
+        with self._standstill:
+            return self._call(add)
+
+    def remove_memory(self, slot: int, timeout: float = 30.0) -> None:
+        """Ask the guest to give a module up, and take it away when it has.
+
+        Args:
+            slot: of the module.
+            timeout: seconds to wait; the guest may still give it up later.
+
+        Raises:
+            ConfigError: there is no module in the slot.
+            HostError: the guest refuses, as it must where something in the module can't be moved;
+                or the machine does not run.
+            TimeoutError: the guest has not given it up.
+        """
+
+        def ask(board: Board) -> None:
+            if board.modules is None:
+                raise ConfigError("slot", slot, "has no module: the machine needs max_memory")
+            board.modules.ask_for(slot)
+
+        def state(board: Board) -> tuple[bool, int]:
+            assert board.modules is not None
+            there = board.modules.has(slot)
+            self._keep_modules()
+            return there, board.modules.refusals.get(slot, 0)
+
+        self._call(ask)
+        deadline = time.monotonic() + timeout
+        while True:
+            self._modules_set.clear()
+            there, status = self._call(state)
+            if not there:
+                return
+            if status:
+                hint = "memory that the guest's kernel itself uses can't be moved"
+                raise HostError(f"memory module {slot}", f"the guest refuses: {status:#x}", hint)
+            if not self._modules_set.wait(max(deadline - time.monotonic(), 0)):
+                raise TimeoutError(f"the guest has not given up module {slot} in {timeout:g} s")
+
+    def _modules_changed(self) -> None:
+        """The guest has given a module up, or refuses to. On the I/O thread."""
+        self._keep_modules()
+        self._modules_set.set()
+
+    def _keep_modules(self) -> None:
+        assert self._board is not None
+        assert self._board.modules is not None
+        self.config = evolve(self.config, memory_modules=self._board.modules.where())
+
+    def resize_memory(
+        self, size: str | int, name: str = "memory0", timeout: float | None = 30.0
+    ) -> None:
+        """Have the guest take so much of a memory device, or give back what is more.
+
+        The size stays in `config`: after a reset the guest should have as much again.
+
+        Args:
+            size: bytes, whole blocks of the device.
+            name: of the device, one of kind `memory`.
+            timeout: seconds to wait until the guest has as much, or None not to wait.
+
+        Raises:
+            ConfigError: there is no such device, or it has less.
+            HostError: the machine does not run.
+            TimeoutError: the guest has not taken or given back all; it may still do so.
+        """
+        from .devices.mem import Controls, Memory
+
+        control = self._call(lambda board: board.control(name))
+        if not isinstance(control, Controls):
+            raise ConfigError("device", name, "is no memory")
+        control.device.changed.clear()
+        with self._standstill:
+            length = self._call(lambda _: control.request(size))
+            self._change_device(name, lambda d: evolve(d, requested=str(length)), Memory)
+        if timeout is None:
+            return
+        deadline = time.monotonic() + timeout
+        while control.device.plugged != length:
+            if not control.device.changed.wait(max(deadline - time.monotonic(), 0)):
+                raise TimeoutError(f"the guest has {control.device.plugged} of {length} bytes")
+            control.device.changed.clear()
+
     def _cpus_changed(self) -> None:
         """Keep the number of processors. On the I/O thread."""
         assert self._board is not None
@@ -156,17 +269,19 @@ class Control:
         from .config import Drive
 
         self._drive(name).swap(path)
+        self._change_device(name, lambda drive: evolve(drive, path=path), Drive)
 
-        def change(device: D) -> D:
-            if device is wanted and isinstance(device, Drive):
-                return evolve(device, path=path)
-            return device
-
+    def _change_device(self, name: str, change: Callable[[D], D], kind: type[D]) -> None:
+        """Keep what has changed of a device in the configuration."""
         wanted = self.config.named_devices()[name]
+
+        def changed(device: Any) -> Any:
+            return change(device) if device is wanted and isinstance(device, kind) else device
+
         self.config = evolve(
             self.config,
-            drives=tuple(map(change, self.config.drives)),
-            devices=tuple(map(change, self.config.devices)),
+            drives=tuple(map(changed, self.config.drives)),
+            devices=tuple(map(changed, self.config.devices)),
         )
 
     def _drive(self, name: str) -> DriveControl:
@@ -189,6 +304,8 @@ class Control:
             HostError: the machine does not run.
             TimeoutError: the guest has not given it up.
         """
+        if (device := self.config.named_devices().get(name)) and device.reserved_memory:
+            raise ConfigError("device", name, "has memory and can't be unplugged; resize it to 0")
         gone = self._removals.setdefault(name, threading.Event())
         self._call(lambda board: board.ask_for(name))
         if not gone.wait(timeout):

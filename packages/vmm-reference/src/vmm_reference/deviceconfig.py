@@ -53,6 +53,11 @@ class DeviceConfig:
         if slot is not None and not (type(slot) is int and 1 <= slot <= MAX_SLOT):
             raise ConfigError(f"{field}.slot", slot, f"must be a whole number from 1 to {MAX_SLOT}")
 
+    @property
+    def reserved_memory(self) -> int:
+        """Bytes of guest-physical space that the device has memory of its own in, whole MiB."""
+        return 0
+
     @classmethod
     def parse(cls: type[D], text: str) -> D:
         """A device from `value,field=value,flag`: what the command line has after its kind.

@@ -9,6 +9,7 @@ from __future__ import annotations
 __all__ = [
     "ACPI_SIZE",
     "ACPI_TABLES",
+    "BLOCK",
     "EBDA",
     "ECAM",
     "ECAM_SIZE",
@@ -28,6 +29,7 @@ __all__ = [
     "VIRTIO_MMIO_SIZE",
     "VIRTIO_MMIO_START",
     "VM_GENERATION",
+    "behind_ram",
     "e820_ranges",
     "firmware_pci_memory32",
     "intx_gsi",
@@ -54,6 +56,8 @@ MMIO_GAP_END = 4 * GIB
 # Of a machine with PCI: BARs, and the configuration spaces of bus 0.
 PCI_MEMORY32 = (0xC8000000, 0x18000000)
 ECAM, ECAM_SIZE = 0xE0000000, 0x100000
+
+BLOCK = 128 * MIB  # what Linux adds and takes away at once (x86's memory block)
 
 VIRTIO_MMIO_START = MMIO_GAP_START
 VIRTIO_MMIO_SIZE = 0x1000
@@ -88,13 +92,22 @@ def intx_gsi(slot: int) -> int:
     return 16 + slot % 8
 
 
-def pci_memory64(memory: int) -> tuple[int, int]:
+def behind_ram(memory: int) -> int:
+    """Where memory that comes later begins: above 4 GiB and all RAM, at a GiB.
+
+    Args:
+        memory: bytes of RAM.
+    """
+    return MMIO_GAP_END + -(-max(memory - MMIO_GAP_START, 0) // GIB) * GIB
+
+
+def pci_memory64(end: int) -> tuple[int, int]:
     """The range for large BARs, above all memory that the machine has or may get.
 
     Args:
-        memory: bytes of RAM, with what can be plugged in later.
+        end: of that memory.
     """
-    start = max(256 * GIB, -(-(memory + 4 * GIB) // GIB) * GIB)
+    start = max(256 * GIB, -(-end // GIB) * GIB)
     return start, 256 * GIB
 
 

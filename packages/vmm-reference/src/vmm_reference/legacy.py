@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 __all__ = ["LegacyDevices"]
 
+_KEYBOARD_IRQ, _MOUSE_IRQ = 1, 12
+
 
 class LegacyDevices:
     """The devices, on the board's ports.
@@ -63,10 +65,12 @@ class LegacyDevices:
             timer=self._rtc_timer,
             memory=cmos(config.memory, config.cpus),
         )
-        ports.add(tables.RTC_PORT, 2, self._rtc)
-        self._i8042 = I8042(lambda: board.end(Outcome.RESET, ""))
-        ports.add(0x60, 1, self._i8042)
-        ports.add(0x64, 1, self._i8042, offset=4)
+        ports.add(tables.RTC_PORT, 4, self._rtc)
+        self.i8042 = I8042(
+            lambda: board.end(Outcome.RESET, ""), line(_KEYBOARD_IRQ), line(_MOUSE_IRQ)
+        )
+        ports.add(0x60, 1, self.i8042)
+        ports.add(0x64, 1, self.i8042, offset=4)
         self.power = PowerManagement(
             power_off=lambda: board.end(Outcome.POWER_OFF, ""),
             reset=lambda: board.end(Outcome.RESET, ""),
@@ -81,7 +85,7 @@ class LegacyDevices:
         return {
             "serial": self.serial,
             "rtc": self._rtc,
-            "i8042": self._i8042,
+            "i8042": self.i8042,
             "power": self.power,
             "pvpanic": self._pvpanic,
         }

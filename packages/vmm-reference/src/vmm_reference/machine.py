@@ -328,6 +328,7 @@ class Machine(Control, Transfer):
             )
         self._board.removed = self._removed
         self._board.cpus_changed = self._cpus_changed
+        self._board.modules_changed = self._modules_changed
         if incoming is not None:
             return
         try:

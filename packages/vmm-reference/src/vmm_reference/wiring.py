@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 
+from .errors import ConfigError
 from .slots import MmioSlot
 
 TYPE_CHECKING = False
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from virtio_queue import DeviceModel
 
     from .board import Board
+    from .devices.i8042 import I8042
     from .outcome import Outcome
     from .slots import VirtioSlot
 
@@ -54,6 +56,7 @@ class Wiring:
         self._board = board
         self._stack = ExitStack()
         self.starts: list[Callable[[], object]] = []
+        self._count: Callable[[], dict[str, int]] = dict
         self._pauses: list[tuple[Callable[[], object], Callable[[], object]]] = []
         self._hand_overs: list[tuple[Callable[[], object], Callable[[], object]]] = []
 
@@ -106,6 +109,25 @@ class Wiring:
         """Save and restore `part`, as `NAME` or as `NAME-name`, with the machine."""
         self.parts[f"{self.name}-{name}" if name else self.name] = part
 
+    def area(self) -> tuple[int, int]:
+        """Guest address and size of the memory that the device has for its own.
+
+        Raises:
+            ConfigError: the device has come later: memory is laid out when the machine starts.
+        """
+        area = self._board.ram.areas.get(self.name)
+        if area is None:
+            raise ConfigError("device", self.name, "has memory: it must be there from the start")
+        return area
+
+    def show_memory(self, address: int, size: int) -> None:
+        """Let the guest have a part of the device's own memory, or of what else may come."""
+        self._board.ram.show(address, size)
+
+    def hide_memory(self, address: int) -> None:
+        """Take away what `show_memory` showed from there on."""
+        self._board.ram.hide(address)
+
     def line(self, gsi: int) -> Callable[[bool], None]:
         """Sets the level of an interrupt line."""
         vm = self.vm
@@ -122,6 +144,11 @@ class Wiring:
     def on_event(self, bit: int, method: str) -> None:
         r"""Have the guest's ACPI call a method of `\_SB` for an event of `devices.pm`."""
         self._board.announced.events.append((bit, method))
+
+    def keyboard_controller(self) -> I8042:
+        """Where a keyboard is plugged in; the guest's ACPI says that there is one then."""
+        self._board.announced.boot_flags |= 1 << 1  # 8042 (ACPI 6.4, table 5.11)
+        return self._board.legacy.i8042
 
     def raise_event(self, bit: int) -> None:
         """Raise an event of `devices.pm`; any thread but one in the power device."""
@@ -169,10 +196,14 @@ class Wiring:
     def metrics(self) -> dict[str, int]:
         """What is counted of the device: by its model's `metrics`, and by virtio itself."""
         if self.slot is None:
-            return {}
+            return self._count()
         device = self.slot.device
         count = getattr(device.model, "metrics", dict)
         return {**count(), "refused": device.refused, "needs_reset": int(bool(device.reset_reason))}
+
+    def count(self, metrics: Callable[[], dict[str, int]]) -> None:
+        """Let `metrics` say what is counted of a device that is not a virtio one."""
+        self._count = metrics
 
     def on_start(self, callback: Callable[[], object]) -> None:
         """Call `callback` just before the vCPUs run, or at once where they do already."""

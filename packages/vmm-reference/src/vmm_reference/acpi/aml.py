@@ -10,6 +10,7 @@ from struct import pack
 
 __all__ = [
     "ARG0",
+    "ARG1",
     "BYTE",
     "DWORD",
     "LOCAL0",
@@ -18,6 +19,7 @@ __all__ = [
     "buffer",
     "bus_numbers",
     "call",
+    "create_qword_field",
     "device",
     "eisa_id",
     "equal",
@@ -27,6 +29,7 @@ __all__ = [
     "interrupt",
     "io_ports",
     "io_window",
+    "irq",
     "memory32",
     "memory_window32",
     "memory_window64",
@@ -42,7 +45,8 @@ __all__ = [
     "system_io",
 ]
 
-LOCAL0, LOCAL1, ARG0 = b"\x60", b"\x61", b"\x68"
+LOCAL0, LOCAL1 = b"\x60", b"\x61"
+ARG0, ARG1 = b"\x68", b"\x69"
 
 BYTE, DWORD = 1, 3  # access types of fields (20.2.5.2)
 
@@ -117,9 +121,17 @@ def system_io(path: str, port: int, length: int) -> bytes:
 
 
 def field(region: str, *units: tuple[str, int], access: int = BYTE) -> bytes:
-    """`Field (region, access, NoLock, Preserve) {units}`; a unit is a name and its bits."""
-    names = b"".join(_path(unit) + _length(bits) for unit, bits in units)
+    """`Field (region, access, NoLock, Preserve) {units}`; a unit is a name and its bits.
+
+    A unit without a name leaves bits out.
+    """
+    names = b"".join((_path(unit) if unit else b"\0") + _length(bits) for unit, bits in units)
     return b"\x5b\x81" + _sized(_path(region) + bytes([access]) + names)
+
+
+def create_qword_field(source: str, offset: int, path: str) -> bytes:
+    """`CreateQWordField (source, offset, path)`."""
+    return b"\x8f" + _path(source) + integer(offset) + _path(path)
 
 
 def call(path: str) -> bytes:
@@ -173,6 +185,11 @@ def io_ports(port: int, length: int) -> bytes:
     return pack("<BBHHBB", 0x47, 1, port, port, 1, length)
 
 
+def irq(number: int) -> bytes:
+    """`IRQNoFlags () {number}` (6.4.2.1): edge, active high, of the 8259."""
+    return pack("<BH", 0x22, 1 << number)
+
+
 def memory32(address: int, length: int) -> bytes:
     """`Memory32Fixed (ReadWrite, address, length)` (6.4.3.4)."""
     return pack("<BHBII", 0x86, 9, 1, address, length)
@@ -199,10 +216,15 @@ def memory_window32(address: int, length: int) -> bytes:
     return pack("<BHBBBIIIII", 0x87, 23, 0, 0x0C, 1, 0, address, last, 0, length)
 
 
-def memory_window64(address: int, length: int) -> bytes:
-    """`QWordMemory (..., NonCacheable, ReadWrite, ...)` (6.4.3.5.1)."""
+def memory_window64(address: int, length: int, *, cacheable: bool = False) -> bytes:
+    """`QWordMemory (..., NonCacheable or Cacheable, ReadWrite, ...)` (6.4.3.5.1).
+
+    The minimum is 14 bytes behind its start, the maximum 22, the length 38.
+    """
     last = address + length - 1
-    return pack("<BHBBBQQQQQ", 0x8A, 43, 0, 0x0C, 1, 0, address, last, 0, length)
+    return pack(
+        "<BHBBBQQQQQ", 0x8A, 43, 0, 0x0C, 3 if cacheable else 1, 0, address, last, 0, length
+    )
 
 
 def _term(value: bytes | str) -> bytes:

@@ -35,7 +35,7 @@ _OEM_ID, _OEM_TABLE_ID, _CREATOR = b"PYVMM ", b"VMMREF  ", b"PYVM"
 
 # FADT flags (table 5.10)
 _WBINVD, _PWR_BUTTON, _SLP_BUTTON, _RESET_REG_SUP, _HW_REDUCED = 1, 1 << 4, 1 << 5, 1 << 10, 1 << 20
-_VGA_NOT_PRESENT = 1 << 2  # IA-PC boot flags (table 5.11); no 8042 bit: no keyboard to look for
+_VGA_NOT_PRESENT = 1 << 2  # IA-PC boot flags (table 5.11)
 _RSDP_SIZE, _FADT_SIZE = 36, 276
 
 _PCAT_COMPAT = 1  # MADT flag (table 5.44): the two 8259 are there
@@ -50,6 +50,7 @@ def build(
     devices: Sequence[bytes] = (),
     events: Sequence[tuple[int, str]] = (),
     more: Sequence[tuple[bytes, bytes]] = (),
+    boot_flags: int = 0,
     address: int = ACPI_TABLES,
 ) -> bytes:
     r"""All tables as one piece of memory, in which the RSDP is first.
@@ -60,6 +61,7 @@ def build(
         devices: terms that the DSDT has in `\_SB` beside the machine's own.
         events: bits of the event register, and the method that each of them calls.
         more: signatures and bodies of further tables, of revision 1.
+        boot_flags: what a PC has beside VGA, which it has not (table 5.11).
         address: where the piece will lie, a multiple of 16 below 4 GiB.
 
     Raises:
@@ -78,7 +80,8 @@ def build(
         blob.extend(table)
         return start
 
-    fadt = append(_fadt(append(_dsdt(cpus if max_cpus is None else 0, devices, events))))
+    dsdt = append(_dsdt(cpus if max_cpus is None else 0, devices, events))
+    fadt = append(_fadt(dsdt, boot_flags))
     found = [fadt, append(_madt(cpus, max_cpus or cpus))]
     found += [append(_table(signature, 1, body)) for signature, body in more]
     blob[:_RSDP_SIZE] = _rsdp(append(_table(b"XSDT", 1, pack(f"<{len(found)}Q", *found))))
@@ -128,7 +131,7 @@ def _register(port: int) -> bytes:
     return pack("<BBBBQ", 1, 8, 0, 1, port)
 
 
-def _fadt(dsdt: int) -> bytes:
+def _fadt(dsdt: int, boot_flags: int) -> bytes:
     """The fixed description table (5.2.9), revision 6.3."""
     body = bytearray(_FADT_SIZE - 36)
 
@@ -139,7 +142,7 @@ def _fadt(dsdt: int) -> bytes:
     # Not used by hardware-reduced ACPI; left at 0, Linux takes the timer's override for the SCI's.
     put("H", 46, POWER_GSI)
     put("B", 108, 0x32)  # CMOS register of the century
-    put("H", 109, _VGA_NOT_PRESENT)
+    put("H", 109, boot_flags | _VGA_NOT_PRESENT)
     flags = _WBINVD | _PWR_BUTTON | _SLP_BUTTON | _RESET_REG_SUP | _HW_REDUCED
     put("I", 112, flags)
     put("12s", 116, _register(pm.PORT + pm.RESET))
@@ -203,7 +206,7 @@ def _legacy() -> tuple[bytes, ...]:
         aml.device(
             "RTC",
             aml.name("_HID", aml.eisa_id("PNP0B00")),
-            aml.name("_CRS", aml.resources(aml.io_ports(RTC_PORT, 2), aml.interrupt(RTC_GSI))),
+            aml.name("_CRS", aml.resources(aml.io_ports(RTC_PORT, 4), aml.interrupt(RTC_GSI))),
         ),
         aml.device(
             "PEVT",

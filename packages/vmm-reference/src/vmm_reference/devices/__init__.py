@@ -49,6 +49,8 @@ REGISTRY = {
     "debug-console": Kind("devices.debug_console:DebugLog", "devices.debug_console:build"),
     "debug-exit": Kind("devices.debug_exit:ExitPort", "devices.debug_exit:build"),
     "drive": Kind("config:Drive", "devices.blk:build"),
+    "keyboard": Kind("devices.keyboard:Keys", "devices.keyboard:build"),
+    "memory": Kind("devices.mem:Memory", "devices.mem:build"),
     "net": Kind("devices.net.setup:Interface", "devices.net.setup:build"),
     "rng": Kind("devices.rng:Entropy", "devices.rng:build"),
     "vmgenid": Kind("devices.vmgenid:Generation", "devices.vmgenid:build"),

@@ -27,6 +27,7 @@ __all__ = [
     "EVENTS",
     "EVENT_CPU",
     "EVENT_GENERATION",
+    "EVENT_MEMORY",
     "EVENT_PCI",
     "EVENT_POWER_BUTTON",
     "PORT",
@@ -48,8 +49,9 @@ SLEEP_TYPE_S5 = 5  # the value that the DSDT's \_S5 names
 RESET_VALUE = 0x01
 EVENT_POWER_BUTTON = 0x01
 EVENT_PCI = 0x02
-EVENT_CPU = 0x08
 EVENT_GENERATION = 0x04
+EVENT_CPU = 0x08
+EVENT_MEMORY = 0x10
 
 # Real-mode code that resets the machine, for a PC's reset vector: mov $RESET, %dx; mov $VALUE, %al;
 # out %al, %dx; then hlt for as long as the reset takes. Linux jumps there when it reboots on

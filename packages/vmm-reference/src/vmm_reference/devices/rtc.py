@@ -1,8 +1,9 @@
 """The clock and CMOS memory of a PC: a Motorola MC146818A at ports 0x70 and 0x71.
 
 The guest's time is the clock that the machine hands in, plus a whole number of seconds that changes
-when the guest sets its clock. Alarm and update-ended interrupts are there; the periodic interrupt
-and the square wave, which need a timer of up to 8 kHz, are not: kernels emulate them.
+when the guest sets its clock. The periodic interrupt ticks by the same clock. A tick that comes
+while an earlier one has not been looked at is part of it, as on the chip. Behind ports 0x72 and
+0x73 are 128 bytes more, as chipsets have them.
 """
 
 from __future__ import annotations
@@ -29,19 +30,20 @@ TIME = (SECONDS, MINUTES, HOURS, DAY, MONTH, YEAR, CENTURY)  # what the guest se
 
 A_UIP = 0x80
 A_START = 0x26  # the divider of a 32768 Hz crystal, and the rate a PC's BIOS leaves
-B_SET, B_ALARM, B_UPDATE, B_BINARY, B_24H = 0x80, 0x20, 0x10, 0x04, 0x02
-B_KEPT = 0xBF  # all but the periodic interrupt, which is not modelled
-C_IRQ, C_ALARM, C_UPDATE = 0x80, 0x20, 0x10
+A_RATE = 0x0F
+B_SET, B_PERIODIC, B_ALARM, B_UPDATE, B_BINARY, B_24H = 0x80, 0x40, 0x20, 0x10, 0x04, 0x02
+C_IRQ, C_PERIODIC, C_ALARM, C_UPDATE = 0x80, 0x40, 0x20, 0x10
 D_VALID = 0x80
 HOURS_PM = 0x80
 DONT_CARE = 0xC0  # an alarm register from here on matches everything
 
 UPDATE_WARNING = 244e-6  # seconds by which UIP comes before the time changes
 DAY_SECONDS = 86400
+CRYSTAL = 32768  # Hz
 
 
 class Rtc:
-    """A real-time clock with 114 bytes of memory.
+    """A real-time clock with 114 bytes of memory, and 128 more.
 
     Args:
         clock: seconds since 1970-01-01 00:00 UTC, with a fraction.
@@ -77,22 +79,41 @@ class Rtc:
         for index, value in memory.items():
             self._cmos[index] = value
         self._cmos[A], self._cmos[B], self._cmos[D] = A_START, B_24H, D_VALID
+        self._bank = 0
+        self._more = bytearray(SIZE)
         self._offset = 0
         self._updated = self._now()
+        self._ticked = self._ticks()
 
     # What the guest does.
 
     def read(self, offset: int, length: int) -> bytes:
-        """Offset 1 is the register that was selected; offset 0 can only be written."""
-        return bytes([self._read() if offset + n == 1 else 0xFF for n in range(length)])
+        """Offset 1 is the register that was selected, 3 that of the second bank.
+
+        Offsets 0 and 2 can only be written.
+        """
+        values = bytearray(b"\xff" * length)
+        for at in range(length):
+            if offset + at == 1:
+                values[at] = self._read()
+            elif offset + at == 3:
+                values[at] = self._more[self._bank]
+        return bytes(values)
 
     def write(self, offset: int, data: bytes) -> None:
-        """Offset 0 selects a register (bit 7 masks NMI on a PC, not here), offset 1 fills it."""
+        """Offset 0 selects a register (bit 7 masks NMI on a PC, not here), offset 1 fills it.
+
+        Offsets 2 and 3 do so in the second bank.
+        """
         for value in data:
             if offset == 0:
                 self._index = value % SIZE
             elif offset == 1:
                 self._write(self._index, value)
+            elif offset == 2:
+                self._bank = value % SIZE
+            elif offset == 3:
+                self._more[self._bank] = value
             offset += 1
 
     # What the host does.
@@ -117,7 +138,15 @@ class Rtc:
         """Everything but the clock itself."""
         from .states import RtcState
 
-        return RtcState(self._index, bytes(self._cmos), self._offset, self._updated)
+        return RtcState(
+            self._index,
+            bytes(self._cmos),
+            self._offset,
+            self._updated,
+            self._ticked,
+            self._bank,
+            bytes(self._more),
+        )
 
     def restore(self, state: RtcState) -> None:
         """Become the clock that `state` was saved from.
@@ -128,9 +157,9 @@ class Rtc:
         self._index = state.index
         self._cmos = bytearray(state.cmos)
         self._cmos[A] &= ~A_UIP & 0xFF
-        self._cmos[B] &= B_KEPT
         self._cmos[D] = D_VALID
-        self._offset, self._updated = state.offset, state.updated
+        self._bank, self._more = state.bank, bytearray(state.more)
+        self._offset, self._updated, self._ticked = state.offset, state.updated, state.ticked
         self._settle()
 
     # The registers.
@@ -156,7 +185,7 @@ class Rtc:
         if index == A:
             self._cmos[A] = value & ~A_UIP
         elif index == B:
-            self._write_b(value & B_KEPT)
+            self._write_b(value)
         elif index in TIME and not self._cmos[B] & B_SET:
             self._freeze()
             self._cmos[index] = value
@@ -181,6 +210,15 @@ class Rtc:
     def _now(self) -> int:
         """The guest's time in whole seconds since 1970."""
         return int(self._clock() // 1) + self._offset
+
+    def _ticks(self) -> int:
+        """Periods of the crystal since 1970."""
+        return int(self._clock() * CRYSTAL // 1)
+
+    def _period(self) -> int:
+        """Ticks of the crystal from one periodic interrupt to the next; 0 where there are none."""
+        rate = self._cmos[A] & A_RATE
+        return 1 << (rate + 6 if rate in (1, 2) else rate - 1) if rate else 0
 
     def _about_to_update(self) -> bool:
         return self._clock() % 1 >= 1 - UPDATE_WARNING and not self._cmos[B] & B_SET
@@ -237,7 +275,12 @@ class Rtc:
 
     def _settle(self) -> None:
         """Bring flags, interrupt output and timer up to the present."""
-        now, flags, b = self._now(), self._cmos[C] & (C_ALARM | C_UPDATE), self._cmos[B]
+        now, b = self._now(), self._cmos[B]
+        flags = self._cmos[C] & (C_PERIODIC | C_ALARM | C_UPDATE)
+        ticks, period = self._ticks(), self._period()
+        if period and ticks // period > self._ticked // period:
+            flags |= C_PERIODIC
+        self._ticked = ticks
         if now > self._updated and not b & B_SET:
             flags |= C_UPDATE
             alarm = self._next_alarm()
@@ -259,6 +302,10 @@ class Rtc:
             elif b & B_ALARM:
                 due = self._next_alarm()
         deadline = None if due is None else float(due - self._offset)
+        period = self._period()
+        if not self._line and b & B_PERIODIC and period:
+            tick = (self._ticked // period + 1) * period / CRYSTAL
+            deadline = tick if deadline is None else min(tick, deadline)
         if deadline != self._deadline:
             self._deadline = deadline
             if self._timer is not None:

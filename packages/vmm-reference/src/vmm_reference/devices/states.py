@@ -21,7 +21,10 @@ __all__ = [
     "FwCfgState",
     "GenerationState",
     "I8042State",
+    "KeyboardState",
     "LimiterState",
+    "MemoryDeviceState",
+    "ModulesState",
     "NetState",
     "PmTimerState",
     "PowerState",
@@ -175,12 +178,18 @@ class RtcState:
         cmos: all 128 registers; those of the time count while bit SET of register B is set.
         offset: seconds by which the guest's clock is ahead of the one that the machine was given.
         updated: the last second, on the guest's clock, whose update and alarm were looked at.
+        ticked: 32768ths of a second since 1970 up to which the periodic interrupt was looked at.
+        bank: the register that port 0x73 shows.
+        more: the 128 registers behind it.
     """
 
     index: int = _whole(0, 0x7F)
     cmos: bytes = _bytes(128, 128)
     offset: int = _whole(-(1 << 62), 1 << 62)
     updated: int = _whole(-(1 << 62), 1 << 62)
+    ticked: int = _whole(-(1 << 62), 1 << 62)
+    bank: int = _whole(0, 0x7F)
+    more: bytes = _bytes(128, 128)
     version: int = _version()
 
 
@@ -223,6 +232,31 @@ class I8042State:
     output_port: int = _whole(0, 0xFF)
     output: int = _whole(0, 0xFF)
     expecting: int = _whole(0, 0xFF)
+    released: bool = _flag()
+    version: int = _version()
+
+
+@attrs.frozen
+class KeyboardState:
+    """A `vmm_reference.devices.keyboard.Keyboard`.
+
+    Attributes:
+        leds: those that are lit.
+        scanning: whether keys are reported.
+        typematic: delay and rate, as they were set.
+        expecting: the command whose data byte is to come, or 0.
+        last: the byte that was fetched last.
+        answers: bytes that come before what keys say.
+        codes: what keys have said.
+    """
+
+    leds: int = _whole(0, 7)
+    scanning: bool = _flag()
+    typematic: int = _whole(0, 0x7F)
+    expecting: int = _whole(0, 0xFF)
+    last: int = _whole(0, 0xFF)
+    answers: bytes = _bytes(0, 4)
+    codes: bytes = _bytes(0, 16)
     version: int = _version()
 
 
@@ -254,6 +288,49 @@ def _numbers() -> Any:
         _check(state, field, good, value, "must be different whole numbers from 0 to 255")
 
     return attrs.field(validator=check)
+
+
+def _tuples(length: int, most: int) -> Any:
+    """A field of a tuple of at most `most` tuples, each of so many whole numbers from 0."""
+
+    def check(state: object, field: attrs.Attribute[Any], value: Any) -> None:
+        good = isinstance(value, tuple) and len(value) <= most
+        good = good and all(isinstance(item, tuple) and len(item) == length for item in value)
+        good = good and all(type(n) is int and 0 <= n < 1 << 63 for item in value for n in item)
+        rule = f"must be at most {most} tuples of {length} whole numbers"
+        _check(state, field, good, value, rule)
+
+    return attrs.field(validator=check)
+
+
+@attrs.frozen
+class ModulesState:
+    """A `vmm_reference.devices.modules.Modules`.
+
+    Attributes:
+        present: slot, first address and size of each module, by slots.
+        up: slots of those that have come, and the guest has not looked at.
+        down: of those that the guest is to give up, and has not looked at.
+    """
+
+    present: tuple[tuple[int, int, int], ...] = _tuples(3, 16)
+    up: tuple[int, ...] = _numbers()
+    down: tuple[int, ...] = _numbers()
+    version: int = _version()
+
+
+@attrs.frozen
+class MemoryDeviceState:
+    """A `vmm_reference.devices.mem.MemoryDevice`.
+
+    Attributes:
+        requested: bytes that the guest should have plugged.
+        plugged: first block and number of blocks of each run that is plugged, by blocks.
+    """
+
+    requested: int = _whole(0, (1 << 63) - 1)
+    plugged: tuple[tuple[int, int], ...] = _tuples(2, 1 << 20)
+    version: int = _version()
 
 
 @attrs.frozen

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["MAX_COUNT", "MIN_COUNT", "PERIOD", "PORT", "SIZE", "Timer", "Watchdog", "build", "wdat"]
 
-PORT, SIZE = 0x620, 16
+PORT, SIZE = 0x660, 16
 COUNTDOWN, LEFT, CONTROL, RESET = 0, 4, 8, 12
 RUNNING = 1
 

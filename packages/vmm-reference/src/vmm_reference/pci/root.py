@@ -7,6 +7,7 @@ from vmm_reference.acpi import pci
 from vmm_reference.devices import pm
 from vmm_reference.errors import ConfigError
 from vmm_reference.outcome import Outcome
+from vmm_reference.ram import memory_end
 
 from .bus import PciBus
 from .hotplug import PORT, SIZE, PciHotplug
@@ -49,7 +50,7 @@ class PciRoot:
         )
         self._hotplug = PciHotplug(lambda: board.tell(pm.EVENT_PCI), self._ejected)
         board.ports.add(PORT, SIZE, self._hotplug)
-        memory64 = layout.pci_memory64(config.memory)
+        memory64 = layout.pci_memory64(memory_end(config))
         if config.firmware is None:
             bridge = pci.host_bridge(memory64, range(1, 32))
         else:  # slot 1 has the chipset

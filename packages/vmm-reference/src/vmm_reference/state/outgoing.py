@@ -17,7 +17,7 @@ from vm_memory import sharing
 from vm_memory.looking import data_ranges
 from vmm_reference.errors import HostError
 
-from . import handover, snapshot
+from . import handover
 from . import memory as pages
 from .faults import FaultServer
 from .format import encode, encode_fields
@@ -210,10 +210,10 @@ class Outgoing:
     def _copy(self) -> Event:
         """Send memory while the guest runs, until it is time to pause it."""
         options, board = self._options, self._board
-        snapshot.log_dirty_pages(board, on=True)
+        board.ram.log_dirty_pages(on=True)
         board.tracking = None
         self._links.callback(self._stop_logging)
-        snapshot.dirty(board)
+        board.ram.dirty()
         if options.post_copy == 0:
             self._missing = [(int(at), n) for at, n in data_ranges(board.memory)]
             return Event.SWITCH
@@ -222,7 +222,7 @@ class Outgoing:
             self._round(found, [], 0)
             while True:
                 self._check()
-                ranges = snapshot.dirty(board)
+                ranges = board.ram.dirty()
                 left = _total(ranges)
                 last = self._rounds[-1]
                 carried = max(_total(found), 1) / max(last.seconds, 1e-6)
@@ -273,7 +273,7 @@ class Outgoing:
     def _stop_logging(self) -> None:
         if self.side.phase is Source.RUNNING and self._machine._board is self._board:
             with suppress(OSError):
-                snapshot.log_dirty_pages(self._board, on=False)
+                self._board.ram.log_dirty_pages(on=False)
 
     def _pause(self) -> None:
         """The guest and all devices stand still from here on."""
@@ -291,7 +291,7 @@ class Outgoing:
         """What is left of memory, or which of it is left, and all states."""
         assert self._link is not None
         if not self._options.local:
-            last = snapshot.dirty(self._board)
+            last = self._board.ram.dirty()
             self._missing = _joined(self._missing, last)
             if self._split:
                 self._part("missing", table(self._missing))

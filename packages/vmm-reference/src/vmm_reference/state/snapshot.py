@@ -40,7 +40,6 @@ __all__ = ["Restore", "Restored", "merge", "open_snapshot", "verify"]
 
 T = TypeVar("T")
 
-_LOG_DIRTY_PAGES = 1
 _EINVAL = 22
 
 
@@ -116,24 +115,24 @@ class Saving:
         board = self._board
         if self._base is None:
             board.tracking = None
-            log_dirty_pages(board, on=True)
-            dirty(board)
+            board.ram.log_dirty_pages(on=True)
+            board.ram.dirty()
             self._digests = pages.store(board.memory, self._writer.memory)
         else:
-            self._store(dirty(board))
+            self._store(board.ram.dirty())
 
     def paused(self) -> None:
         """Write the rest and all states. The guest stands still; on the I/O thread."""
         board = self._board
         if self._digests is None:
             if self._track:
-                log_dirty_pages(board, on=True)
-                dirty(board)
+                board.ram.log_dirty_pages(on=True)
+                board.ram.dirty()
             self._digests = pages.store(board.memory, self._writer.memory)
         else:
-            self._store(dirty(board))
+            self._store(board.ram.dirty())
         if not self._track:
-            log_dirty_pages(board, on=False)
+            board.ram.log_dirty_pages(on=False)
         regions = pages.describe(board.memory)
         ranges = None if self._ranges is None else tuple(_joined(self._ranges))
         writer = self._writer
@@ -181,31 +180,6 @@ def _joined(ranges: set[tuple[int, int]]) -> Iterator[tuple[int, int]]:
         end = max(end, address + length)
     if end > start:
         yield start, end - start
-
-
-def log_dirty_pages(board: Board, *, on: bool) -> None:
-    """Let KVM note which pages the guest writes, or not."""
-    for slot in board.vm.slots:
-        flags = slot.flags & ~_LOG_DIRTY_PAGES | _LOG_DIRTY_PAGES * on
-        if flags != slot.flags:
-            region = board.memory.find_region(GuestAddress(slot.guest_phys_addr))
-            assert region is not None
-            board.vm.set_user_memory_region(
-                slot=slot.slot,
-                guest_phys_addr=slot.guest_phys_addr,
-                memory=region.buffer,
-                flags=flags,
-            )
-
-
-def dirty(board: Board) -> list[tuple[int, int]]:
-    """Guest address and length of what the guest and devices have written since the last call."""
-    for slot in board.vm.slots:
-        if slot.flags & _LOG_DIRTY_PAGES:
-            log = board.vm.get_dirty_log(slot.slot)
-            board.memory.merge_dirty(GuestAddress(slot.guest_phys_addr), log)
-    # Regions end at whole pages, and so do these.
-    return [(int(address), length) for address, length in board.memory.harvest_dirty()]
 
 
 def start_clock(board: Board) -> None:
