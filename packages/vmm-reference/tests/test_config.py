@@ -136,3 +136,25 @@ def test_other_texts_are_no_sizes(text: str) -> None:
     with contextlib.suppress(ConfigError):
         assert parse_size(text) >= 0
         assert text.strip()[0].isdigit()
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"cpus": 4, "threads": 3}, "threads"),
+        ({"cpus": 6, "threads": 3}, "threads"),
+        ({"cpus": 6, "sockets": 2}, "sockets"),
+        ({"cpus": 4, "sockets": 3}, "sockets"),
+        ({"cpus": 4, "threads": 0}, "threads"),
+        ({"cpus": 2, "max_cpus": 6, "sockets": 2}, "sockets"),
+    ],
+)
+def test_topologies_that_can_not_be_numbered(
+    fields: dict[str, int], field: str, kernel: str
+) -> None:
+    """The field is named; what can be, is."""
+    with pytest.raises(ConfigError, match=field):
+        MachineConfig(kernel=kernel, **fields)  # type: ignore[arg-type]
+    for good in ((3, 3, 1), (6, 1, 3), (8, 2, 2), (12, 2, 3), (254, 1, 127)):
+        cpus, threads, sockets = good
+        MachineConfig(kernel=kernel, cpus=cpus, threads=threads, sockets=sockets)

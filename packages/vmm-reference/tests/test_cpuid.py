@@ -103,7 +103,7 @@ def test_what_is_not_topology_stays_the_hosts(
     assert found[1, 0].ecx >> 31 == 1
     assert bool(found[1, 0].ecx >> 24 & 1) == deadline
     assert not found[7, 0].ecx >> 5 & 1
-    kept = 0xFFFFFFFF & ~(1 << 31 | 1 << 24)
+    kept = 0xFFFFFFFF & ~(1 << 31 | 1 << 24 | 1 << 15 | 1 << 5)
     assert found[1, 0].ecx & kept == original[1, 0].ecx & kept
 
 
@@ -111,3 +111,48 @@ def test_what_is_not_topology_stays_the_hosts(
 def test_apic_bits_number_all_cores_and_no_more(cpus: int) -> None:
     """The field is as wide as the highest identifier needs."""
     assert apic_id_bits(cpus) == (cpus - 1).bit_length()
+
+
+shapes = st.builds(
+    lambda threads, cores, sockets: (1 << threads, 1 << cores, sockets),
+    st.integers(0, 2),
+    st.integers(0, 3),
+    st.integers(1, 7),
+)
+
+
+@given(hosts(), shapes)
+def test_packages_of_cores_of_threads(host: list[CpuidEntry], shape: tuple[int, int, int]) -> None:
+    """Whoever asks any leaf finds the same package, core and thread for each processor."""
+    threads, cores, sockets = shape
+    cpus = threads * cores * sockets
+    amd = host[0].ebx == AMD[0]
+    seen = set()
+    for apic_id in range(cpus):
+        table = topology(
+            host, apic_id=apic_id, cpus=cpus, tsc_deadline=True, threads=threads, sockets=sockets
+        )
+        leaf = {(e.function, e.index): e for e in table}
+        for function in (0xB, 0x1F):
+            thread_level, core_level = leaf[function, 0], leaf[function, 1]
+            assert (thread_level.ebx, core_level.ebx) == (threads, threads * cores)
+            package = apic_id >> core_level.eax
+            core = (apic_id & (1 << core_level.eax) - 1) >> thread_level.eax
+            thread = apic_id & (1 << thread_level.eax) - 1
+        assert (package, core, thread) == (
+            apic_id // (threads * cores), apic_id // threads % cores, apic_id % threads,
+        )  # fmt: skip
+        assert leaf[1, 0].ebx >> 16 & 0xFF == threads * cores
+        assert bool(leaf[1, 0].edx >> 28 & 1) == (threads * cores > 1)
+        private, shared = (leaf[0x8000001D if amd else 4, index].eax for index in (0, 3))
+        assert (private >> 14 & 0xFFF) + 1 == threads
+        assert (shared >> 14 & 0xFFF) + 1 == threads * cores
+        extended = leaf[0x8000001E, 0]
+        assert (extended.eax, extended.ecx) == (apic_id, package)
+        assert (extended.ebx & 0xFF, (extended.ebx >> 8) + 1) == (core, threads)
+        if amd:
+            assert leaf[0x80000008, 0].ecx & 0xFF == threads * cores - 1
+        else:
+            assert (shared >> 26) + 1 == cores
+        seen.add((package, core, thread))
+    assert len(seen) == cpus

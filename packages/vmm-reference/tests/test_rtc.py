@@ -266,7 +266,7 @@ def test_periodic_interrupt(rate: int, hertz: int) -> None:
         clock.now = due
         clock.rtc.expire()
         assert clock.levels[-1]
-        assert clock.rtc.deadline is None
+        assert [clock.rtc.deadline] == [None]
         assert clock.get(C) & 0xE0 == 0xC0
     assert clock.levels == [True, False] * 4
     clock.put(A, 0x20)

@@ -146,7 +146,12 @@ class Board:
                 else:
                     entry = load_kernel(self.memory, config, self.announced)
                 timeline["loaded"] = time.monotonic()
-                policy = CpuPolicy(kvm, config.max_cpus or config.cpus)
+                policy = CpuPolicy(
+                    kvm,
+                    config.max_cpus or config.cpus,
+                    threads=config.threads,
+                    sockets=config.sockets,
+                )
             self._vcpus = []
             for number in range(config.max_cpus or config.cpus):
                 vcpu = stack.enter_context(self.vm.create_vcpu(number))

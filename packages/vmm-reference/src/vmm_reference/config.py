@@ -178,6 +178,9 @@ class MachineConfig:
         cpus: number of vCPUs, 1 to 254.
         max_cpus: how many it may have later (`Machine.set_cpus`), `cpus` to 254, or None for no
             change.
+        threads: of each core, 1 to 254; a power of two unless the machine has one core.
+        sockets: packages among which cores are divided, 1 to 254; where there are several, the
+            cores of each are a power of two.
         memory: RAM in bytes (an int, or text such as `256M`), 16 MiB to 1 TiB, whole MiB.
         max_memory: how much there may be with modules that come later (`Machine.add_memory`), more
             than `memory` by a multiple of 128 MiB, or None for no modules.
@@ -204,6 +207,8 @@ class MachineConfig:
     cmdline: str = ""
     cpus: int = 1
     max_cpus: int | None = None
+    threads: int = 1
+    sockets: int = 1
     memory: int = field(default=256 * MIB, converter=_memory)
     max_memory: int | None = field(default=None, converter=_max_memory)
     memory_modules: tuple[tuple[int, int], ...] = field(default=(), converter=_pairs)
@@ -232,6 +237,7 @@ class MachineConfig:
         _whole("cpus", self.cpus, 1, MAX_CPUS)
         if self.max_cpus is not None:
             _whole("max_cpus", self.max_cpus, self.cpus, MAX_CPUS)
+        self._check_topology()
         if not MIN_MEMORY <= self.memory <= MAX_MEMORY:
             raise ConfigError("memory", f"{self.memory} bytes", "must be from 16M to 1T")
         if self.memory % MIB:
@@ -252,6 +258,21 @@ class MachineConfig:
         for name in ("kaslr", "shared_memory"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(name, getattr(self, name), "must be true or false")
+
+    def _check_topology(self) -> None:
+        """Processors can be numbered without gaps, as KVM and ACPI have them."""
+        _whole("threads", self.threads, 1, MAX_CPUS)
+        _whole("sockets", self.sockets, 1, MAX_CPUS)
+        cpus = self.max_cpus or self.cpus
+        cores, rest = divmod(cpus, self.threads * self.sockets)
+        if rest:
+            rule = f"must divide the {cpus} processors"
+            raise ConfigError("sockets and threads", f"{self.sockets} and {self.threads}", rule)
+        if self.threads & (self.threads - 1) and cores * self.sockets > 1:
+            raise ConfigError("threads", self.threads, "must be a power of two with several cores")
+        if cores & (cores - 1) and self.sockets > 1:
+            rule = f"must leave a power of two of cores in each, not {cores}"
+            raise ConfigError("sockets", self.sockets, rule)
 
     def _check_modules(self) -> None:
         """Memory that may come, and modules that are there."""

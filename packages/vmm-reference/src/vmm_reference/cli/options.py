@@ -37,6 +37,8 @@ def parser() -> argparse.ArgumentParser:
     add("--transport", metavar="mmio|pci", help="how the guest finds virtio devices (default mmio)")
     add("--cpus", metavar="N", help="number of vCPUs (default 1)")
     add("--memory", metavar="SIZE", help="RAM, such as 256M or 2G (default 256M)")
+    add("--max-memory", metavar="SIZE", help="how much RAM there may be with what comes later "
+        "(default: there are none)")  # fmt: skip
     add("--cmdline", metavar="TEXT", help="the kernel's command line (default console=ttyS0, and "
         "root=/dev/vda with a drive)")  # fmt: skip
     add("--api-socket", metavar="PATH", help="make a control socket, for vmm pause, migrate, ...")

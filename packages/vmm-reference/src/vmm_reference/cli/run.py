@@ -31,6 +31,7 @@ _VALUES = {
     "--transport": "transport",
     "--cpus": "cpus",
     "--memory": "memory",
+    "--max-memory": "max_memory",
     "--cmdline": "cmdline",
     "--api-socket": "api_socket",
     "--incoming": "incoming",

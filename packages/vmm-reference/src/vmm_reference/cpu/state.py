@@ -37,8 +37,8 @@ _SEGMENT, _TABLES = Struct("<QIH9Bx"), Struct("<QH6xQH6x")
 class CpuPolicy:
     """What all vCPUs of a machine have in common, read from KVM once."""
 
-    def __init__(self, kvm: Kvm, cpus: int) -> None:
-        self._cpus = cpus
+    def __init__(self, kvm: Kvm, cpus: int, *, threads: int = 1, sockets: int = 1) -> None:
+        self._cpus, self._threads, self._sockets = cpus, threads, sockets
         self._supported: Iterable[CpuidEntry] = kvm.get_supported_cpuid()
         self._tsc_deadline = kvm.check_extension(_KVM_CAP_TSC_DEADLINE_TIMER) > 0
 
@@ -50,6 +50,8 @@ class CpuPolicy:
                 apic_id=vcpu.id,
                 cpus=self._cpus,
                 tsc_deadline=self._tsc_deadline,
+                threads=self._threads,
+                sockets=self._sockets,
             )
         )
         vcpu.set_msrs(
