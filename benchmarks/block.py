@@ -28,10 +28,10 @@ KIB, MIB = 1 << 10, 1 << 20
 
 # Name, bytes of a request, depth, how many of them, and the least share of the floor's rate.
 LOADS = (
-    ("4 KiB random, depth 1", 4 * KIB, 1, 20_000, None),
-    ("4 KiB random, depth 32", 4 * KIB, 32, 100_000, 0.7),
-    ("1 MiB sequential, depth 1", MIB, 1, 1000, 0.95),
-    ("1 MiB sequential, depth 32", MIB, 32, 1000, 0.95),
+    ("4 KiB random, depth 1", 4 * KIB, 1, 100_000, None),
+    ("4 KiB random, depth 32", 4 * KIB, 32, 400_000, 0.7),
+    ("1 MiB sequential, depth 1", MIB, 1, 3000, 0.95),
+    ("1 MiB sequential, depth 32", MIB, 32, 3000, 0.95),
 )
 ENGINES: tuple[Literal["sync", "io_uring"], ...] = ("sync", "io_uring")
 

@@ -18,8 +18,9 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { SIZE = 256, DESC = 0x1000, AVAIL = 0x3000, USED = 0x4000, HEADERS = 0x8000 };
-enum { STATUS = 0xA000, DATA = 0x100000, NEXT = 1, WRITE = 2 };
+enum { SIZE = 256, DESC = 0x1000, AVAIL = 0x3000, USED = 0x4000, DATA = 0x100000 };
+/* Header and status of a request lie together, and apart from others', as Linux has them. */
+enum { REQUESTS = 0x8000, STRIDE = 128, STATUS = 16, NEXT = 1, WRITE = 2 };
 
 static double now(void)
 {
@@ -58,10 +59,10 @@ static void drive(int memory, int kick, uint64_t bytes, unsigned depth, uint64_t
     uint16_t *available = (uint16_t *)(base + AVAIL), *used = (uint16_t *)(base + USED);
     for (unsigned i = 0; i < depth; i++) {
         unsigned at = 3 * i;
-        table[at] = (struct descriptor){HEADERS + 16 * i, 16, NEXT, (uint16_t)(at + 1)};
+        table[at] = (struct descriptor){REQUESTS + STRIDE * i, 16, NEXT, (uint16_t)(at + 1)};
         table[at + 1] = (struct descriptor){DATA + i * bytes, (uint32_t)bytes, NEXT | WRITE,
                                             (uint16_t)(at + 2)};
-        table[at + 2] = (struct descriptor){STATUS + i, 1, WRITE, 0};
+        table[at + 2] = (struct descriptor){REQUESTS + STRIDE * i + STATUS, 1, WRITE, 0};
     }
     available[2 + SIZE] = 0x8000; /* used_event: far away */
     uint16_t next = 0, published = 0, last = 0;
@@ -73,7 +74,7 @@ static void drive(int memory, int kick, uint64_t bytes, unsigned depth, uint64_t
     while (done < count) {
         while (free_count != 0 && sent < count) {
             unsigned slot = free_slots[--free_count];
-            uint64_t *header = (uint64_t *)(base + HEADERS + 16 * slot);
+            uint64_t *header = (uint64_t *)(base + REQUESTS + STRIDE * slot);
             header[0] = 0;
             header[1] = sector_of(sent++, bytes, sectors);
             available[2 + next++ % SIZE] = (uint16_t)(3 * slot);
@@ -92,7 +93,7 @@ static void drive(int memory, int kick, uint64_t bytes, unsigned depth, uint64_t
         uint16_t idx = __atomic_load_n(&used[1], __ATOMIC_ACQUIRE);
         for (; last != idx; last++, done++) {
             uint32_t head = *(uint32_t *)(base + USED + 4 + 8 * (last % SIZE));
-            if (base[STATUS + head / 3] != 0) {
+            if (base[REQUESTS + STRIDE * (head / 3) + STATUS] != 0) {
                 fprintf(stderr, "a request failed\n");
                 exit(1);
             }

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from virtio_queue.constants import F_EVENT_IDX, F_INDIRECT_DESC, F_RING_PACKED
 from vmm_reference.config import Drive, MachineConfig
-from vmm_reference.devices import blk, rng
-from vmm_reference.devices.blk import Block
+from vmm_reference.devices import rng
+from vmm_reference.devices.blk import model as blk
+from vmm_reference.devices.blk.model import Block
 from vmm_reference.devices.rng import Rng
 from vmm_reference.machine import Machine
 from vmm_reference.outcome import Outcome
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
     from virtio_queue import DescriptorChain
     from vm_memory import GuestMemory
-    from vmm_reference.devices.blk import Backend
+    from vmm_reference.devices.blk.model import Backend
 
 PATIENCE = 200.0
 TRANSPORT = sys.argv[6]
@@ -208,7 +209,7 @@ def block(
     def make(number: int, backend: Backend | None) -> Disk | Rng:
         return Rng(os.getrandom) if backend is None else Disk(backend, wishes[number - 1])
 
-    drives = [Drive(str(image)) for image in images]
+    drives = [Drive(str(image), engine="python") for image in images]
     with Guest(kernel, initrd, drives, make) as guest:
         for number in range(len(wishes)):
             disk = f"/dev/vd{chr(ord('a') + number)}"
@@ -244,7 +245,7 @@ def entropy(
     def make(number: int, backend: Backend | None) -> Source:
         return Source(wishes[number], number)
 
-    with Guest(kernel, initrd, [Drive(str(i)) for i in images], make) as guest:
+    with Guest(kernel, initrd, [Drive(str(i), engine="python") for i in images], make) as guest:
         got = []
         for number in range(len(wishes)):
             name = f"virtio_rng.{number}"

@@ -94,7 +94,8 @@ struct vp_counters {
     uint64_t failed_reads, failed_writes, failed_flushes, failed_discards, failed_write_zeroes;
     uint64_t last_errno;
     uint64_t received_frames, received_bytes, sent_frames, sent_bytes;
-    uint64_t dropped_no_buffer, dropped_too_long, dropped_short, dropped_by_host;
+    uint64_t dropped_no_header, dropped_header, dropped_offload, dropped_short, dropped_long;
+    uint64_t dropped_no_room, dropped_link;
 };
 
 struct vp_queue {
@@ -117,7 +118,13 @@ struct vp_block {
     uint8_t id[20];
 };
 
+struct vp_net {
+    uint32_t length;
+    ...;
+};
+
 struct vp_pump {
+    int control;
     int attention;
     int running;
     int64_t thread_id;
@@ -126,6 +133,7 @@ struct vp_pump {
     struct vp_limiter *limiter;
     struct vp_counters counters;
     struct vp_block block;
+    struct vp_net net;
     ...;
 };
 
@@ -135,6 +143,7 @@ void vp_limiter_set(struct vp_limiter *limiter, int which, uint64_t size, uint64
                     uint64_t burst, uint64_t now);
 uint64_t vp_limiter_take(struct vp_limiter *limiter, uint64_t bytes, uint64_t now);
 uint64_t vp_now(void);
+void vp_wake(int fd);
 struct vp_pump *vp_new(int uring, int *error);
 void vp_free(struct vp_pump *pump);
 int vp_start(struct vp_pump *pump);
@@ -146,3 +155,4 @@ int vp_adopt(struct vp_pump *pump, uint32_t queue, uint32_t head, uint32_t reada
              uint32_t writable, const uint64_t *elements);
 struct vq_batch *vp_batch(struct vp_pump *pump, uint32_t queue, uint32_t number);
 void vp_leave(struct vp_pump *pump);
+int vp_net_open(struct vp_pump *pump, int fd, uint64_t features);

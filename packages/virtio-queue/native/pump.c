@@ -66,6 +66,7 @@ void vp_free(struct vp_pump *pump)
         close(pump->control);
     if (pump->attention >= 0)
         close(pump->attention);
+    free(pump->net.frame);
     free(pump->handed);
     free(pump->answers);
     pthread_mutex_destroy(&pump->lock);
@@ -126,9 +127,17 @@ static void use_answers(struct vp_pump *pump)
 
 /* --- the thread --- */
 
+/* A kick came after so long: whether looking for it would have paid. */
+static void adapt(struct vp_pump *pump, uint64_t idle)
+{
+    if (pump->alone)
+        return;
+    pump->spin = idle < 2 * VP_SPIN ? VP_SPIN : pump->spin / 2;
+}
+
 static void sleep_for_events(struct vp_pump *pump)
 {
-    struct pollfd fds[VP_QUEUES + 2];
+    struct pollfd fds[2 * VP_QUEUES + 2];
     struct timespec timeout, *limit = NULL;
     nfds_t count = 0;
     fds[count++] = (struct pollfd){pump->control, POLLIN, 0};
@@ -137,6 +146,7 @@ static void sleep_for_events(struct vp_pump *pump)
         const struct vp_queue *queue = &pump->queues[i];
         int waits = queue->asleep && !queue->faulted;
         fds[count++] = (struct pollfd){waits ? queue->kick : -1, POLLIN, 0};
+        fds[count++] = (struct pollfd){queue->fd_events ? queue->fd : -1, queue->fd_events, 0};
     }
     if (pump->wake != 0) {
         uint64_t now = vp_now(), rest = pump->wake > now ? pump->wake - now : 0;
@@ -148,20 +158,23 @@ static void sleep_for_events(struct vp_pump *pump)
         return;
     if (fds[0].revents)
         clear(pump->control);
-    for (uint32_t i = 0; i < pump->queue_count; i++)
-        if (fds[2 + i].revents) {
+    for (uint32_t i = 0; i < pump->queue_count; i++) {
+        if (fds[3 + 2 * i].revents)
+            pump->queues[i].fd_events = 0;
+        if (fds[2 + 2 * i].revents) {
             clear(pump->queues[i].kick);
             pump->queues[i].asleep = 0;
             pump->counters.kicks++;
-            pump->spins = vp_now() - pump->queues[i].slept < VP_SPIN;
+            adapt(pump, vp_now() - pump->queues[i].idle);
         }
+    }
 }
 
 static int turn(struct vp_pump *pump)
 {
     int busy = 0;
     for (uint32_t i = 0; i < pump->queue_count; i++)
-        busy |= vp_block_serve(&pump->queues[i]);
+        busy |= pump->queues[i].serve(&pump->queues[i]);
     if (pump->has_uring)
         busy |= vp_uring_turn(pump);
     use_answers(pump);
@@ -189,6 +202,7 @@ static void *run(void *argument)
     for (uint32_t i = 0; i < pump->queue_count; i++) {
         vp_publish(&pump->queues[i]);
         vp_give_back(&pump->queues[i]);
+        vp_net_give_back(&pump->queues[i]);
     }
     return NULL;
 }
@@ -208,6 +222,9 @@ int vp_start(struct vp_pump *pump)
     pump->handed_count = pump->answer_count = 0;
     pump->stopping = 0;
     pump->wake = 0;
+    pump->spin = 0;
+    /* Who sends often waits for an answer, which nobody would read meanwhile. */
+    pump->alone = pump->net.frame != NULL || sysconf(_SC_NPROCESSORS_ONLN) == 1;
     /* Signals are for Python's threads; faults are for whoever makes them. */
     sigfillset(&all);
     sigdelset(&all, SIGBUS);

@@ -11,9 +11,13 @@
 
 #include "virtio_queue.h"
 
+/* The longest frame: a segment of 64 KiB with its headers, one VLAN tag and virtio's included. */
+enum { VP_FRAME = 12 + 65535 + 14 + 4 };
 enum { VP_QUEUES = 64, VP_BATCHES = 64, VP_CHAINS = 64, VP_HEADER = 16 };
-/* Nanoseconds for which it is worth to look for chains before sleeping: about what a sleep costs. */
-enum { VP_SPIN = 20000 };
+/* Most nanoseconds for which to look for chains before sleeping: about what being woken costs. */
+enum { VP_SPIN = 50000 };
+/* So many bytes are handed to the kernel at once, so that their driver goes on meanwhile. */
+enum { VP_SUBMIT = 512 << 10 };
 
 /* --- pump_limit.c --- */
 /* Tokens that come back at a steady rate. Whoever finds a token left may take any number: what is
@@ -50,7 +54,8 @@ struct vp_counters {
     uint64_t failed_reads, failed_writes, failed_flushes, failed_discards, failed_write_zeroes;
     uint64_t last_errno;
     uint64_t received_frames, received_bytes, sent_frames, sent_bytes;
-    uint64_t dropped_no_buffer, dropped_too_long, dropped_short, dropped_by_host;
+    uint64_t dropped_no_header, dropped_header, dropped_offload, dropped_short, dropped_long;
+    uint64_t dropped_no_room, dropped_link;
 };
 
 /* --- one chain on its way --- */
@@ -91,7 +96,14 @@ struct vp_queue {
     int interrupt;              /* eventfd, or -1; Python may change it */
     int asked;                  /* the driver was asked for kicks */
     int asleep;                 /* until there is one */
-    uint64_t slept;             /* since when */
+    uint64_t idle;              /* since when nothing was available */
+    int (*serve)(struct vp_queue *queue); /* whether there was something to do */
+    int fd;                     /* of the device's other end */
+    short fd_events;            /* what is waited for there before the queue is served again */
+    int broken;                 /* the other end is gone */
+    struct vp_request **collected; /* chains for one frame, until there are enough */
+    uint32_t collected_count, held; /* and how many descriptors they are */
+    uint64_t room;              /* and bytes */
     int faulted;                /* malformed: not served any more; Python reads it */
     struct vp_batch *current;   /* of its chains, those before `next` were started */
     uint32_t next;
@@ -100,7 +112,7 @@ struct vp_queue {
     struct vp_batch **batches, **free; /* room for VP_BATCHES and all that were in flight */
     uint32_t done;              /* completed, to be published */
     uint64_t done_bytes;
-    uint32_t heads[VP_CHAINS], lengths[VP_CHAINS];
+    uint32_t *heads, *lengths;  /* room for all that can be in flight */
 };
 
 /* --- devices --- */
@@ -117,11 +129,19 @@ struct vp_block {
     uint8_t id[20];
 };
 
+struct vp_net {
+    int fd;
+    uint64_t features;          /* negotiated */
+    uint32_t length;            /* of the frame that waits for buffers; 0: none */
+    uint8_t *frame, *bounce;
+};
+
 struct vp_uring {
     int fd;
     uint32_t *sq_head, *sq_tail, *sq_array, *cq_head, *cq_tail;
     uint32_t sq_mask, cq_mask, sq_entries, cq_entries;
     uint32_t queued, in_kernel;
+    uint64_t queued_bytes;
     void *sqes, *cqes, *sq_map, *cq_map;
     size_t sq_size, cq_size, sqes_size;
 };
@@ -138,11 +158,13 @@ struct vp_pump {
     uint32_t queue_count;
     struct vp_queue queues[VP_QUEUES];
     uint32_t *status;           /* interrupt status of the transport, or NULL */
-    struct vp_limiter *limiter; /* or NULL */
-    int spins;                  /* the last kick came soon: look for the next one before sleeping */
+    struct vp_limiter *limiter; /* or NULL; Python may give one */
+    uint64_t spin;              /* nanoseconds for which to look for chains before sleeping */
+    int alone;                  /* never look: it would keep something else from running */
     uint64_t wake;              /* when there are tokens again; 0: nothing waits */
     struct vp_counters counters;
     struct vp_block block;
+    struct vp_net net;
     struct vp_uring uring;
     /* Guarded by `lock`; room for as many as can be in flight. */
     struct vp_request **handed;
@@ -199,8 +221,12 @@ void vp_leave(struct vp_pump *pump);
 /* The next chains into `current`: 1; 0 when it is worth asking again at once; -1 when it is not. */
 int vp_get_chains(struct vp_queue *queue);
 void vp_give_back(struct vp_queue *queue);
+/* A chain is used, to be published with others; `vp_finish` may do that at once. */
+void vp_done(struct vp_request *request, uint64_t length);
 void vp_finish(struct vp_request *request, uint64_t length);
 void vp_publish(struct vp_queue *queue);
+/* Publish if there is enough for it. */
+void vp_publish_much(struct vp_queue *queue);
 
 /* --- pump_block.c --- */
 /* Let a queue's requests go on: whether there was something to do. */
@@ -209,6 +235,15 @@ int vp_block_serve(struct vp_queue *queue);
 int vp_block_prepare(struct vp_request *request);
 /* Take note of the operation's result (bytes or -errno). 1: `operation` is to be done; 0: answered. */
 int vp_block_step(struct vp_request *request, int64_t result);
+
+/* --- pump_net.c --- */
+int vp_net_receive(struct vp_queue *queue);
+int vp_net_send(struct vp_queue *queue);
+/* Serve the two queues that were added by this descriptor, from the start on. 0, or -1 without memory
+ * of the host's. */
+int vp_net_open(struct vp_pump *pump, int fd, uint64_t features);
+/* Chains that were collected are available again; after `vp_give_back`. */
+void vp_net_give_back(struct vp_queue *queue);
 
 /* --- pump_file.c --- */
 int vp_file_write_flags(const struct vp_block *disk);

@@ -325,8 +325,9 @@ static int start(struct vp_request *request)
     }
     if (pump->has_uring && !vp_uring_has_room(&pump->uring))
         return -1;
-    if (pump->limiter != NULL) {
-        uint64_t now = vp_now(), wait = vp_limiter_take(pump->limiter, request->cost, now);
+    struct vp_limiter *limiter = __atomic_load_n(&pump->limiter, __ATOMIC_ACQUIRE);
+    if (limiter != NULL) {
+        uint64_t now = vp_now(), wait = vp_limiter_take(limiter, request->cost, now);
         if (wait != 0) {
             pump->counters.throttled += request->prepared == 1;
             request->prepared = 2;
@@ -335,8 +336,11 @@ static int start(struct vp_request *request)
             return -1;
         }
     }
-    if (pump->has_uring && vp_uring_start(&pump->uring, request) == 0)
+    if (pump->has_uring && vp_uring_start(&pump->uring, request) == 0) {
+        if (pump->uring.queued_bytes >= VP_SUBMIT)
+            vp_uring_turn(pump);
         return 0;
+    }
     while (vp_block_step(request, vp_file_do(request)))
         continue;
     return 0;

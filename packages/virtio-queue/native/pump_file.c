@@ -33,7 +33,9 @@ int64_t vp_file_do(struct vp_request *request)
     int64_t result;
     switch (request->operation) {
     case VP_READ:
-        result = preadv(disk->fd, request->iovecs, count, offset);
+        result = count == 1
+                     ? pread(disk->fd, request->iovecs->iov_base, request->iovecs->iov_len, offset)
+                     : preadv(disk->fd, request->iovecs, count, offset);
         break;
     case VP_WRITE:
         result = pwritev2(disk->fd, request->iovecs, count, offset, vp_file_write_flags(disk));

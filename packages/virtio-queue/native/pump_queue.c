@@ -19,6 +19,14 @@ int vp_add_queue(struct vp_pump *pump, struct vq_ring *ring, int kick, int inter
     if (queue->batches == NULL)
         return -2;
     queue->free = queue->batches + room;
+    size_t most = (size_t)ring->size + VP_CHAINS;
+    queue->heads = calloc(2 * most, sizeof *queue->heads);
+    if (queue->heads == NULL) {
+        free(queue->batches);
+        return -2;
+    }
+    queue->lengths = queue->heads + most;
+    queue->serve = vp_block_serve;
     queue->pump = pump;
     queue->ring = ring;
     queue->kick = kick;
@@ -111,22 +119,21 @@ static void reclaim(struct vp_queue *queue)
     }
 }
 
-/* Look for chains for a while, where the driver was quick the last time. */
+/* Look for chains for a while, where that paid the last time. */
 static int appear(struct vp_queue *queue)
 {
     struct vp_pump *pump = queue->pump;
     struct vq_ring *ring = queue->ring;
-    uint64_t end = vp_now() + VP_SPIN;
-    if (!pump->spins || pump->uring.in_kernel != 0)
+    queue->idle = vp_now();
+    if (pump->spin == 0 || pump->uring.in_kernel != 0)
         return 0;
     do {
-        for (int i = 0; i < 64; i++) {
+        for (int i = 0; i < 16; i++) {
             if ((ring->packed ? vq_packed_available(ring) : vq_split_available(ring)) > 0)
                 return 1;
             vp_pause();
         }
-    } while (vp_now() < end && !vp_stopping(pump));
-    pump->spins = 0;
+    } while (vp_now() - queue->idle < pump->spin && !vp_stopping(pump));
     return 0;
 }
 
@@ -169,7 +176,6 @@ int vp_get_chains(struct vp_queue *queue)
     if (count > 0)
         return 0;
     queue->asleep = 1;
-    queue->slept = vp_now();
     if (count < 0) {
         __atomic_store_n(&queue->faulted, 1, __ATOMIC_RELEASE);
         vp_wake(pump->attention);
@@ -188,14 +194,24 @@ void vp_give_back(struct vp_queue *queue)
             break;
 }
 
-void vp_finish(struct vp_request *request, uint64_t length)
+void vp_done(struct vp_request *request, uint64_t length)
 {
     struct vp_queue *queue = request->queue;
     queue->heads[queue->done] = request->batch->chains->chains[request->chain].head;
     queue->lengths[queue->done++] = length > UINT32_MAX ? UINT32_MAX : (uint32_t)length;
     queue->done_bytes += request->cost;
+}
+
+void vp_publish_much(struct vp_queue *queue)
+{
     if (queue->done >= PUBLISH_CHAINS || queue->done_bytes >= PUBLISH_BYTES)
         vp_publish(queue);
+}
+
+void vp_finish(struct vp_request *request, uint64_t length)
+{
+    vp_done(request, length);
+    vp_publish_much(request->queue);
 }
 
 void vp_publish(struct vp_queue *queue)
@@ -246,6 +262,8 @@ void vp_leave(struct vp_pump *pump)
         for (uint32_t j = 0; j < queue->batch_count; j++)
             free_batch(queue, queue->batches[j]);
         free(queue->batches);
+        free(queue->heads);
+        free(queue->collected);
     }
     pump->queue_count = 0;
 }

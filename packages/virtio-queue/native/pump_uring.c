@@ -91,6 +91,7 @@ int vp_uring_start(struct vp_uring *uring, struct vp_request *request)
     uring->sq_array[slot] = slot;
     __atomic_store_n(uring->sq_tail, tail + 1, __ATOMIC_RELEASE);
     uring->queued++;
+    uring->queued_bytes += request->cost;
     return 0;
 }
 
@@ -107,6 +108,7 @@ static uint32_t submit(struct vp_uring *uring)
     uint32_t queued = uring->queued;
     if (queued == 0)
         return 0;
+    uring->queued_bytes = 0;
     long taken = syscall(__NR_io_uring_enter, uring->fd, queued, 0, 0, NULL, 0);
     if (taken >= 0) {
         uring->queued -= (uint32_t)taken;

@@ -560,7 +560,6 @@ def test_the_disk_changes_while_it_runs(stack: ExitStack) -> None:
 def test_every_byte_it_writes_is_dirty(stack: ExitStack, kind: Kind) -> None:
     """Data, status and used ring, also where a request fails half-way or leaves a gap."""
     bench = Bench(stack, kind, "sync", dirty=4096)
-    bench.start()
     for readable, writable in (
         ([header(IN)], [16384, 5000, 1]),
         ([header(IN, 3)], [5000, 3192, 1]),
@@ -576,7 +575,7 @@ def test_every_byte_it_writes_is_dirty(stack: ExitStack, kind: Kind) -> None:
         for region in bench.memory.regions:
             assert region.dirty is not None
             region.dirty.harvest()
-        os.eventfd_write(bench.kick, 1)
+        bench.start()
         ready, _, _ = select.select([bench.interrupt], [], [], PATIENCE)
         assert ready
         os.eventfd_read(bench.interrupt)
@@ -588,6 +587,7 @@ def test_every_byte_it_writes_is_dirty(stack: ExitStack, kind: Kind) -> None:
                 if new[page : page + 4096] != old[page : page + 4096]:
                     assert region.dirty.is_dirty(page), (readable, places, page)
         bench.driver.reap()
+        bench.pump.stop()
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -16,8 +16,9 @@ from virtio_queue.mmio import MmioTransport
 from virtio_queue.testing import Arena, MmioDriver, SplitDriver
 from vm_memory import GuestAddress, GuestMemory
 from vmm_reference.backends.file import FileBackend
-from vmm_reference.devices import blk
-from vmm_reference.devices.blk import F_MQ, Block, DriveControl
+from vmm_reference.devices.blk import model as blk
+from vmm_reference.devices.blk.model import F_MQ, Block
+from vmm_reference.devices.blk.setup import DriveControl
 from vmm_reference.devices.states import BlockState, StateError
 from vmm_reference.errors import HostError
 
@@ -101,7 +102,8 @@ def test_a_disk_changes_its_size_and_its_image(tmp_path: Path) -> None:
         path.write_bytes(path.name.encode() * 4096)
     backend = FileBackend(str(paths[0]))
     machine = Machine(backend)
-    control = DriveControl(machine.block, backend)
+    control = DriveControl(backend)
+    control.block = machine.block
     control.device = machine.device
 
     def capacity() -> int:

@@ -10,7 +10,8 @@ import pytest
 
 from vmm_reference.backends.file import FileBackend
 from vmm_reference.config import Drive
-from vmm_reference.devices.blk import Block, DriveControl
+from vmm_reference.devices.blk.model import Block
+from vmm_reference.devices.blk.setup import DriveControl
 from vmm_reference.devices.limiter import Limiter, TokenBucket
 from vmm_reference.errors import ConfigError
 from vmm_reference.testing import Bench
@@ -86,7 +87,8 @@ def test_bytes_are_limited_and_the_limit_changes(tmp_path: Path) -> None:
     assert guest.done() == 4
     guest.advance(1.01)
     assert 3 <= guest.done() <= 6
-    control = DriveControl(guest.block, guest.backend)
+    control = DriveControl(guest.backend)
+    control.block = guest.block
     control.device = guest.device
     with pytest.raises(ConfigError, match="bandwidth"):
         control.limit(bandwidth="fast")

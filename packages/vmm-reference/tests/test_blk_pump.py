@@ -17,7 +17,7 @@ from virtio_queue.constants import F_EVENT_IDX, F_INDIRECT_DESC
 from virtio_queue.testing import Arena, PackedDriver, SplitDriver
 from vm_memory import GuestAddress, GuestMemory
 from vmm_reference.backends.file import FileBackend
-from vmm_reference.devices import blk
+from vmm_reference.devices.blk import model as blk
 
 SECTORS = 48
 PATTERN = b"".join(struct.pack("<Q", n) * 64 for n in range(SECTORS))

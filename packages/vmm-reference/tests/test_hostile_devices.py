@@ -19,7 +19,7 @@ from virtio_queue.testing import Arena, MmioDriver
 from virtio_queue.testing.stateful import DeviceMachine
 from vm_memory import GuestAddress, GuestMemory
 from vmm_reference.backends.file import FileBackend
-from vmm_reference.devices.blk import Block
+from vmm_reference.devices.blk.model import Block
 from vmm_reference.devices.rng import MAX_REQUEST, Rng
 
 SECTORS = 64

@@ -235,6 +235,16 @@ def test_a_driver_comes_up_through_its_bar(bench: Bench) -> None:
         os.eventfd_read(bench.slot.msix._own[1])
 
 
+@pytest.mark.parametrize("msix", [True, False])
+def test_an_eventfd_of_a_pump_goes_with_the_device(bench: Bench, msix: bool) -> None:
+    """It is made when a driver comes, after the vectors, and KVM lets go of it before it closes."""
+    bench.enable(msix=msix)
+    fd = bench.slot.call(0)
+    assert (fd in bench.wiring.loop.fds) is not msix
+    bench.slot.transport.write(0x1A, b"\1\0")  # queue_msix_vector
+    assert (fd in {known for known, _ in bench.wiring.vm.irqfds}) is msix
+
+
 def test_17_a_bar_moves_and_comes_back(bench: Bench) -> None:
     """Sizing reads the mask; kicks and registers follow the BAR, and are nowhere without it."""
     bench.enable()

@@ -16,8 +16,10 @@ from virtio_queue.mmio import MmioTransport
 from virtio_queue.testing import Arena, MmioDriver
 from vm_memory import GuestAddress, GuestMemory
 from vmm_reference.backends.file import FileBackend
-from vmm_reference.devices.blk import Block
-from vmm_reference.devices.pumped import PumpedBlock
+from vmm_reference.devices.blk.model import Block
+from vmm_reference.devices.blk.pumped import PumpedBlock
+from vmm_reference.devices.blk.setup import DriveControl
+from vmm_reference.errors import ConfigError
 
 RAM = 1 << 20
 IN, OUT, FLUSH, GET_ID, DISCARD, WRITE_ZEROES = 0, 1, 4, 8, 11, 13
@@ -69,7 +71,7 @@ class Slot:
                 for n, fd in enumerate(self.kicks)
             }
 
-    def call(self, queue: int) -> int:
+    def pump_call(self, queue: int) -> int:
         return self.calls[queue]
 
     def add(self, fd: int, events: int, callback: Callable[[int], None]) -> None:
@@ -212,3 +214,25 @@ def test_a_malformed_chain_stops_it(pumped: tuple[Slot, PumpedBlock]) -> None:
     slot.driver.write_status(0)
     slot.driver.start(EVERYTHING)
     assert slot.request(IN, 0, b"", 512)[-1:] == b"\0"
+
+
+def test_limits_come_and_go_while_it_runs(pumped: tuple[Slot, PumpedBlock]) -> None:
+    """With the last token gone a request waits; a lifted limit lets it through at once."""
+    slot, block = pumped
+    slot.driver.start(EVERYTHING)
+    control = DriveControl(block.backend)  # type: ignore[arg-type]
+    control.block, control.device = block, slot.device
+    with pytest.raises(ConfigError, match="ops"):
+        control.limit(ops="none")
+    control.limit(ops="1/1000000000")
+    assert slot.request(IN, 0, b"", 512)[-1:] == b"\0"
+    slot.driver.queues[0].add([struct.pack("<IIQ", IN, 0, 0)], [512, 1])
+    slot.driver.kick(0)
+    while not block.pump.counters["throttled"]:
+        select.select([], [], [], 0.001)
+    assert not slot.driver.queues[0].reap()
+    control.limit(bandwidth="1G")
+    assert not slot.driver.queues[0].reap()
+    control.limit(ops="", bandwidth="")
+    assert slot.request(IN, 0, b"", 512)[-1:] == b"\0"
+    assert not slot.driver.queues[0].outstanding

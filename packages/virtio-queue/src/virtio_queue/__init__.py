@@ -27,8 +27,9 @@ if TYPE_CHECKING:
     from virtio_queue.mmio import MmioTransport
     from virtio_queue.model import DeviceModel, QueueResetModel
     from virtio_queue.pci import PciTransport
-    from virtio_queue.pump import Limiter, TokenBucket
     from virtio_queue.pump_block import BlockPump
+    from virtio_queue.pump_limit import Limiter, TokenBucket
+    from virtio_queue.pump_net import NetPump
     from virtio_queue.queue import Queue
     from virtio_queue.reader import Reader
     from virtio_queue.state import ChainState, DeviceState, MmioState, PciState, QueueState
@@ -48,6 +49,7 @@ __all__ = [
     "Limiter",
     "MmioState",
     "MmioTransport",
+    "NetPump",
     "PciState",
     "PciTransport",
     "PumpError",
@@ -72,16 +74,17 @@ _MODULES = {
     "DescriptorChain": "chain",
     "DeviceModel": "model",
     "DeviceState": "state",
-    "Limiter": "pump",
+    "Limiter": "pump_limit",
     "MmioState": "state",
     "MmioTransport": "mmio",
+    "NetPump": "pump_net",
     "PciState": "state",
     "PciTransport": "pci",
     "Queue": "queue",
     "QueueResetModel": "model",
     "QueueState": "state",
     "Reader": "reader",
-    "TokenBucket": "pump",
+    "TokenBucket": "pump_limit",
     "VirtioDevice": "device",
     "Writer": "writer",
 }

@@ -31,8 +31,6 @@ A device model uses one like this:
 
 from __future__ import annotations
 
-from attrs import frozen
-
 from virtio_queue import _rules
 from virtio_queue._native import ffi, lib
 from virtio_queue.batch import CHAIN_SIZE, make_chain
@@ -47,74 +45,9 @@ if TYPE_CHECKING:
     from virtio_queue.queue import Queue
     from vm_memory import GuestMemory
 
-__all__ = ["Limiter", "Pump", "TokenBucket"]
+__all__ = ["Pump"]
 
 _COUNTERS = tuple(name for name, _ in ffi.typeof("struct vp_counters").fields)
-_MOST = 1 << 62
-
-
-@frozen
-class TokenBucket:
-    """A rate with a burst.
-
-    A request is let through while there is a token left, whatever its size; what it owes delays the
-    next ones, so that the rate holds over time.
-
-    Attributes:
-        size: tokens (bytes, or operations) that a full bucket holds, from 1.
-        refill_ms: milliseconds in which an empty bucket fills, from 1.
-        one_time_burst: tokens to be used up first, once.
-    """
-
-    size: int
-    refill_ms: int
-    one_time_burst: int = 0
-
-
-class Limiter:
-    """Limits of bandwidth and operations, shared by as many pumps as it is given to.
-
-    Args:
-        bandwidth: tokens are bytes; None for no limit.
-        operations: tokens are requests, or frames; None for no limit.
-
-    Raises:
-        UsageError: a bucket's numbers are out of range.
-    """
-
-    def __init__(
-        self, bandwidth: TokenBucket | None = None, operations: TokenBucket | None = None
-    ) -> None:
-        handle = lib.vp_limiter_new()
-        if not handle:
-            raise MemoryError("a rate limiter")
-        self.handle: CData = ffi.gc(handle, lib.vp_limiter_free)
-        self.set(bandwidth, operations)
-
-    def set(self, bandwidth: TokenBucket | None, operations: TokenBucket | None) -> None:
-        """Put new limits in the place of the former ones, at any time; both buckets are full.
-
-        A request that waits already goes on waiting for as long as the former limits said.
-
-        Raises:
-            UsageError: a bucket's numbers are out of range; both limits stay as they were.
-        """
-        for name, bucket in (("bandwidth", bandwidth), ("operations", operations)):
-            if bucket is not None and not (
-                1 <= bucket.size < _MOST
-                and 1 <= bucket.refill_ms < 1 << 32
-                and 0 <= bucket.one_time_burst < _MOST
-            ):
-                rule = "size from 1, refill_ms from 1 to 2**32 - 1, one_time_burst from 0"
-                raise UsageError(name, f"{bucket} is not a limit: {rule}")
-        now = lib.vp_now()
-        for which, bucket in enumerate((bandwidth, operations)):
-            size, refill, burst = (
-                (0, 1, 0)
-                if bucket is None
-                else (bucket.size, bucket.refill_ms * 1_000_000, bucket.one_time_burst)
-            )
-            lib.vp_limiter_set(self.handle, which, size, refill, burst, now)
 
 
 class Pump:
@@ -195,6 +128,7 @@ class Pump:
         try:
             for index, queue in enumerate(queues):
                 self._lend(index, queue, memory)
+            self._open()
             self.handle.status = self._word
             error = lib.vp_start(self.handle)
             if error:
@@ -203,6 +137,9 @@ class Pump:
             self._take_back()
             raise
         self.running = True
+
+    def _open(self) -> None:
+        """What is to be done when the queues are lent, and before the thread runs."""
 
     def _lend(self, index: int, queue: Queue, memory: GuestMemory) -> None:
         ring, flying = queue.lend(memory)
@@ -304,11 +241,19 @@ class Pump:
         del self._taken[queue_index, head]
         lib.vp_answer(self.handle, queue_index, head, length)
 
+    def nudge(self) -> None:
+        """Have the thread look again at what waits for a limit's tokens; at any time."""
+        lib.vp_wake(self.handle.control)
+
     @property
     def counters(self) -> dict[str, int]:
         """What was done, refused and failed since the pump was made, by name."""
         counters = self.handle.counters
-        return {name: getattr(counters, name) for name in _COUNTERS}
+        return {name: getattr(counters, name) for name in _COUNTERS if self._counts(name)}
+
+    def _counts(self, name: str) -> bool:
+        """Whether a counter says something about this kind of device."""
+        return not name.startswith(("received_", "sent_", "dropped_"))
 
     @property
     def thread_id(self) -> int:

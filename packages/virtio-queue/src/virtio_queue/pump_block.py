@@ -34,13 +34,14 @@ import stat
 
 from virtio_queue._native import ffi
 from virtio_queue.errors import QueueStateError, UsageError
-from virtio_queue.pump import Limiter, Pump
+from virtio_queue.pump import Pump
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Literal
 
+    from virtio_queue.pump_limit import Limiter
     from virtio_queue.queue import Queue
     from vm_memory import GuestMemory
 
@@ -69,7 +70,7 @@ class BlockPump(Pump):
         max_data: most bytes of one read or write.
         max_discard: most sectors of a segment, and most segments of a request.
         max_write_zeroes: likewise.
-        limiter: limits of bandwidth and operations.
+        limiter: limits of bandwidth and operations, as the attribute.
 
     Raises:
         PumpError: the host lacks the engine.
@@ -106,8 +107,19 @@ class BlockPump(Pump):
         block.max_discard_sectors, block.max_discard_segments = max_discard
         block.max_write_zeroes_sectors, block.max_write_zeroes_segments = max_write_zeroes
         self.sectors = sectors
+        self._limiters: list[Limiter | None] = []
         self.limiter = limiter
         self.set_file(fd)
+
+    @property
+    def limiter(self) -> Limiter | None:
+        """Limits of bandwidth and operations; another may be given at any time."""
+        return self._limiters[-1]
+
+    @limiter.setter
+    def limiter(self, limiter: Limiter | None) -> None:
+        self._limiters.append(limiter)  # the former ones stay: the thread may be using one
+        self.handle.limiter = ffi.NULL if limiter is None else limiter.handle
 
     @property
     def sectors(self) -> int:
@@ -166,5 +178,4 @@ class BlockPump(Pump):
         block.may_flush = bool(driver_features & F_FLUSH)
         block.may_discard = bool(driver_features & F_DISCARD)
         block.may_write_zeroes = bool(driver_features & F_WRITE_ZEROES)
-        self.handle.limiter = ffi.NULL if self.limiter is None else self.limiter.handle
         self._start(memory, queues)

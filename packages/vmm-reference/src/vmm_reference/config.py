@@ -108,11 +108,11 @@ class Drive(DeviceConfig):
         overlay: a folder: what the guest writes goes to a file there that ends with the machine,
             and the image is only read.
         bandwidth: limit of bytes, such as `10M` a second, as
-            `vmm_reference.devices.limiter.parse_bucket` takes it; none by default. With a limit
-            the engine is `python`.
+            `vmm_reference.devices.limiter.parse_bucket` takes it; none by default.
         ops: limit of requests, likewise.
-        engine: `python` serves requests on the I/O thread, `sync` by a thread of C, one system call
-            after the other, `io_uring` by one that hands the kernel many at once.
+        engine: `sync` serves requests by a thread of C, one system call after the other, `io_uring`
+            by one that hands the kernel many at once, `python` on the I/O thread; by default
+            `python` with an overlay, else `sync`.
     """
 
     kind: ClassVar[str] = "drive"
@@ -126,7 +126,7 @@ class Drive(DeviceConfig):
     overlay: str = ""
     bandwidth: str = ""
     ops: str = ""
-    engine: str = "python"
+    engine: str = ""
 
     def check(self, field: str) -> None:
         """Raise `ConfigError` unless the image exists, may be opened and has a legal size."""
@@ -142,10 +142,10 @@ class Drive(DeviceConfig):
 
             parse_bucket(self.bandwidth, f"{field}.bandwidth")
             parse_bucket(self.ops, f"{field}.ops")
-        _one_of(f"{field}.engine", self.engine, ("sync", "io_uring", "python"))
-        if self.engine != "python" and (self.overlay or self.bandwidth or self.ops):
-            rule = "must be python with an overlay or limits"
-            raise ConfigError(f"{field}.engine", self.engine, rule)
+        if self.engine:
+            _one_of(f"{field}.engine", self.engine, ("sync", "io_uring", "python"))
+        if self.engine not in ("", "python") and self.overlay:
+            raise ConfigError(f"{field}.engine", self.engine, "must be python with an overlay")
         name = _file(field, self.path, block=True)
         folder: object = self.overlay
         if not isinstance(folder, str) or (folder and not os.path.isdir(folder)):  # noqa: PTH112

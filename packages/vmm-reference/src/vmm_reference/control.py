@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .board import Board
     from .config import MachineConfig
     from .deviceconfig import DeviceConfig
-    from .devices.blk import DriveControl
+    from .devices.blk.setup import DriveControl
     from .loop import Loop
 
     T = TypeVar("T")
@@ -285,7 +285,7 @@ class Control:
         )
 
     def _drive(self, name: str) -> DriveControl:
-        from .devices.blk import DriveControl
+        from .devices.blk.setup import DriveControl
 
         control = self._call(lambda board: board.control(name))
         if not isinstance(control, DriveControl):

@@ -62,6 +62,10 @@ class VirtioSlot:
         """The eventfd by which a pump or the kernel raises a queue's interrupt itself."""
         raise NotImplementedError
 
+    def pump_call(self, queue: int) -> int:
+        """The same for who sets `interrupt_word` too, where there is one."""
+        return self.call(queue)
+
     def take_kick(self, queue: int) -> int:
         """Let somebody else listen to a queue's kicks; returns the eventfd."""
         self._wiring.loop.remove(self.kicks[queue])
@@ -115,7 +119,8 @@ class MmioSlot(VirtioSlot):
     def call(self, queue: int) -> int:
         """An eventfd that the loop turns into an interrupt.
 
-        KVM can't do it: the driver reads the reason from a register of the device.
+        KVM can't do it: the driver reads the reason from a register of the device, and who signals
+        this can't set it.
         """
         fd = self._calls.get(queue)
         if fd is None:
@@ -128,6 +133,10 @@ class MmioSlot(VirtioSlot):
             self._wiring.loop.add(fd, READ, relay)
             self._wiring.on_close(lambda: self._wiring.loop.remove(fd))
         return fd
+
+    def pump_call(self, queue: int) -> int:
+        """The interrupt line itself: the reason is in the register before."""
+        return self._line
 
     def _interrupt(self) -> None:
         os.eventfd_write(self._line, 1)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from virtio_queue import Queue
     from vm_memory import GuestMemory
+    from vmm_reference.slots import VirtioSlot
 
 __all__ = ["VhostNet", "VhostQueues", "VhostVsock"]
 
@@ -48,10 +49,13 @@ class VhostQueues:
 
     Attributes:
         features: feature bits that the kernel works with.
+        attention: it asks for none.
 
     Raises:
         HostError: the host has no such device, or this user may not use it.
     """
+
+    attention = -1
 
     def __init__(self, path: str, memory: GuestMemory) -> None:
         self._memory = memory
@@ -68,9 +72,10 @@ class VhostQueues:
         end = max(int(region.guest_address) + region.size for region in memory.regions)
         self._log = mmap.mmap(-1, -(-end // _LOG_PAGE // 64 + 1) * 8 + 8)
 
-    def connect(self, kicks: Sequence[int], calls: Sequence[int]) -> None:
-        """The eventfds of the queues: for the driver's kicks, and for interrupts."""
-        self._kicks, self._calls = kicks, calls
+    def connect(self, slot: VirtioSlot, numbers: Sequence[int]) -> None:
+        """Have the kicks of these queues, and send their interrupts."""
+        self._kicks = [slot.take_kick(number) for number in numbers]
+        self._calls = [slot.call(number) for number in numbers]
 
     def close(self) -> None:
         """Stop, and close the device."""
@@ -124,6 +129,16 @@ class VhostQueues:
                     self._memory,
                 )
         self._harvest()
+
+    def forget(self) -> None:
+        """Nothing is kept."""
+
+    def attend(self) -> None:
+        """The kernel tells of no faults but in its log."""
+
+    def metrics(self) -> dict[str, int]:
+        """The kernel counts nothing here."""
+        return {}
 
     def _run(self, *, on: bool) -> None:
         raise NotImplementedError

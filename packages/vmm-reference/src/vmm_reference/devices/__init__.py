@@ -48,7 +48,7 @@ REGISTRY = {
     "console": Kind("devices.console.setup:Ports", "devices.console.setup:build"),
     "debug-console": Kind("devices.debug_console:DebugLog", "devices.debug_console:build"),
     "debug-exit": Kind("devices.debug_exit:ExitPort", "devices.debug_exit:build"),
-    "drive": Kind("config:Drive", "devices.blk:build"),
+    "drive": Kind("config:Drive", "devices.blk.setup:build"),
     "keyboard": Kind("devices.keyboard:Keys", "devices.keyboard:build"),
     "memory": Kind("devices.mem:Memory", "devices.mem:build"),
     "net": Kind("devices.net.setup:Interface", "devices.net.setup:build"),

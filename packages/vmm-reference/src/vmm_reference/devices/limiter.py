@@ -35,6 +35,11 @@ class TokenBucket:
         refill_time: milliseconds in which it fills up when it is empty, at least 1.
         one_time_burst: tokens on top that are taken first and never come back.
 
+    Attributes:
+        size: as given.
+        refill_time: as given.
+        one_time_burst: as given, whatever is left of it.
+
     Example:
         >>> bucket = TokenBucket(size=100, refill_time=1000)
         >>> bucket.take(150, now=0), bucket.wait(now=0)
@@ -51,6 +56,7 @@ class TokenBucket:
             )
         self.size = size
         self.refill_time = refill_time
+        self.one_time_burst = one_time_burst
         self._period = refill_time * _MS
         # In tokens times nanoseconds of the period, so that each nanosecond adds a whole number.
         self._level = self._full = size * self._period

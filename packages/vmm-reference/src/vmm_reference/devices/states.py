@@ -360,7 +360,7 @@ class PowerState:
 
 @attrs.frozen
 class BlockState:
-    """A `vmm_reference.devices.blk.Block`.
+    """A `vmm_reference.devices.blk.model.Block`.
 
     Attributes:
         writeback: whether writes may wait in a cache until the guest flushes.

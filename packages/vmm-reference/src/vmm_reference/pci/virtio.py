@@ -108,7 +108,7 @@ class PciSlot(VirtioSlot):
         fd = self._calls.get(queue)
         if fd is None:
             fd = self._calls[queue] = self.eventfd()
-            self._wiring.on_close(lambda: self._wiring.loop.remove(fd))
+            self._wiring.on_close(lambda: self._forget(fd))
             self._bind(queue, self.transport.vector(queue))
             self._relay()
         return fd
@@ -271,6 +271,11 @@ class PciSlot(VirtioSlot):
         fd = self._calls.get(source)
         if fd is not None:
             self.msix.move(fd, None if vector == NO_VECTOR else vector)
+
+    def _forget(self, fd: int) -> None:
+        """Nobody listens to an eventfd any more; it came later than the vectors, and goes first."""
+        self._wiring.loop.remove(fd)
+        self.msix.move(fd, None)
 
     def _relay(self) -> None:
         """Without MSI-X, turn the signals that others send into bits of the ISR. On the loop."""

@@ -229,8 +229,12 @@ class Net:
             self._features = 0
             raise ActivationError(f"the link refuses: {error.strerror}") from error
         self._memory, self._queues = memory, queues
+        self.take_up(memory, queues)
+
+    def take_up(self, memory: GuestMemory, queues: Sequence[Queue]) -> None:
+        """Go on with chains that were in flight in a device that was saved."""
         for number, queue in enumerate(queues):
-            if queue.ready and queue.in_flight:  # of a restored device
+            if queue.ready and queue.in_flight:
                 if number < 2 * self.pairs and not number & 1:
                     self._collected[number >> 1] = list(queue.in_flight)
                 else:

@@ -10,11 +10,13 @@ import attrs
 
 from vmm_reference.deviceconfig import DeviceConfig
 from vmm_reference.devices.limiter import build_limiter, parse_bucket
-from vmm_reference.errors import ConfigError
+from vmm_reference.errors import ConfigError, HostError
 
 from .model import MAX_MTU, MAX_PAIRS, MIN_MTU, Net
 
 if TYPE_CHECKING:
+    from vmm_reference.backends.pumps import TapPump
+    from vmm_reference.backends.vhost import VhostNet
     from vmm_reference.slots import VirtioSlot
     from vmm_reference.wiring import Wiring
 
@@ -134,7 +136,11 @@ class Controls:
 
         Raises:
             ConfigError: a value is no limit.
+            HostError: the frames are not moved here.
         """
+        if self.net.rx_limiter is None:
+            hint = "start the interface with a limit, which may be a high one"
+            raise HostError("limit", "the frames of this interface are moved by others", hint)
         parsed = {name: parse_bucket(text, name) for name, text in buckets.items()}
         with self._slot.device.lock:
             for name, bucket in parsed.items():
@@ -163,8 +169,9 @@ def build(config: Interface, wiring: Wiring) -> Controls:
     wiring.on_close(link.close)
     # Locally administered and unicast.
     mac = bytes.fromhex(config.mac.replace(":", "")) or b"\x02" + os.urandom(5)
-    if config.vhost:
-        return _build_vhost(config, wiring, link, mac)
+    limited = config.rx_bandwidth or config.rx_ops or config.tx_bandwidth or config.tx_ops
+    if config.tap and not limited:
+        return _build_served(config, wiring, link, mac)
     net = Net(
         link,
         mac,
@@ -179,30 +186,30 @@ def build(config: Interface, wiring: Wiring) -> Controls:
     return Controls(net, slot, wiring)
 
 
-def _build_vhost(config: Interface, wiring: Wiring, tap: Any, mac: bytes) -> Controls:
-    """An interface whose frames the host's kernel moves between the queues and the tap."""
-    from vmm_reference.backends.vhost import VhostNet
+def _build_served(config: Interface, wiring: Wiring, tap: Any, mac: bytes) -> Controls:
+    """An interface whose frames a thread of C, or the host's kernel, moves to and from the tap."""
+    from vmm_reference.devices.offload import Offload
 
-    from .vhost import KernelNet
+    from .served import ServedNet
 
-    kernel = [VhostNet(wiring.memory, fd) for fd in tap.fds]
-    for each in kernel:
-        wiring.on_close(each.close)
-    net = KernelNet(
-        tap, mac, kernel, mtu=config.mtu, pairs=config.queues, kick=lambda queue: slot.kick(queue)
+    make: type[VhostNet | TapPump]
+    if config.vhost:
+        from vmm_reference.backends import vhost
+
+        make = vhost.VhostNet
+    else:
+        from vmm_reference.backends import pumps
+
+        make = pumps.TapPump
+    servers = []
+    for pair, fd in enumerate(tap.fds):
+        server = make(wiring.memory, fd)
+        wiring.on_close(server.close)
+        servers.append((server, (2 * pair, 2 * pair + 1)))
+    offload = Offload("vhost-net" if config.vhost else "the pump", servers)
+    net = ServedNet(
+        tap, mac, offload, mtu=config.mtu, pairs=config.queues, kick=lambda queue: slot.kick(queue)
     )
     slot: VirtioSlot = wiring.virtio(net)
-    for pair, each in enumerate(kernel):
-        queues = (2 * pair, 2 * pair + 1)
-        each.connect([slot.take_kick(queue) for queue in queues], [*map(slot.call, queues)])
-
-    def stop() -> None:
-        with slot.device.lock:
-            net.stop()
-
-    def go() -> None:
-        with slot.device.lock:
-            net.go_on()
-
-    wiring.on_pause(stop, go)
+    offload.plug_in(slot, wiring)
     return Controls(net, slot, wiring)

@@ -78,23 +78,13 @@ def build(config: Socket, wiring: Wiring) -> Vsock:
 def _build_vhost(config: Socket, wiring: Wiring) -> Vsock:
     """A socket device that the host's kernel serves."""
     from vmm_reference.backends.vhost import VhostVsock
+    from vmm_reference.devices.offload import Offload
 
-    from .vhost import KernelVsock
+    from .served import ServedVsock
 
     kernel = VhostVsock(wiring.memory, config.cid)
     wiring.on_close(kernel.close)
-    vsock = KernelVsock(config.cid, kernel)
-    slot = wiring.virtio(vsock)
-    queues = range(2)
-    kernel.connect([slot.take_kick(queue) for queue in queues], [slot.call(n) for n in queues])
-
-    def stop() -> None:
-        with slot.device.lock:
-            vsock.stop()
-
-    def go() -> None:
-        with slot.device.lock:
-            vsock.go_on()
-
-    wiring.on_pause(stop, go)
+    offload = Offload("vhost-vsock", [(kernel, range(2))])
+    vsock = ServedVsock(config.cid, offload)
+    offload.plug_in(wiring.virtio(vsock), wiring)
     return vsock

@@ -16,26 +16,20 @@ from struct import Struct
 
 from virtio_queue.constants import DEFAULT_QUEUE_FEATURES
 from virtio_queue.errors import ChainError
-from vmm_reference.errors import HostError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-    from typing import Literal, Protocol
+    from collections.abc import Callable, Mapping, Sequence
+    from typing import Protocol
 
-    from virtio_queue import DescriptorChain, Queue, Reader, VirtioDevice, Writer
+    from virtio_queue import DescriptorChain, Queue, Reader, Writer
     from vm_memory import GuestMemory
-    from vmm_reference.backends.file import FileBackend
-    from vmm_reference.config import Drive
-    from vmm_reference.wiring import Wiring
-
-    from .limiter import Limiter
-    from .pumped import PumpedBlock
-    from .states import BlockState
+    from vmm_reference.devices.limiter import Limiter, TokenBucket
+    from vmm_reference.devices.states import BlockState
 else:
     Protocol = object
 
-__all__ = ["Backend", "Block", "DriveControl", "build"]
+__all__ = ["Backend", "Block"]
 
 SECTOR = 512
 
@@ -184,6 +178,13 @@ class Block:
         self._backend = backend
         self._sectors = backend.size // SECTOR
 
+    def limit(self, buckets: Mapping[str, TokenBucket | None]) -> None:
+        """Have other limits from now on: of `bandwidth`, `ops` or both; the device is locked."""
+        if self.limiter is not None:
+            for name, bucket in buckets.items():
+                setattr(self.limiter, name, bucket)
+            self.resume()
+
     def read_config(self, offset: int, length: int) -> bytes:
         """The configuration space, 5.2.4."""
         config = CONFIG.pack(
@@ -247,7 +248,7 @@ class Block:
 
     def save(self) -> BlockState:
         """What a driver set; the image is the backend's."""
-        from .states import BlockState
+        from vmm_reference.devices.states import BlockState
 
         return BlockState(writeback=self._writeback, sectors=self._sectors)
 
@@ -257,7 +258,7 @@ class Block:
         Raises:
             StateError: the image has another size.
         """
-        from .states import StateError
+        from vmm_reference.devices.states import StateError
 
         if state.sectors != self._sectors:
             raise StateError("BlockState.sectors", state.sectors, f"must be {self._sectors}")
@@ -359,147 +360,3 @@ class Block:
     def _written(self) -> None:
         if not self._writeback:
             self._backend.flush()
-
-
-class DriveControl:
-    """What the owner of the machine may do with a running drive, from any thread.
-
-    Args:
-        block: the device's model.
-        backend: the image.
-
-    Attributes:
-        device: whose driver is told of a change.
-    """
-
-    device: VirtioDevice
-
-    def __init__(self, block: Block, backend: FileBackend) -> None:
-        self._block, self._backend = block, backend
-
-    @property
-    def size(self) -> int:
-        """Of the image, in bytes."""
-        return self._backend.size
-
-    def resize(self, size: int | None = None) -> None:
-        """Make the image larger or smaller, or find out its new size; the guest notices by itself.
-
-        Args:
-            size: in bytes, a multiple of 512; by default what the file or block device has now.
-
-        Raises:
-            HostError: it can't be; the drive is as it was.
-        """
-        device = self.device
-        with device.lock:
-            self._backend.resize(size)
-            with device.config_change():
-                self._block.exchange(self._backend)
-
-    def swap(self, path: str) -> None:
-        """Take another image in place of this one, read-only or not as this one is.
-
-        Raises:
-            HostError: it can't be opened, or another machine uses it; the drive is as it was.
-        """
-        from vmm_reference.backends.file import FileBackend
-
-        other = FileBackend(path, read_only=self._backend.read_only)
-        device = self.device
-        with device.lock:
-            with device.config_change():
-                self._block.exchange(other)
-            self._backend.close()
-            self._backend = other
-
-    def limit(self, *, bandwidth: str | None = None, ops: str | None = None) -> None:
-        """Change a limit, as in the drive's configuration; an empty text lifts it.
-
-        Raises:
-            ConfigError: it is no limit.
-            HostError: the drive is served by the pump.
-        """
-        from .limiter import parse_bucket
-
-        texts = {"bandwidth": bandwidth, "ops": ops}
-        buckets = {
-            name: parse_bucket(text, name) for name, text in texts.items() if text is not None
-        }
-        limiter = self._block.limiter
-        if limiter is None:
-            hint = "start it with engine=python or with a limit"
-            raise HostError("limit", "this drive is served by the pump", hint)
-        with self.device.lock:
-            for name, bucket in buckets.items():
-                setattr(limiter, name, bucket)
-            self._block.resume()
-
-    def close(self) -> None:
-        """Close the image."""
-        self._backend.close()
-
-    def unlock(self) -> None:
-        """Let another machine have the image."""
-        self._backend.unlock()
-
-    def lock(self) -> None:
-        """Have the image again, or raise `HostError`."""
-        self._backend.lock()
-
-
-def build(config: Drive, wiring: Wiring) -> DriveControl | None:
-    """A disk on the file or block device that the configuration names; an overlay is as it is."""
-    from vmm_reference.backends.file import FileBackend
-
-    from .limiter import build_limiter
-
-    limiter = build_limiter(wiring, config.bandwidth, config.ops)
-
-    def kick(queue: int) -> None:
-        slot.kick(queue)
-
-    if config.overlay:
-        from vmm_reference.backends.overlay import Overlay
-
-        overlay = Overlay(config.path, config.overlay)
-        wiring.on_close(overlay.close)
-        slot = wiring.virtio(
-            Block(overlay, serial=config.serial, queues=config.queues, limiter=limiter, kick=kick)
-        )
-        return None
-    backend = FileBackend(config.path, read_only=config.read_only, locked=not wiring.incoming)
-    pumped: PumpedBlock | None = None
-    if config.engine == "python" or config.bandwidth or config.ops:
-        block = Block(
-            backend,
-            serial=config.serial,
-            queues=config.queues,
-            limiter=limiter,
-            kick=kick,
-        )
-    else:
-        block = pumped = _pumped(config, backend)
-    control = DriveControl(block, backend)
-    wiring.on_close(control.close)
-    wiring.on_hand_over(control.unlock, control.lock)
-    slot = wiring.virtio(block, listens=pumped is None)
-    control.device = slot.device
-    if pumped is not None:
-        pumped.plug_in(slot, wiring)
-    return control
-
-
-def _pumped(config: Drive, backend: FileBackend) -> PumpedBlock:
-    """The same, served by a thread of C."""
-    from virtio_queue.errors import PumpError
-
-    from .pumped import PumpedBlock
-
-    engine: Literal["sync", "io_uring"] = "io_uring" if config.engine == "io_uring" else "sync"
-    try:
-        return PumpedBlock(backend, engine, serial=config.serial, queues=config.queues)
-    except PumpError as error:
-        backend.close()
-        hint = f"{error.hint}, or allow it to this process"
-        raise HostError(f"drive {config.path}", error.strerror, hint) from error

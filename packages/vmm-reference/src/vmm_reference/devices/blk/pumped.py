@@ -10,7 +10,7 @@ from __future__ import annotations
 from virtio_queue.pump_block import BlockPump
 from vmm_reference.loop import READ
 
-from .blk import (
+from .model import (
     MAX_DATA,
     MAX_DISCARD_SECTORS,
     MAX_DISCARD_SEGMENTS,
@@ -22,12 +22,13 @@ from .blk import (
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from typing import Literal
 
     from virtio_queue import Queue
     from vm_memory import GuestMemory
     from vmm_reference.backends.file import FileBackend
+    from vmm_reference.devices.limiter import TokenBucket
     from vmm_reference.slots import VirtioSlot
     from vmm_reference.wiring import Wiring
 
@@ -67,6 +68,7 @@ class PumpedBlock(Block):
             max_write_zeroes=(MAX_ZEROES_SECTORS, MAX_ZEROES_SEGMENTS),
         )
         self._slot: VirtioSlot | None = None
+        self._limits: dict[str, TokenBucket | None] = {"bandwidth": None, "ops": None}
         self._held = True  # until the machine starts, and while it is paused
 
     def plug_in(self, slot: VirtioSlot, wiring: Wiring) -> None:
@@ -128,7 +130,7 @@ class PumpedBlock(Block):
         self._settle_cache_mode()
         self.pump.wire(
             [slot.kicks[number] for number in ready],
-            [slot.call(number) for number in ready],
+            [slot.pump_call(number) for number in ready],
             slot.interrupt_word,
         )
         self.pump.start(self._memory, [self._queues[number] for number in ready], self._features)
@@ -144,6 +146,22 @@ class PumpedBlock(Block):
         finally:
             if was_running:
                 self.go()
+
+    def limit(self, buckets: Mapping[str, TokenBucket | None]) -> None:
+        """Have other limits from now on; the device is locked."""
+        from virtio_queue import pump_limit
+
+        self._limits |= buckets
+        bandwidth, operations = (
+            None
+            if (bucket := self._limits[name]) is None
+            else pump_limit.TokenBucket(bucket.size, bucket.refill_time, bucket.one_time_burst)
+            for name in ("bandwidth", "ops")
+        )
+        if self.pump.limiter is None:
+            self.pump.limiter = pump_limit.Limiter()
+        self.pump.limiter.set(bandwidth, operations)
+        self.pump.nudge()
 
     def metrics(self) -> dict[str, int]:
         """What the pump did, and what it left to Python."""

@@ -1,0 +1,84 @@
+"""A network device whose frames somebody else moves: the pump, or the host's kernel (vhost-net).
+
+The control queue stays here; what they do not do is not offered.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from virtio_queue.constants import (
+    DEFAULT_QUEUE_FEATURES,
+    F_EVENT_IDX,
+    F_IN_ORDER,
+    F_INDIRECT_DESC,
+    F_NOTIFICATION_DATA,
+    F_RING_PACKED,
+    F_RING_RESET,
+)
+
+from .model import F_CTRL_RX, F_CTRL_RX_EXTRA, F_CTRL_VLAN, F_MRG_RXBUF, Link, Net
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from virtio_queue import Queue
+    from vm_memory import GuestMemory
+    from vmm_reference.devices.offload import Offload
+
+__all__ = ["ServedNet"]
+
+_RINGS = (
+    DEFAULT_QUEUE_FEATURES | F_INDIRECT_DESC | F_EVENT_IDX | F_RING_PACKED | F_IN_ORDER
+    | F_NOTIFICATION_DATA | F_RING_RESET | F_MRG_RXBUF
+)  # fmt: skip
+
+
+class ServedNet(Net):
+    """A network device of which others serve the pairs of queues.
+
+    Args:
+        link: what the frames come from and go to; here it is only set up.
+        mac: six bytes, of a unicast address.
+        offload: who serves each pair.
+        options: as for `Net`.
+    """
+
+    def __init__(self, link: Link, mac: bytes, offload: Offload, **options: Any) -> None:
+        super().__init__(link, mac, **options)
+        self.offload = offload
+        self.device_features &= offload.features | ~_RINGS
+        # Nobody there looks at addresses.
+        self.device_features &= ~(F_CTRL_RX | F_CTRL_VLAN | F_CTRL_RX_EXTRA)
+
+    def metrics(self) -> dict[str, int]:
+        """Frames and bytes that passed, as far as they are counted, and what was lost."""
+        return {**super().metrics(), **self.offload.metrics()}
+
+    def activate(self, memory: GuestMemory, driver_features: int, queues: Sequence[Queue]) -> None:
+        """The driver is ready, and so are they.
+
+        Raises:
+            ActivationError: as `Net.activate`, or somebody refuses.
+        """
+        super().activate(memory, driver_features, queues)
+        self.offload.activate(self._features, queues)
+
+    def take_up(self, memory: GuestMemory, queues: Sequence[Queue]) -> None:
+        """Chains in flight go with the queues to who serves them."""
+
+    def reset(self) -> None:
+        """Forget the driver; they have stopped before."""
+        self.offload.reset()
+        super().reset()
+
+    def process(self, queue_index: int) -> None:
+        """Serve the control queue; the others are theirs.
+
+        Raises:
+            ChainError: the driver broke a ring.
+        """
+        if queue_index == self._control_queue():
+            super().process(queue_index)
+        else:
+            self.offload.attend(queue_index)
