@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any, ClassVar, TypeVar
 
+    from vm_memory.backing import Backing
+
     D = TypeVar("D", bound="DeviceConfig")
 
 __all__ = ["DeviceConfig", "device_from_mapping", "parse_device", "to_mapping"]
@@ -57,6 +59,11 @@ class DeviceConfig:
     def reserved_memory(self) -> int:
         """Bytes of guest-physical space that the device has memory of its own in, whole MiB."""
         return 0
+
+    @property
+    def memory_backing(self) -> Backing | None:
+        """What that memory is made of; None for the machine's own."""
+        return None
 
     @classmethod
     def parse(cls: type[D], text: str) -> D:

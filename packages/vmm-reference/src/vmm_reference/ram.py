@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 
-from vm_memory import Anonymous, GuestAddress, GuestMemory, Memfd
+from vm_memory import Anonymous, FileShared, GuestAddress, GuestMemory, Memfd
 
 from . import layout
 from .errors import HostError
@@ -18,6 +18,7 @@ from .errors import HostError
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from kvm_ioctls import Vm
+    from vm_memory.backing import Backing
 
     from .config import MachineConfig
 
@@ -54,6 +55,23 @@ def memory_end(config: MachineConfig) -> int:
     return max([layout.behind_ram(config.memory), *(at + size for at, size in areas)])
 
 
+def _replaced(memory: GuestMemory, address: int, size: int, backing: Backing) -> GuestMemory:
+    """The same memory, of which this area is made of something else.
+
+    Raises:
+        HostError: it can't be.
+    """
+    from vm_memory import VmMemoryError
+
+    place = GuestAddress(address), size
+    rest, _ = memory.remove(*place)
+    try:
+        made = GuestMemory.from_ranges([place], backing=backing, dirty_page_size=4096)
+    except VmMemoryError as error:
+        raise HostError(f"memory of {backing}", str(error), "check the file") from error
+    return rest.insert(made.regions[0])
+
+
 class Ram:
     """The memory of one machine.
 
@@ -78,12 +96,18 @@ class Ram:
             roms = rom_ranges(config)
         pieces = sorted([*layout.ram_ranges(config.memory), *roms, *self.areas.values()])
         ranges = [(GuestAddress(address), size) for address, size in pieces]
+        fresh = given is None
         if given is None:
-            backing = Memfd() if config.shared_memory else Anonymous()
-            given = GuestMemory.from_ranges(ranges, backing=backing, dirty_page_size=4096)
+            made_of = Memfd() if config.shared_memory else Anonymous()
+            given = GuestMemory.from_ranges(ranges, backing=made_of, dirty_page_size=4096)
         found = [(region.guest_address, region.size) for region in given.regions]
         if found != ranges:
             raise HostError("memory", f"{found} was saved", f"this machine has it at {ranges}")
+        for name, device in config.named_devices().items():
+            backing = device.memory_backing
+            # What was saved of a private file is the machine's, and not what the file has.
+            if backing is not None and (fresh or isinstance(backing, FileShared)):
+                given = _replaced(given, *self.areas[name], backing)
         self.memory = given
         self._vm: Vm | None = None
         self._lock = threading.Lock()

@@ -52,6 +52,7 @@ REGISTRY = {
     "keyboard": Kind("devices.keyboard:Keys", "devices.keyboard:build"),
     "memory": Kind("devices.mem:Memory", "devices.mem:build"),
     "net": Kind("devices.net.setup:Interface", "devices.net.setup:build"),
+    "pmem": Kind("devices.pmem:PersistentMemory", "devices.pmem:build"),
     "rng": Kind("devices.rng:Entropy", "devices.rng:build"),
     "vmgenid": Kind("devices.vmgenid:Generation", "devices.vmgenid:build"),
     "vsock": Kind("devices.vsock.setup:Socket", "devices.vsock.setup:build"),
