@@ -333,6 +333,35 @@ def test_a_lab_that_stands_still_is_started_again_and_its_job_run_again(
     assert lab.pid == 0
 
 
+def test_its_clock_is_right_however_busy_the_host_was_when_it_booted(room: None) -> None:
+    """A kernel that measures its time-stamp counter itself is misled by what this test does."""
+    lab = Lab()
+
+    def disturb() -> None:
+        wait_for(lambda: lab.pid != 0)
+        for _ in range(300):
+            os.kill(lab.pid, signal.SIGSTOP)
+            time.sleep(0.01)
+            os.kill(lab.pid, signal.SIGCONT)
+            time.sleep(0.005)
+
+    def look() -> tuple[float, float, float]:
+        """Its clock, and ours before and after."""
+        before = time.monotonic()
+        done = lab.run(["cat", "/proc/uptime"])
+        return float(done.stdout.split()[0]), before, time.monotonic()
+
+    disturber = threading.Thread(target=disturb)
+    disturber.start()
+    with lab:
+        disturber.join()
+        first, earliest, early = look()
+        time.sleep(3)
+        last, late, latest = look()
+    passed = last - first + 0.01  # /proc/uptime counts hundredths
+    assert 0.99 * (late - early) <= passed <= 1.01 * (latest - earliest) + 0.02
+
+
 def command_line(*words: str | Path) -> list[str]:
     """The lab as a command."""
     return [sys.executable, str(HERE / "lab"), *map(str, words)]
