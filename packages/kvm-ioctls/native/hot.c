@@ -18,6 +18,7 @@ enum { NOTHING, POST, ANSWER, IGNORE };
 struct kvmi_hot {
     pthread_mutex_t lock;
     uint32_t room, head, count; /* of the queue; count is also read without the lock */
+    uint32_t handed;            /* whether taken writes may still be in the handler's hands */
     int wake;                   /* an eventfd, or -1 */
     uint64_t full;
     uint32_t used; /* declarations that have ever been set */
@@ -70,15 +71,19 @@ uint64_t kvmi_hot_full(kvmi_hot *hot)
     return __atomic_load_n(&hot->full, __ATOMIC_RELAXED);
 }
 
+/* Whether some posted write has not been handled: `handed` is set before `count` falls. */
 int kvmi_hot_waiting(kvmi_hot *hot)
 {
-    return __atomic_load_n(&hot->count, __ATOMIC_SEQ_CST) != 0;
+    return __atomic_load_n(&hot->count, __ATOMIC_SEQ_CST) != 0 ||
+           __atomic_load_n(&hot->handed, __ATOMIC_SEQ_CST) != 0;
 }
 
+/* Take up to `room` writes; with that, those that were taken before have been handled. */
 uint32_t kvmi_hot_take(kvmi_hot *hot, kvmi_posted *out, uint32_t room)
 {
     uint32_t taken = 0;
     pthread_mutex_lock(&hot->lock);
+    __atomic_store_n(&hot->handed, room && hot->count, __ATOMIC_SEQ_CST);
     while (taken < room && hot->count) {
         out[taken++] = hot->queue[hot->head];
         hot->head = (hot->head + 1) % hot->room;

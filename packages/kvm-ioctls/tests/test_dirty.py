@@ -129,16 +129,16 @@ def test_manual_protect_clears_a_piece_at_a_time() -> None:
 def test_a_full_ring_is_an_exit() -> None:
     """A guest that fills its ring comes out, and goes on after a harvest, losing no page.
 
-    It stores 100 pages a run: a KVM that emulates many instructions at once looks at the ring only
-    between two runs.
+    It stores 50 pages a run: a KVM that emulates many instructions at once looks at the ring only
+    between two of its turns, and the ring counts as full while 64 entries are still free.
     """
     kvm, guest = made("ring", memory=12 << 20)
     with kvm, guest, track(guest.vm) as tracker:
         seen: set[tuple[int, int]] = set()
         full = 0
-        for first in range(0x100, 0x100 + 2500, 100):
-            words = [*((first + n) * PAGE for n in range(100)), 0]
-            guest.memory[0x3000 : 0x3000 + 404] = b"".join(w.to_bytes(4, "little") for w in words)
+        for first in range(0x100, 0x100 + 2500, 50):
+            words = [*((first + n) * PAGE for n in range(50)), 0]
+            guest.memory[0x3000 : 0x3000 + 204] = b"".join(w.to_bytes(4, "little") for w in words)
             while isinstance(guest.run(), exits.DirtyRingFull):
                 full += 1
                 seen |= pages(tracker.harvest())
@@ -212,3 +212,16 @@ def test_rings_that_are_not_there() -> None:
     kvm, guest = made("ring")
     with kvm, guest, pytest.raises(KvmError, match="in rings"):
         guest.vm.get_dirty_log(0)
+
+
+@pytest.mark.parametrize("size", [None, 64 * PAGE])
+def test_pages_of_slots_that_are_gone(size: int | None) -> None:
+    """What a ring says of a slot that was deleted since, or made anew and smaller, is forgotten."""
+    kvm, guest = made("ring")
+    memory = mmap.mmap(-1, 64 * PAGE)
+    with kvm, guest, track(guest.vm) as tracker:
+        store(guest, [0x40000000 + n * PAGE for n in (3, 200)] + [0x100000])
+        guest.vm.set_user_memory_region(slot=5, memory=None)
+        if size is not None:
+            guest.vm.set_user_memory_region(slot=5, guest_phys_addr=0x60000000, memory=memory)
+        assert pages(tracker.harvest()) == ({(5, 3)} if size else set()) | {(0, 0x100)}

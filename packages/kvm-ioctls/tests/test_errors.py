@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import gc
 import mmap
 import os
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -272,6 +274,34 @@ def test_descriptors_are_owned() -> None:
             _ = guest.vcpu.if_flag
         with pytest.raises(ClosedError):
             guest.vcpu.sync_regs()
+
+
+def test_what_is_forgotten_is_closed_and_told_of() -> None:
+    """A descriptor that is left to the garbage collector is closed, with a warning."""
+    kvm = Kvm()
+    made = [kvm.create_vm()]
+    fd = made[0].fileno()
+    with kvm, pytest.warns(ResourceWarning, match="unclosed <Vm"):
+        made.clear()
+    gc.collect()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(fd)
+
+
+def test_a_run_page_that_cannot_be_mapped() -> None:
+    """The vCPU's descriptor is closed again, and the size is shown."""
+    with Kvm() as kvm, kvm.create_vm() as vm:
+        with Vm.adopt(os.dup(vm.fileno()), 1 << 50) as twin:
+            before = sorted(Path("/proc/self/fd").iterdir())
+            with pytest.raises(KvmError, match=r"mmap\(size=0x4000000000000\)"):
+                twin.create_vcpu(0)
+            assert sorted(Path("/proc/self/fd").iterdir()) == before
+        vcpu = vm.create_vcpu(1)
+        raw = vcpu.raw_regs()
+        vcpu.close()
+        for ask in (raw.get, raw.set):
+            with pytest.raises(ClosedError):
+                ask()
 
 
 def test_a_device_and_its_test() -> None:

@@ -187,6 +187,41 @@ def test_a_handler_that_raises_loses_no_exit() -> None:
         guest.vcpu.serve_hot(None)
 
 
+def test_writes_that_another_thread_took_come_first_too() -> None:
+    """A run waits until the handler is done with writes, whichever thread has handed them over."""
+    order: list[str] = []
+    entered, leave, returned = threading.Event(), threading.Event(), threading.Event()
+
+    def handle(writes: list[PostedWrite]) -> None:
+        entered.set()
+        assert leave.wait(30)
+        order.extend(f"write {write.data}" for write in writes)
+
+    wake = os.eventfd(0)
+    hot = HotExits(handle, wake=wake)
+    hot.post(0x80, pio=True)
+    source = "mov $5, %al; out %al, $0x80; 1: cmpb $0, 0x5000; je 1b; out %al, $0x10"
+    with Guest(source) as guest:
+        guest.vcpu.serve_hot(hot)
+
+        def run() -> None:
+            order.append(type(guest.run()).__name__)
+            returned.set()
+
+        threads = [threading.Thread(target=run), threading.Thread(target=hot.flush)]
+        threads[0].start()
+        assert select.select([wake], [], [], 30)[0] == [wake]
+        threads[1].start()
+        assert entered.wait(30)
+        guest.memory[0x5000] = 1
+        assert not returned.wait(0.3)
+        leave.set()
+        for thread in threads:
+            thread.join(30)
+    os.close(wake)
+    assert order == ["write 5", "IoOut"]
+
+
 def test_declarations_change_while_it_runs() -> None:
     """Switched off, a range makes exits; an answer can be changed; a removed range is free."""
     hot = HotExits(lambda writes: None)
@@ -196,7 +231,9 @@ def test_declarations_change_while_it_runs() -> None:
         assert guest.run() == exits.IoOut(0x10, 1, 1, b"\x01")
         answer.answer(b"\x02")
         assert guest.run() == exits.IoOut(0x10, 1, 1, b"\x02")
+        assert answer.enabled
         answer.enabled = False
+        assert not answer.enabled
         assert isinstance(guest.run(), exits.IoIn)
         answer.enabled = True
         assert isinstance(guest.run(), exits.IoOut)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -199,3 +201,29 @@ def test_a_full_signal_queue_delays_a_kick_only() -> None:
             guest.vcpu.kick()
         assert runner.arrived.acquire(timeout=10)
         _finish(runner)
+
+
+def test_no_signal_is_left_for_kicks() -> None:
+    """Where every real-time signal has a handler, the first vCPU is refused, and says why."""
+    program = """
+import signal
+from kvm_ioctls import Kvm, KvmError
+for number in range(signal.SIGRTMIN, signal.SIGRTMAX + 1):
+    signal.signal(number, lambda number, frame: None)
+with Kvm() as kvm, kvm.create_vm() as vm:
+    try:
+        vm.create_vcpu(0)
+    except KvmError as error:
+        print(error)
+    signal.signal(signal.SIGRTMAX, signal.SIG_DFL)
+    vcpu = vm.create_vcpu(1)
+    vcpu.kick()
+    print("kicked" if vcpu.run().kicked else "lost")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
+                          timeout=50)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == (
+        "sigaction(): Device or resource busy (EBUSY); every real-time signal has a handler"
+        " already: kick() needs one that nobody uses\nkicked\n"
+    )

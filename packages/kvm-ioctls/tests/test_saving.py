@@ -10,7 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvm_ioctls import MpState, MsiRoute, Vcpu, exits
+from kvm_ioctls import KvmError, MpState, MsiRoute, Vcpu, exits
+from kvm_ioctls.msrs import msr_index
+from kvm_ioctls.state.lapic import LvtEntry
 from kvm_ioctls.testing import Guest, Mode, assemble
 
 pytestmark = pytest.mark.kvm
@@ -74,6 +76,31 @@ def test_time_goes_on_from_where_it_was() -> None:
         assert other.vm.get_clock().clock >= vm.clock.clock
         tsc = 0x10
         assert other.vcpu.get_msrs([tsc])[tsc] >= dict(vcpu.msrs)[tsc]
+
+
+def test_the_deadline_of_the_timer_moves() -> None:
+    """The TSC deadline is put back once the local APIC is in the mode that has one."""
+    deadline, index = 1 << 60, msr_index("TSC_DEADLINE")
+    with Guest(COUNT, irqchip=True) as guest, Guest(COUNT, irqchip=True) as other:
+        entry = LvtEntry(vector=0x40, timer_mode=2)
+        guest.vcpu.set_lapic(guest.vcpu.get_lapic().with_lvt("timer", entry))
+        guest.vcpu.set_msrs({index: deadline}).require()
+        state = guest.vcpu.save()
+        assert dict(state.msrs)[index] == deadline
+        other.vcpu.restore(state)
+        assert other.vcpu.get_msrs([index])[index] == deadline
+
+
+def test_a_host_that_cannot_go_on() -> None:
+    """An MSR that this host lacks is refused by name; one it only states may be the same."""
+    with Guest(COUNT) as guest, Guest(COUNT) as other:
+        state = guest.vcpu.save()
+        strange = attrs.evolve(state, msrs=(*state.msrs, (0x12345, 1)))
+        with pytest.raises(KvmError, match=r"index=0x12345.*it differs from the one that saved"):
+            other.vcpu.restore(strange)
+        faster = attrs.evolve(state, tsc_khz=2 * state.tsc_khz)
+        other.vcpu.restore(faster)
+        assert other.vcpu.get_tsc_khz() == faster.tsc_khz
 
 
 # The first vCPU and the second count, at ports of their own, and the third waits to be started.

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 
 import kvm_ioctls
-from kvm_ioctls import Kvm, Vcpu, Vm
+from kvm_ioctls import Kvm, Vcpu, Vm, riscv64
 from kvm_ioctls._native import lib
 from kvm_ioctls.device import Device
 from kvm_ioctls.table import EXITS, HOST, IOCTLS, Ioctl, find, layout
+from kvm_ioctls.table.checker import source
 from kvm_ioctls.table.foreign import FOREIGN
 from kvm_ioctls.table.parity import OBJECTS, render
 
@@ -77,6 +80,40 @@ def test_sizes_in_words() -> None:
         assert layout(name).size == size, name
     with pytest.raises(KeyError, match="no member"):
         layout("kvm_regs").offset("r99")
+
+
+@pytest.mark.parametrize("architecture", ["x86", "arm64", "riscv", "s390", "powerpc", "none"])
+def test_the_checker_agrees_with_this_system(architecture: str, tmp_path: Path) -> None:
+    """Its C is whole for every architecture, and compiles for this one; a wrong number does not."""
+    check = source(architecture)
+    assert check.count("#if") == check.count("#endif") > 3
+    wrong = check.replace("KVM_RUN == 0xae80UL", "KVM_RUN == 0xae81UL")
+    if architecture not in ("x86", "none"):
+        return
+    if shutil.which("gcc") is None or not Path("/usr/include/linux/kvm.h").exists():
+        pytest.skip("here is no gcc, or no linux/kvm.h")
+    for text, good in ((check, True), (wrong, wrong == check)):
+        file = tmp_path / "check.c"
+        file.write_text(text)
+        command = ["gcc", "-c", "-o", str(tmp_path / "check.o"), str(file)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=50)
+        assert (done.returncode == 0) == good, done.stderr
+        assert good or "KVM_RUN" in done.stderr
+
+
+def test_ids_of_riscvs_registers() -> None:
+    """As api.rst, 4.68, writes them; names that are none are refused."""
+    assert riscv64.config_reg("isa") == 0x8030_0000_0100_0000
+    assert riscv64.core_reg("pc") == 0x8030_0000_0200_0000
+    assert riscv64.core_reg("mode") == 0x8030_0000_0200_0020
+    assert riscv64.csr_reg("sstatus") == 0x8030_0000_0300_0000
+    assert riscv64.csr_reg("siselect", "aia") == 0x8030_0000_0301_0000
+    assert riscv64.timer_reg("state") == 0x8030_0000_0400_0003
+    assert riscv64.isa_ext_reg(5) == 0x8030_0000_0700_0005
+    assert riscv64.sbi_ext_reg(1) == 0x8030_0000_0800_0001
+    for ask in (riscv64.core_reg, riscv64.csr_reg):
+        with pytest.raises(KeyError):
+            ask("no_such")
 
 
 def test_the_types_of_the_extension_are_its_names() -> None:

@@ -172,8 +172,8 @@ class RingTracker(_Tracker):
         sizes = {slot.slot: slot.size for slot in self.vm.slots}
         found: dict[int, bytearray] = {}
         for number, page in self._take():
-            if number not in sizes:
-                continue
+            if page * PAGE >= sizes.get(number, 0):
+                continue  # written before the slot was deleted, or made anew and smaller
             bitmap = found.get(number)
             if bitmap is None:
                 bitmap = found[number] = bytearray(-(-(sizes[number] // PAGE) // 64) * 8)

@@ -156,8 +156,9 @@ class HotExits:
 
         Args:
             handle: takes posted writes, oldest first; called by run() on vCPU threads and by
-                flush(), one call at a time. What it raises comes out of these, and the exit that
-                run() was about to return is returned by the next run().
+                flush(), one call at a time. It must not wait for a vCPU, whose run may wait for
+                it. What it raises comes out of these, and the exit that run() was about to return
+                is returned by the next run().
             room: 1 to 65536.
             limit: 1 or more.
             wake: an eventfd that is signalled when a write meets an empty queue. It must stay open
@@ -223,18 +224,24 @@ class HotExits:
     def flush(self) -> int:
         """Hand all posted writes to the handler; from any thread but the handler itself.
 
+        Whoever calls it must not hold a lock that the handler takes.
+
         Returns:
             How many there were.
         """
         total = 0
         with self._lock:
-            while True:
-                count = lib.kvmi_hot_take(self._hot, self._batch, len(self._batch))
-                if not count:
-                    return total
-                total += count
-                rows = _ROW.iter_unpack(ffi.buffer(self._batch, count * _ROW.size))
-                self._handle(list(map(_posted_write, rows)))
+            try:
+                while True:
+                    count = lib.kvmi_hot_take(self._hot, self._batch, len(self._batch))
+                    if not count:
+                        return total
+                    total += count
+                    rows = _ROW.iter_unpack(ffi.buffer(self._batch, count * _ROW.size))
+                    self._handle(list(map(_posted_write, rows)))
+            except BaseException:
+                lib.kvmi_hot_take(self._hot, self._batch, 0)  # no run needs to wait for these
+                raise
 
     @property
     def declarations(self) -> tuple[Declaration, ...]:
