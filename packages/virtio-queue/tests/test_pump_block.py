@@ -702,6 +702,28 @@ def test_without_io_uring(monkeypatch: pytest.MonkeyPatch, stack: ExitStack) -> 
     assert isinstance(caught.value, OSError)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_22_a_flood_leaves_nothing_behind(
+    stack: ExitStack, kind: Kind, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Thousands of refused requests: counted, not logged, and no more memory for them."""
+    from virtio_queue._native import lib
+
+    bench = Bench(stack, kind, "sync", size=16)
+    bench.start()
+    for _ in range(500):
+        for _ in range(8):
+            bench.driver.add([header(IN, 1 << 60)], [512, 1])
+        assert all(used.data[-1] == 1 for used in bench.reap(8))
+    assert bench.pump.counters["refused_range"] == 4000
+    batches = 0
+    while lib.vp_batch(bench.pump.handle, 0, batches):
+        batches += 1
+    assert batches <= 8
+    assert not caplog.records
+    bench.pump.stop()
+
+
 # Limits ---------------------------------------------------------------------------------------
 
 

@@ -206,3 +206,21 @@ def test_frames_of_any_kind(plan: list[Step], kind: Kind, declined: int, stops: 
     finally:
         native.close()
         python.memory.close()
+
+
+@pytest.mark.parametrize("first", [0, 1, 10, 11])
+def test_07_cve_2021_3748_a_count_that_finds_no_room(first: int) -> None:
+    """The number of merged buffers goes into the first one only if it holds a header."""
+    native = Native(SplitDriver, ALL)
+    native.start()
+    try:
+        native.do(("post", [first, 1526]))
+        os.eventfd_write(native.kicks[RX], 1)
+        native.wire.send(arrived(60, 1))
+        native.wire.send(arrived(60, 2))
+        lost, (length, data) = native.wait(RX, 2)
+        assert lost == (0, b"")
+        assert (length, data[10:12], data[12:]) == (72, b"\1\0", b"\2" * 60)
+        assert native.pump.counters["dropped_no_room"] == 1
+    finally:
+        native.close()

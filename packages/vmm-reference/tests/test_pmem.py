@@ -82,7 +82,7 @@ def test_a_flush_that_fails_says_so(guest: Guest) -> None:
 
 
 @pytest.mark.parametrize("request_", [b"\1\0\0\0", b"\xff" * 4, b"", b"\0\0\0"])
-def test_hostile_request_that_is_none(guest: Guest, request_: bytes) -> None:
+def test_15_a_request_that_is_none(guest: Guest, request_: bytes) -> None:
     """It fails, flushes nothing, and those after it are served."""
     guest.ask(request_, FLUSH)
     assert guest.answers() == [FAILED]
@@ -91,7 +91,7 @@ def test_hostile_request_that_is_none(guest: Guest, request_: bytes) -> None:
 
 
 @pytest.mark.parametrize("room", [[], [3]])
-def test_hostile_request_without_room_for_an_answer(guest: Guest, room: list[int]) -> None:
+def test_15_a_request_without_room_for_an_answer(guest: Guest, room: list[int]) -> None:
     guest.queue(0).add([FLUSH], room)
     guest.driver.kick(0)
     assert guest.needs_reset
