@@ -61,8 +61,9 @@ def system(session: nox.Session, *commands: str) -> None:
     if shutil.which("apt-get") is None or (root and shutil.which("sudo") is None):
         session.error(f"install them, as root: {shlex.join(install)}")
     session.run(*root, "apt-get", "update", "-q", external=True, silent=True)
-    quiet = ("env", "DEBIAN_FRONTEND=noninteractive")
-    session.run(*root, *quiet, *install, external=True, silent=True)
+    session.run(
+        *root, "env", "DEBIAN_FRONTEND=noninteractive", *install, external=True, silent=True
+    )
 
 
 def digest(paths: list[Path]) -> str:
@@ -85,20 +86,17 @@ def environment(session: nox.Session) -> None:
     """Make or refresh `.nox/env`, doing only what has changed since the last time."""
     system(session, "gcc", "as")
     folders = {name: ROOT / "packages" / name for name in PACKAGES}
-    fixed = [ROOT / "pyproject.toml"]
-    for folder in folders.values():
-        fixed += [folder / "pyproject.toml", folder / "CMakeLists.txt", *folder.glob("native/*")]
-    marks = {"": digest(fixed)}
-    marks |= {name: digest([*folder.glob("src/**/*")]) for name, folder in folders.items()}
+    fixed = [file for name in ("pyproject.toml", "CMakeLists.txt", "native/*")
+             for folder in (ROOT, *folders.values()) for file in folder.glob(name)]  # fmt: skip
+    marks = {name: digest([*f.glob("s*/**/*")]) for name, f in folders.items()}  # src and scripts
+    marks[""] = digest(fixed)
     known = {name: ENV / f"installed-{name or 'all'}" for name in marks}
     stale = [n for n, f in known.items() if not f.exists() or f.read_text() != marks[n]]
     if "" in stale:
         session.log("making the environment (minutes the first time, then only after changes)")
-        shutil.rmtree(ENV, ignore_errors=True)
-        # Without pip and without virtualenv's start-up hook: a guest boots sooner for it.
+        shutil.rmtree(ENV, ignore_errors=True)  # without pip and its like a guest boots sooner
         session.run(sys.executable, "-m", "venv", "--without-pip", str(ENV), external=True)
-        groups = [item for name in ("build", "test", "lint", "docs") for item in GROUPS[name]]
-        pip(session, *groups)
+        pip(session, *(item for name in ("build", "test", "lint", "docs") for item in GROUPS[name]))
         pip(session, "--no-build-isolation", *map(str, folders.values()))
         stale = list(marks)
     elif stale:
@@ -107,13 +105,6 @@ def environment(session: nox.Session) -> None:
             *(str(folders[name]) for name in stale))  # fmt: skip
     for name in stale:
         known[name].write_text(marks[name])
-
-
-def boots_linux(session: nox.Session) -> bool:
-    """Ask a probe guest whether the KVM of this machine can run an unmodified kernel."""
-    answer = subprocess.run([VMM, "doctor", "--probe"], check=False, capture_output=True, text=True)
-    session.log(answer.stdout.strip() or answer.stderr.strip())
-    return answer.returncode == 0
 
 
 def in_lab(session: nox.Session, *command: str) -> None:
@@ -128,7 +119,10 @@ def boot(session: nox.Session) -> None:
     environment(session)
     system(session, "mkfs.ext4")
     arguments = ["boot", *session.posargs]
-    if boots_linux(session):
+    # A probe guest tells whether this machine's KVM can run an unmodified kernel.
+    answer = subprocess.run([VMM, "doctor", "--probe"], check=False, capture_output=True, text=True)
+    session.log(answer.stdout.strip() or answer.stderr.strip())
+    if answer.returncode == 0:
         session.run(VMM, *arguments, external=True)
     else:
         session.run(VMM, *arguments, "--prepare", external=True)
@@ -148,9 +142,8 @@ def lint(session: nox.Session) -> None:
     environment(session)
     session.run(PYTHON, "-m", "ruff", "check", ".", external=True)
     session.run(PYTHON, "-m", "ruff", "format", "--check", ".", external=True)
-    for name in PACKAGES:
-        session.run(PYTHON, "-m", "mypy", f"packages/{name}/src", external=True)
-        session.run(PYTHON, "-m", "mypy", f"packages/{name}/tests", external=True)
+    for folder in (f"packages/{name}/{part}" for name in PACKAGES for part in ("src", "tests")):
+        session.run(PYTHON, "-m", "mypy", folder, external=True)
     session.run(PYTHON, "-m", "mypy", "tests", "benchmarks", "noxfile.py", external=True)
 
 

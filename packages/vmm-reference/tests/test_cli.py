@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from kvm_ioctls import Kvm
 from vmm_reference.cli import main
 from vmm_reference.cli.options import parser
 from vmm_reference.cli.run import configuration, options
+from vmm_reference.cpu.state import CpuPolicy
 from vmm_reference.errors import ConfigError
 from vmm_reference.testing import tiny_kernel
 
@@ -43,6 +45,7 @@ def kernel(tmp_path: Path) -> str:
         (["--cpus", "-1"], "cpus"),
         (["--drive", "/no/such/disk"], "drives[0]"),
         (["--initrd", "/"], "initrd"),
+        (["--initrd", "/dev/null"], "initrd"),
         (["--cmdline", "a\nb"], "cmdline"),
         (["--on-reset", "explode"], "on_reset"),
         (["--protocol", "efi"], "protocol"),
@@ -137,6 +140,44 @@ def test_options_win_over_the_file(kernel: str, tmp_path: Path) -> None:
     config.write_text('kernel = "/no/such/kernel"\nmemory = "64M"\ncpus = 2\n')
     done = vmm("run", "--config", str(config), "--kernel", kernel)
     assert (done.returncode, done.stdout, done.stderr) == (0, "ok", "")
+
+
+@pytest.mark.kvm
+def test_what_kvm_cannot_emulate_is_status_6(tmp_path: Path) -> None:
+    """Code where there is no memory: no KVM can run it, and its reason is told in one line."""
+    path = tmp_path / "kernel"
+    path.write_bytes(tiny_kernel("PUT 'a'; movl $0xD0000000, %eax; jmp *%eax"))
+    done = vmm("run", "--kernel", str(path))
+    assert (done.returncode, done.stdout) == (6, "a")
+    assert done.stderr.startswith("vmm: KVM internal error: vCPU 0: ")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.kvm
+def test_memory_that_this_host_cannot_have(kernel: str) -> None:
+    """Beyond the guest-physical addresses, or refused by the host's kernel: one line, status 2."""
+    with Kvm() as kvm:
+        bits = CpuPolicy(kvm, 1).physical_address_bits
+    if bits <= 40:
+        done = vmm("run", "--kernel", kernel, "--memory", "1T")
+        assert done.returncode == 2
+        assert f"{bits} bits of guest-physical addresses" in done.stderr
+    code = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30));"
+        "from vmm_reference.cli import main; sys.exit(main(['run', *sys.argv[1:]]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, "--kernel", kernel, "--memory", "2G"],
+                          capture_output=True, text=True, check=False)  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr == "vmm: memory: 2048M: can't be had on this host: Cannot allocate memory\n"
+
+
+def test_an_initrd_of_no_bytes_is_refused(kernel: str, tmp_path: Path) -> None:
+    """A kernel would boot without it, and without a word."""
+    empty = tmp_path / "initrd"
+    empty.touch()
+    done = vmm("run", "--kernel", kernel, "--initrd", str(empty))
+    assert (done.returncode, done.stderr) == (2, f"vmm: initrd: {empty}: is empty\n")
 
 
 def test_help_and_version_name_the_verbs() -> None:

@@ -22,7 +22,7 @@ from .errors import ConfigError
 from .legacy import LegacyDevices
 from .loop import READ
 from .outcome import Outcome
-from .ram import MODULES, Ram
+from .ram import MODULES, Ram, check_addresses
 from .vcpu import VcpuThread
 from .wiring import Wiring
 
@@ -103,6 +103,15 @@ class Board:
         self.running = False
         self._mmio_devices = 0
         with ExitStack() as stack:
+            policy = None
+            if restored is None and incoming is None:
+                policy = CpuPolicy(
+                    kvm,
+                    config.max_cpus or config.cpus,
+                    threads=config.threads,
+                    sockets=config.sockets,
+                )
+                check_addresses(config, policy.physical_address_bits)
             self.ram = Ram(config, restored.memory if restored else incoming)
             self.memory = self.ram.memory
             stack.callback(self.memory.close)
@@ -137,8 +146,8 @@ class Board:
                 wiring.control = factory(device.kind)(device, wiring)
             if config.firmware is not None:
                 self._add_firmware(stack, config, restored is not None or incoming is not None)
-            entry = policy = None
-            if restored is None and incoming is None:
+            entry = None
+            if policy is not None:
                 if config.firmware is not None:
                     from .firmware import load_firmware
 
@@ -146,12 +155,6 @@ class Board:
                 else:
                     entry = load_kernel(self.memory, config, self.announced)
                 timeline["loaded"] = time.monotonic()
-                policy = CpuPolicy(
-                    kvm,
-                    config.max_cpus or config.cpus,
-                    threads=config.threads,
-                    sockets=config.sockets,
-                )
             self._vcpus = []
             for number in range(config.max_cpus or config.cpus):
                 vcpu = stack.enter_context(self.vm.create_vcpu(number))

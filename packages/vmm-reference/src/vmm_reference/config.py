@@ -230,7 +230,7 @@ class MachineConfig:
         else:
             _kernel(self.kernel)
         if self.initrd is not None:
-            _file("initrd", self.initrd)
+            _filled("initrd", self.initrd)
         _text("cmdline", self.cmdline)
         if any(not " " <= character <= "~" for character in self.cmdline):
             raise ConfigError("cmdline", repr(self.cmdline), "must be printable ASCII on one line")
@@ -381,6 +381,12 @@ def _kernel(path: object) -> None:
         head = image.read(1024)
     if not head.startswith(b"\x7fELF") and head[0x202:0x206] != b"HdrS":
         raise ConfigError("kernel", name, "is neither an ELF vmlinux nor a bzImage")
+
+
+def _filled(field: str, path: object) -> None:
+    name = _file(field, path)
+    if not os.stat(name).st_size:  # noqa: PTH116
+        raise ConfigError(field, name, "is empty")
 
 
 def _rom(field: str, path: str) -> int:

@@ -13,7 +13,7 @@ import threading
 from vm_memory import Anonymous, FileShared, GuestAddress, GuestMemory, Memfd
 
 from . import layout
-from .errors import HostError
+from .errors import ConfigError, HostError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from .config import MachineConfig
 
-__all__ = ["MODULES", "Ram", "hotplug_areas", "memory_end"]
+__all__ = ["MODULES", "Ram", "check_addresses", "hotplug_areas", "memory_end"]
 
 MODULES = "modules"  # the area of ACPI's memory devices
 _GIB = 1 << 30
@@ -72,6 +72,22 @@ def _replaced(memory: GuestMemory, address: int, size: int, backing: Backing) ->
     return rest.insert(made.regions[0])
 
 
+def check_addresses(config: MachineConfig, bits: int) -> None:
+    """Refuse memory that has no address here. More than the host has is no mistake: it may wait.
+
+    Args:
+        config: of the machine.
+        bits: width of guest-physical addresses on this host.
+
+    Raises:
+        ConfigError: some of the memory would lie beyond them.
+    """
+    if memory_end(config) > 1 << bits:
+        size = config.max_memory or config.memory
+        rule = f"does not fit into the {bits} bits of guest-physical addresses that this host has"
+        raise ConfigError("memory", f"{size // layout.MIB}M", rule)
+
+
 class Ram:
     """The memory of one machine.
 
@@ -84,6 +100,7 @@ class Ram:
         areas: what `hotplug_areas` says.
 
     Raises:
+        ConfigError: this host refuses so much.
         HostError: what is given does not lie where this machine has memory.
     """
 
@@ -99,7 +116,12 @@ class Ram:
         fresh = given is None
         if given is None:
             made_of = Memfd() if config.shared_memory else Anonymous()
-            given = GuestMemory.from_ranges(ranges, backing=made_of, dirty_page_size=4096)
+            try:
+                given = GuestMemory.from_ranges(ranges, backing=made_of, dirty_page_size=4096)
+            except OSError as error:
+                size = sum(size for _, size in pieces)
+                rule = f"can't be had on this host: {error.strerror}"
+                raise ConfigError("memory", f"{size // layout.MIB}M", rule) from error
         found = [(region.guest_address, region.size) for region in given.regions]
         if found != ranges:
             raise HostError("memory", f"{found} was saved", f"this machine has it at {ranges}")

@@ -42,6 +42,14 @@ class CpuPolicy:
         self._supported: Iterable[CpuidEntry] = kvm.get_supported_cpuid()
         self._tsc_deadline = kvm.check_extension(_KVM_CAP_TSC_DEADLINE_TIMER) > 0
 
+    @property
+    def physical_address_bits(self) -> int:
+        """Width of guest-physical addresses: leaf 0x80000008, 36 where there is none."""
+        for entry in self._supported:
+            if entry.function == 0x80000008:
+                return entry.eax >> 16 & 0xFF or entry.eax & 0xFF
+        return 36
+
     def apply(self, vcpu: Vcpu) -> None:
         """Give a new vCPU its CPUID table and boot MSRs."""
         vcpu.set_cpuid2(
