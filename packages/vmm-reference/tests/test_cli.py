@@ -234,7 +234,7 @@ def test_the_way_to_a_guest_imports_little(disk: bool, kernel: str, tmp_path: Pa
              "vmm_reference.firmware", "vmm_reference.backends.console"}  # fmt: skip
     assert not rooms & found
     ours = [name for name in found if name.startswith(OURS)]
-    assert len(ours) <= (125 if disk else 121)
+    assert len(ours) <= (130 if disk else 122)
 
 
 @pytest.mark.parametrize(

@@ -120,6 +120,35 @@ def test_the_console_carries_bytes_both_ways(kernel: Callable[[str], str]) -> No
         machine.console.expect("more", 1)
 
 
+def test_a_guest_that_polls_prints_without_python(kernel: Callable[[str], str]) -> None:
+    """Nothing of what it prints is lost or comes later than what it does next; it is read from."""
+    source = """
+        movl $3000, %ecx
+    1:  movw $0x3fd, %dx
+    2:  inb %dx, %al
+        testb $0x20, %al
+        jz 2b
+        movw $0x3f8, %dx
+        movb $'x', %al
+        outb %al, %dx
+        loop 1b
+        movw $0x3fd, %dx
+    3:  inb %dx, %al
+        testb $1, %al
+        jz 3b
+        movw $0x3f8, %dx
+        inb %dx, %al
+        outb %al, %dx
+        POWER_OFF
+    """
+    with Machine(MachineConfig(kernel=kernel(source))) as machine:
+        machine.console.expect("x{3000}", 60)
+        assert machine.metrics()["serial"]["served"] > 3000
+        machine.console.send("q")
+        assert machine.wait(30) is Outcome.POWER_OFF
+    assert machine.console.output.endswith("xq")
+
+
 def test_a_reset_is_a_new_machine_with_the_same_console(kernel: Callable[[str], str]) -> None:
     """The restarted guest finds fresh memory; output goes on where it was."""
     # A flag in memory would survive a jump to the kernel's start; it must not survive a reset.

@@ -532,3 +532,81 @@ def test_no_byte_is_lost_or_invented(steps: list[tuple[str, int, object]]) -> No
             assert port.uart.interrupt_level == (twin.get(IIR) & 1 == 0)
             twin.uart.restore(state)
             assert bool(twin.get(LSR) & 1) == bool(model.held)
+
+
+class Served(Port):
+    """A UART whose guest is served as kvm_ioctls.hot serves it while the UART is quiet."""
+
+    AHEAD = 8
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept = b""
+        self.quiet = True
+        self.uart = Serial(
+            self.levels.append, self.transmit, room=self.room, limit=64,
+            quiet=self.listen, ahead=self.AHEAD,
+        )  # fmt: skip
+
+    def listen(self, quiet: bool) -> None:
+        assert quiet != self.quiet
+        self.quiet = quiet
+
+    def flush(self) -> None:
+        kept, self.kept = self.kept, b""
+        if kept:
+            self.uart.posted(kept)
+
+    def get(self, offset: int) -> int:
+        if self.quiet and offset == LSR:
+            return READY
+        self.flush()
+        return super().get(offset)
+
+    def put(self, offset: int, *values: int) -> None:
+        for value in values:
+            if self.quiet and offset == DATA and len(self.kept) < self.AHEAD:
+                self.kept += bytes([value])
+            else:
+                self.flush()
+                super().put(offset, value)
+
+
+GUEST = st.tuples(
+    st.sampled_from(["get", "put"]),
+    st.sampled_from([DATA, DATA, DATA, LSR, LSR, IER, IIR, LCR, MCR, SCR]),
+    st.sampled_from([0, 1, 2, 3, 0x10, 0x41, 0x80]),
+)
+HOST = st.tuples(st.sampled_from(["flush", "receive", "gone"]), st.integers(1, 20), st.just(0))
+
+
+@given(st.lists(GUEST | HOST, max_size=80))
+def test_a_guest_can_not_tell_that_it_is_served_without_the_uart(
+    steps: list[tuple[str, int, int]],
+) -> None:
+    """Reads, the line's bytes and the interrupt are those of a UART that sees each access."""
+    plain, served = Port(), Served()
+    for what, number, value in steps:
+        if what == "get":
+            assert plain.get(number) == served.get(number)
+        elif what == "put":
+            plain.put(number, value)
+            served.put(number, value)
+        elif what == "flush":
+            served.flush()
+        elif what == "receive":
+            served.flush()  # as the bytes are on the line, they were written before
+            data = bytes(range(number))
+            assert plain.uart.receive(data) == served.uart.receive(data)
+        else:
+            served.flush()
+            count = min(number, plain.uart._under_way)
+            plain.uart.transmitted(count)
+            served.uart.transmitted(count)
+        if not served.kept:
+            assert plain.sent == served.sent
+            assert plain.uart.interrupt_level == served.uart.interrupt_level
+            assert plain.uart.save() == served.uart.save()
+    served.flush()
+    assert plain.sent == served.sent
+    assert plain.uart.dropped == served.uart.dropped

@@ -34,18 +34,27 @@ Which way for which device:
 from __future__ import annotations
 
 from _thread import allocate_lock
+from collections import namedtuple
 from functools import partial
 from struct import Struct
-from typing import NamedTuple
 
 from kvm_ioctls._native import ffi, lib
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import Any, NoReturn
+    from typing import Any, NamedTuple, NoReturn
 
     from kvm_ioctls.vm.events import HasFileno
+
+    class _Fields(NamedTuple):
+        address: int
+        data: int
+        size: int
+        pio: bool
+
+else:
+    _Fields = namedtuple("_Fields", ("address", "data", "size", "pio"))
 
 __all__ = ["Declaration", "HotExits", "PostedWrite"]
 
@@ -53,7 +62,7 @@ _NOTHING, _POST, _ANSWER, _IGNORE = range(4)
 _SPACES = {True: 1 << 16, False: 1 << 64}
 
 
-class PostedWrite(NamedTuple):
+class PostedWrite(_Fields):
     """A write that the guest made and nobody had to look at before it went on.
 
     Attributes:
@@ -63,10 +72,7 @@ class PostedWrite(NamedTuple):
         pio: whether it is a port.
     """
 
-    address: int
-    data: int
-    size: int
-    pio: bool
+    __slots__ = ()
 
 
 # A guest that prints makes many: from the queue's rows to values without a call into Python each.

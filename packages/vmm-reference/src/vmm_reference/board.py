@@ -121,6 +121,7 @@ class Board:
             self.vm = stack.enter_context(kvm.create_vm())
             self._create_platform()
             self.legacy = LegacyDevices(self, config, transmit=transmit, room=room)
+            stack.callback(self.legacy.close)
             self.serial, self.power = self.legacy.serial, self.legacy.power
             if config.max_cpus is not None:
                 from .processors import add_processors
@@ -158,6 +159,7 @@ class Board:
             self._vcpus = []
             for number in range(config.max_cpus or config.cpus):
                 vcpu = stack.enter_context(self.vm.create_vcpu(number))
+                vcpu.serve_hot(self.legacy.hot)
                 if policy is not None:
                     policy.apply(vcpu)
                 if number == 0 and entry is not None:

@@ -15,6 +15,10 @@ there at once. What follows:
   they raise the character timeout interrupt.
 - Divisor, parity and word length are stored, and change nothing.
 
+Most of what a guest does here are two accesses a character: it reads LSR and writes the byte. As
+long as nothing but an empty transmitter is to be told, whoever serves the guest may answer the one
+with `IDLE` and keep the other for a while (`posted`); `quiet` tells when that begins and ends.
+
 The interrupt output is a function of the registers alone, computed after every change: masking and
 unmasking in IER drops and raises the line, so a pending cause is never lost to a driver that masks
 interrupts for a while.
@@ -44,6 +48,7 @@ LCR_BREAK, LCR_DLAB = 0x40, 0x80
 MCR_LOOP = 0x10
 LSR_DATA, LSR_OVERRUN, LSR_FRAMING, LSR_BREAK = 0x01, 0x02, 0x08, 0x10
 LSR_THRE, LSR_TEMT, LSR_FIFO_ERROR = 0x20, 0x40, 0x80
+IDLE = LSR_THRE | LSR_TEMT
 MSR_CTS, MSR_DSR, MSR_RI, MSR_DCD = 0x10, 0x20, 0x40, 0x80
 
 TRIGGER_LEVELS = (1, 4, 8, 14)
@@ -60,6 +65,9 @@ class Serial:
             is to be taken back by `transmitted`, at the earliest from within the call.
         room: is called when received bytes fit again after `receive` had to refuse some.
         limit: how many bytes may be under way before the guest is told to wait, at least 32.
+        quiet: is told whether LSR reads as `IDLE`, and will after `ahead` more bytes, and a byte
+            that is written does nothing but leave. At first that is so.
+        ahead: how many bytes may be kept before `posted` is told of them.
 
     Attributes:
         dropped: bytes the guest wrote although it was told to wait.
@@ -85,9 +93,11 @@ class Serial:
         *,
         room: Callable[[], None] | None = None,
         limit: int = 4096,
+        quiet: Callable[[bool], None] | None = None,
+        ahead: int = 0,
     ) -> None:
-        if limit < 2 * FIFO_SIZE:
-            raise ValueError(f"limit: {limit}: must be at least {2 * FIFO_SIZE} bytes")
+        if limit < 2 * FIFO_SIZE + ahead:
+            raise ValueError(f"limit: {limit}: must be at least {2 * FIFO_SIZE + ahead} bytes")
         self.dropped = 0
         self.breaks = 0
         self._interrupt = interrupt
@@ -96,6 +106,7 @@ class Serial:
         self._limit = limit
         # THRE promises the guest room for a whole FIFO.
         self._ready_below = limit - FIFO_SIZE
+        self._tell_quiet, self._quiet, self._ahead = quiet, True, ahead
         self._line = False
         self._under_way = 0
         self._refused = False
@@ -113,17 +124,33 @@ class Serial:
     def read(self, offset: int, length: int) -> bytes:
         """What the guest reads; an access of more than a byte takes registers in turn."""
         if length == 1:
-            return self._read(offset).to_bytes()
-        return bytes([self._read(offset + n) for n in range(length)])
+            value = self._read(offset).to_bytes()
+        else:
+            value = bytes([self._read(offset + n) for n in range(length)])
+        if not self._quiet:
+            self._look()
+        return value
 
     def write(self, offset: int, data: bytes) -> None:
         """What the guest writes; an access of more than a byte fills registers in turn."""
         if offset == DATA and len(data) == 1 and not self._lcr & LCR_DLAB:
             self._write_thr(data[0])
-            return
-        for value in data:
-            self._write(offset, value)
-            offset += 1
+        else:
+            for value in data:
+                self._write(offset, value)
+                offset += 1
+        self._look()
+
+    def posted(self, data: bytes) -> None:
+        """Bytes that were written to the transmitter, and kept while it was quiet."""
+        if self._quiet and self._under_way + len(data) <= self._limit:
+            self._thre_pending, self._thre_owed = False, True
+            self._under_way += len(data)
+            self._transmit(data)
+        else:  # what another vCPU has done since may matter
+            for value in data:
+                self._write_thr(value)
+        self._look()
 
     # What the host does.
 
@@ -145,6 +172,7 @@ class Serial:
         if len(taken) < len(data):
             self._refused = True
         self._update()
+        self._look()
         return len(taken)
 
     def receive_break(self) -> bool:
@@ -154,6 +182,7 @@ class Serial:
             return False
         self._arrive(0, LSR_BREAK | LSR_FRAMING)
         self._update()
+        self._look()
         return True
 
     def transmitted(self, count: int) -> None:
@@ -169,6 +198,8 @@ class Serial:
             self._thre_pending, self._thre_owed = True, False
             if self._ier & IER_THRE:
                 self._update()
+        if not self._quiet:
+            self._look()
 
     @property
     def interrupt_level(self) -> bool:
@@ -214,6 +245,7 @@ class Serial:
         self._refused = True  # whoever waited for room is told again
         self._update()
         self._tell_room()
+        self._look()
 
     # The registers.
 
@@ -309,7 +341,7 @@ class Serial:
         return value
 
     def _read_lsr(self) -> int:
-        value = LSR_THRE | LSR_TEMT if self._under_way <= self._ready_below else 0
+        value = IDLE if self._under_way <= self._ready_below else 0
         if self._received:
             value |= LSR_DATA
         if self._fcr & FCR_ENABLE and (self._line_errors & ~LSR_OVERRUN or any(self._errors)):
@@ -362,6 +394,21 @@ class Serial:
         if level != self._line:
             self._line = level
             self._interrupt(level)
+
+    def _look(self) -> None:
+        """Say when the transmitter becomes quiet, or is so no more."""
+        quiet = (
+            self._under_way + self._ahead <= self._ready_below
+            and not self._received
+            and not self._line_errors
+            and not self._ier & IER_THRE
+            and not self._lcr & LCR_DLAB
+            and not self._mcr & MCR_LOOP
+        )
+        if quiet != self._quiet:
+            self._quiet = quiet
+            if self._tell_quiet is not None:
+                self._tell_quiet(quiet)
 
     def _tell_room(self) -> None:
         if self._refused and self._room is not None and self.receive_space > 0:
