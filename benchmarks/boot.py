@@ -130,6 +130,7 @@ def ours() -> Vmm:
     environment = Path(sys.prefix)
     if not (environment / "bin" / "vmm").exists():
         raise Skip(f"{environment} has no vmm; install the five packages into this environment")
+    # Without the start-up hooks (*.pth) of tools that share this environment, such as coverage.
     words = {"env": environment, "library": Path(os.__file__).parent,
              "program": Path(sys.executable).resolve()}  # fmt: skip
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
@@ -138,6 +139,7 @@ mkdir -p python/bin python/lib
 cp {program} python/bin/{version}
 cp -a {library} python/lib/{version}
 cp -a {env} env
+rm -f env/lib/{version}/site-packages/*.pth
 ln -sf $PWD/python/bin/{version} env/bin/python
 sed -i "s#^home *=.*#home = $PWD/python/bin#" env/pyvenv.cfg
 """.format(version=version, **{name: shlex.quote(str(path)) for name, path in words.items()})
