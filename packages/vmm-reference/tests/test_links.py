@@ -17,7 +17,7 @@ import pytest
 from vmm_reference.backends.datagram import DatagramLink
 from vmm_reference.backends.passt import Passt, StreamLink
 from vmm_reference.backends.tap import Tap
-from vmm_reference.devices.net import model as net
+from vmm_reference.devices.net import features
 from vmm_reference.devices.net.setup import Interface
 from vmm_reference.errors import ConfigError, HostError
 from vmm_reference.loop import Loop
@@ -275,9 +275,9 @@ def test_a_tap_with_several_queues() -> None:
         loop = Loop(lambda error: None)
         tap = Tap(loop, "tap9", 3)
         tap.set_queues(1)
-        tap.set_offloads(net.F_GUEST_CSUM)
+        tap.set_offloads(features.F_GUEST_CSUM)
         tap.set_queues(3)
-        tap.set_offloads(net.GUEST_OFFLOADS & tap.offloads)
+        tap.set_offloads(features.GUEST_OFFLOADS & tap.offloads)
         for queue in range(3):
             assert tap.send(queue, [bytes(12), frame()])
         tap.set_queues(2)

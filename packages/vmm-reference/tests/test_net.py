@@ -15,7 +15,7 @@ from virtio_queue.errors import ActivationError
 from virtio_queue.testing.stateful import DeviceMachine
 from vm_memory import GuestMemory
 from vmm_reference.devices.limiter import Limiter, TokenBucket
-from vmm_reference.devices.net import model as net
+from vmm_reference.devices.net import features, model
 from vmm_reference.devices.net.model import Net
 from vmm_reference.devices.states import NetState, StateError
 from vmm_reference.testing import Bench
@@ -23,7 +23,7 @@ from vmm_reference.testing import Bench
 MAC = bytes.fromhex("0200000000fe")
 OTHER = bytes.fromhex("020000000001")
 BROADCAST = b"\xff" * 6
-OFFLOADS = net.HOST_OFFLOADS | net.GUEST_OFFLOADS
+OFFLOADS = features.HOST_OFFLOADS | features.GUEST_OFFLOADS
 RX, TX, CONTROL = 0, 1, 2
 ALL = (1 << 64) - 1
 
@@ -67,7 +67,7 @@ class Wire:
 def header(
     flags: int = 0, gso: int = 0, gso_size: int = 0, start: int = 0, offset: int = 0
 ) -> bytes:
-    return net.HEADER.pack(flags, gso, 0, gso_size, start, offset, 0)
+    return features.HEADER.pack(flags, gso, 0, gso_size, start, offset, 0)
 
 
 def frame(
@@ -157,10 +157,10 @@ def test_hostile_chain_shorter_than_its_header(bench: Net1, length: int) -> None
 
 def test_hostile_frame_of_more_than_64_kib(bench: Net1) -> None:
     """Item 15: what no link carries is dropped before anything of it is read."""
-    bench.send(TX, [header(), frame(net.MAX_FRAME + 1, source=MAC)])
+    bench.send(TX, [header(), frame(features.MAX_FRAME + 1, source=MAC)])
     assert bench.net.dropped == {"long": 1}
-    bench.send(TX, [header(), frame(net.MAX_FRAME, source=MAC)])
-    assert len(bench.wire.sent[0]) == net.MAX_FRAME + 12
+    bench.send(TX, [header(), frame(features.MAX_FRAME, source=MAC)])
+    assert len(bench.wire.sent[0]) == features.MAX_FRAME + 12
 
 
 def test_hostile_frame_shorter_than_an_ethernet_header(bench: Net1) -> None:
@@ -202,7 +202,8 @@ def test_hostile_offload_that_was_not_negotiated(asked: bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    ("gso", "feature"), [(1, net.F_HOST_TSO4), (4, net.F_HOST_TSO6), (3, net.F_HOST_UFO)]
+    ("gso", "feature"),
+    [(1, features.F_HOST_TSO4), (4, features.F_HOST_TSO6), (3, features.F_HOST_UFO)],
 )
 def test_hostile_segmentation_that_was_not_negotiated(gso: int, feature: int) -> None:
     """Item 15: each kind of segmentation is one feature; a checksum alone allows none."""
@@ -320,7 +321,7 @@ def test_hostile_frame_larger_than_all_buffers() -> None:
 @pytest.mark.parametrize("size", [0, 1, 11, 60])
 def test_hostile_buffer_smaller_than_a_frame_without_merging(size: int) -> None:
     """Item 15: without MRG_RXBUF a frame that does not fit one buffer is lost (5.1.6.3.1)."""
-    bench = Net1(features=ALL & ~net.F_MRG_RXBUF)
+    bench = Net1(features=ALL & ~features.F_MRG_RXBUF)
     if size:
         bench.post(size)
     else:
@@ -348,7 +349,7 @@ def test_without_headers_from_the_wire_there_are_zeros() -> None:
 @given(st.lists(st.integers(60, 9000), max_size=8), st.lists(st.integers(13, 5000), max_size=40))
 def test_frames_are_the_same_whatever_the_buffers(sizes: list[int], buffers: list[int]) -> None:
     """Merged or not, early or late: what arrives is what came, as far as there are buffers."""
-    bench = Net1(features=F_VERSION_1 | F_EVENT_IDX | net.F_MRG_RXBUF)
+    bench = Net1(features=F_VERSION_1 | F_EVENT_IDX | features.F_MRG_RXBUF)
     frames = [frame(size) for size in sizes]
     half = len(buffers) // 2
     bench.post(*buffers[:half])
@@ -387,7 +388,7 @@ def test_hostile_guest_frames_without_end_share_the_thread(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """One call moves a bounded number of frames and says that there are more."""
-    monkeypatch.setattr(net, "BUDGET", 4)
+    monkeypatch.setattr(model, "BUDGET", 4)
     bench = Net1()
     for _ in range(10):
         bench.queue(TX).add([header(), OUT])
@@ -450,9 +451,9 @@ def test_an_address_is_set(bench: Net1) -> None:
 
 
 def test_offloads_are_set(bench: Net1) -> None:
-    assert bench.wire.told == [net.GUEST_OFFLOADS, -1]
-    assert bench.command(5, 0, struct.pack("<Q", net.F_GUEST_CSUM))
-    assert bench.wire.told[-1] == net.F_GUEST_CSUM
+    assert bench.wire.told == [features.GUEST_OFFLOADS, -1]
+    assert bench.command(5, 0, struct.pack("<Q", features.F_GUEST_CSUM))
+    assert bench.wire.told[-1] == features.F_GUEST_CSUM
     assert not bench.command(5, 0, struct.pack("<Q", 1 << 40))
 
 
@@ -527,7 +528,7 @@ def test_queue_pairs() -> None:
 
 def test_control_is_the_third_queue_without_mq() -> None:
     """5.1.2: its place depends on what was negotiated, not on what is offered."""
-    bench = Net1(Wire(queues=2), pairs=2, features=ALL & ~net.F_MQ)
+    bench = Net1(Wire(queues=2), pairs=2, features=ALL & ~features.F_MQ)
     assert bench.command(0, 0, b"\1")
     bench.close()
 
@@ -598,14 +599,14 @@ def test_reset_forgets_everything(bench: Net1) -> None:
 def test_it_goes_on_elsewhere_with_a_frame_that_waited(bench: Net1) -> None:
     """Filters, a waiting frame and the buffers taken for it move; nothing is lost or doubled."""
     bench.command(0, 1, b"\1")
-    bench.command(5, 0, struct.pack("<Q", net.F_GUEST_CSUM))
+    bench.command(5, 0, struct.pack("<Q", features.F_GUEST_CSUM))
     bench.post(1000, 1000)
     bench.arrive(frame(3000))
     wire = Wire()
     other = Net1(wire)
     moved = bench.moved_to(other.net)
     assert other.net.save() == bench.net.save()
-    assert wire.told[-2:] == [net.F_GUEST_CSUM, -1]
+    assert wire.told[-2:] == [features.F_GUEST_CSUM, -1]
     for _ in range(2):
         moved.queue(RX).add([], [1000])
     moved.driver.kick(RX)

@@ -17,7 +17,8 @@ from virtio_queue import NetPump, Queue
 from virtio_queue.constants import F_EVENT_IDX, F_INDIRECT_DESC
 from virtio_queue.testing import Arena, PackedDriver, SplitDriver
 from vm_memory import GuestAddress, GuestMemory
-from vmm_reference.devices.net import model as net
+from vmm_reference.devices.net import features as net
+from vmm_reference.devices.net.model import Net
 
 RX, TX = 0, 1
 SIZE = 16
@@ -164,7 +165,7 @@ def arrived(size: int, number: int) -> bytes:
 def test_frames_of_any_kind(plan: list[Step], kind: Kind, declined: int, stops: bool) -> None:
     """What is on the wire, what is in the buffers and their used lengths, and what is counted."""
     wire, python = Wire(), Side(kind)
-    model = net.Net(wire, MAC)
+    model = Net(wire, MAC)
     features = ALL & ~declined
     for feature, needed in net.NEEDS.items():
         if not features & needed:

@@ -15,7 +15,7 @@ import pytest
 from virtio_queue import Queue
 from virtio_queue.constants import F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1
 from vmm_reference.backends.vhost import VhostVsock
-from vmm_reference.devices.net import model
+from vmm_reference.devices.net import features
 from vmm_reference.devices.net.served import ServedNet
 from vmm_reference.devices.offload import Offload
 from vmm_reference.devices.vsock.served import ServedVsock
@@ -65,7 +65,7 @@ class FakeTap:
     """A tap that is only set up."""
 
     vnet_header = True
-    offloads = model.HOST_OFFLOADS | model.GUEST_OFFLOADS
+    offloads = features.HOST_OFFLOADS | features.GUEST_OFFLOADS
     queues = 2
 
     def __init__(self) -> None:
@@ -86,13 +86,13 @@ class FakeTap:
 
 def test_the_kernel_serves_while_the_driver_does() -> None:
     """From DRIVER_OK to the reset, but for pauses; the control queue stays here."""
-    kernel = [FakeKernel(F_VERSION_1 | F_INDIRECT_DESC | model.F_MRG_RXBUF) for _ in range(2)]
+    kernel = [FakeKernel(F_VERSION_1 | F_INDIRECT_DESC | features.F_MRG_RXBUF) for _ in range(2)]
     offload = Offload("vhost-net", [(kernel[0], (0, 1)), (kernel[1], (2, 3))])
     net = ServedNet(FakeTap(), MAC, offload, pairs=2)
     bench = Bench(net)
     assert [each.log for each in kernel] == [["start 2"]] * 2
-    assert not net.device_features & (F_EVENT_IDX | model.F_CTRL_RX)
-    assert kernel[0].accepted & model.F_MRG_RXBUF
+    assert not net.device_features & (F_EVENT_IDX | features.F_CTRL_RX)
+    assert kernel[0].accepted & features.F_MRG_RXBUF
     for queue in range(4):
         bench.queue(queue).add([bytes(100)], [])
         bench.driver.kick(queue)

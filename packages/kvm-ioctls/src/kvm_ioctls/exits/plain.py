@@ -2,34 +2,35 @@
 
 from __future__ import annotations
 
-from kvm_ioctls._values import frozen
+import attrs
+
 from kvm_ioctls.exits.base import Exit
 
 __all__ = ["Hlt", "Interrupted", "IrqWindowOpen", "Shutdown"]
 
 
-@frozen
+@attrs.frozen
 class Hlt(Exit):
     """KVM_EXIT_HLT: the guest halted, and no interrupt controller in the kernel can wake it."""
 
     reason = 5
 
 
-@frozen
+@attrs.frozen
 class IrqWindowOpen(Exit):
     """KVM_EXIT_IRQ_WINDOW_OPEN: the interrupt window that was asked for is open."""
 
     reason = 7
 
 
-@frozen
+@attrs.frozen
 class Shutdown(Exit):
     """KVM_EXIT_SHUTDOWN: triple fault."""
 
     reason = 8
 
 
-@frozen
+@attrs.frozen
 class Interrupted(Exit):
     """KVM_EXIT_INTR: a kick or a signal ended the run; nothing happened in the guest.
 

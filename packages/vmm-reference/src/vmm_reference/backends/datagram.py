@@ -14,7 +14,7 @@ import stat
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from vmm_reference.devices.net.model import MAX_FRAME
+from vmm_reference.devices.net.features import MAX_FRAME
 from vmm_reference.errors import HostError
 from vmm_reference.loop import READ, WRITE
 

@@ -13,7 +13,7 @@ import subprocess
 from struct import Struct
 from typing import TYPE_CHECKING
 
-from vmm_reference.devices.net.model import MAX_FRAME
+from vmm_reference.devices.net.features import MAX_FRAME
 from vmm_reference.errors import HostError
 from vmm_reference.loop import READ, WRITE
 

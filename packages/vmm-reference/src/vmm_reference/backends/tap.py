@@ -15,7 +15,7 @@ from functools import partial
 from struct import pack
 from typing import TYPE_CHECKING
 
-from vmm_reference.devices.net.model import (
+from vmm_reference.devices.net.features import (
     F_GUEST_CSUM,
     F_GUEST_ECN,
     F_GUEST_TSO4,

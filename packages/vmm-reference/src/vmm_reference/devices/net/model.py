@@ -19,6 +19,28 @@ from virtio_queue.errors import ActivationError
 
 from . import control
 from .control import Control
+from .features import (
+    BEFORE_COUNT,
+    COUNT,
+    ETHERNET_HEADER,
+    F_CTRL_GUEST_OFFLOADS,
+    F_CTRL_MAC_ADDR,
+    F_CTRL_RX,
+    F_CTRL_RX_EXTRA,
+    F_CTRL_VLAN,
+    F_CTRL_VQ,
+    F_GUEST_ANNOUNCE,
+    F_MAC,
+    F_MQ,
+    F_MRG_RXBUF,
+    F_MTU,
+    F_STATUS,
+    GUEST_OFFLOADS,
+    HEADER,
+    HOST_OFFLOADS,
+    NEEDS,
+    fault_of,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -30,42 +52,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Link", "Net"]
 
-# Feature masks, 5.1.3
-F_CSUM, F_GUEST_CSUM, F_CTRL_GUEST_OFFLOADS, F_MTU, F_MAC = 1 << 0, 1 << 1, 1 << 2, 1 << 3, 1 << 5
-F_GUEST_TSO4, F_GUEST_TSO6, F_GUEST_ECN, F_GUEST_UFO = 1 << 7, 1 << 8, 1 << 9, 1 << 10
-F_HOST_TSO4, F_HOST_TSO6, F_HOST_ECN, F_HOST_UFO = 1 << 11, 1 << 12, 1 << 13, 1 << 14
-F_MRG_RXBUF, F_STATUS, F_CTRL_VQ, F_CTRL_RX = 1 << 15, 1 << 16, 1 << 17, 1 << 18
-F_CTRL_VLAN, F_CTRL_RX_EXTRA, F_GUEST_ANNOUNCE = 1 << 19, 1 << 20, 1 << 21
-F_MQ, F_CTRL_MAC_ADDR = 1 << 22, 1 << 23
-
-GUEST_OFFLOADS = F_GUEST_CSUM | F_GUEST_TSO4 | F_GUEST_TSO6 | F_GUEST_ECN | F_GUEST_UFO
-HOST_OFFLOADS = F_CSUM | F_HOST_TSO4 | F_HOST_TSO6 | F_HOST_ECN | F_HOST_UFO
-# What needs what, 5.1.3.1: the first without one of the others counts as not accepted.
-NEEDS = {
-    F_GUEST_TSO4: F_GUEST_CSUM, F_GUEST_TSO6: F_GUEST_CSUM, F_GUEST_UFO: F_GUEST_CSUM,
-    F_GUEST_ECN: F_GUEST_TSO4 | F_GUEST_TSO6, F_HOST_TSO4: F_CSUM, F_HOST_TSO6: F_CSUM,
-    F_HOST_UFO: F_CSUM, F_HOST_ECN: F_HOST_TSO4 | F_HOST_TSO6, F_CTRL_RX: F_CTRL_VQ,
-    F_CTRL_VLAN: F_CTRL_VQ, F_CTRL_RX_EXTRA: F_CTRL_RX, F_GUEST_ANNOUNCE: F_CTRL_VQ,
-    F_MQ: F_CTRL_VQ, F_CTRL_MAC_ADDR: F_CTRL_VQ, F_CTRL_GUEST_OFFLOADS: F_CTRL_VQ,
-}  # fmt: skip
-
-# struct virtio_net_hdr, 5.1.6: flags, gso_type, hdr_len, gso_size, csum_start, csum_offset,
-# num_buffers; and what is in front of the last.
-HEADER = Struct("<BBHHHHH")
-_BEFORE_COUNT = 10
-_COUNT = Struct("<H")
-HDR_F_NEEDS_CSUM = 1
-GSO_NONE, GSO_TCPV4, GSO_UDP, GSO_TCPV6, GSO_ECN = 0, 1, 3, 4, 0x80
-_GSO_NEEDS = {GSO_TCPV4: F_HOST_TSO4, GSO_UDP: F_HOST_UFO, GSO_TCPV6: F_HOST_TSO6}
-
 # struct virtio_net_config, 5.1.4: mac, status, max_virtqueue_pairs, mtu.
 CONFIG = Struct("<6sHHH")
 S_LINK_UP, S_ANNOUNCE = 1, 2
 
 QUEUE_SIZE, CONTROL_QUEUE_SIZE = 256, 64
-ETHERNET_HEADER = 14
-# The longest frame: a segment of 64 KiB with its headers, one VLAN tag included.
-MAX_FRAME = 65535 + ETHERNET_HEADER + 4
 MIN_MTU, MAX_MTU = 68, 65535
 MAX_PAIRS = 256
 
@@ -293,11 +284,12 @@ class Net:
         """Send or drop one frame; False if it has to wait."""
         size = chain.readable_length - HEADER.size
         reader = chain.reader(memory)
-        fault = self._fault(reader, size)
+        header = reader.read(HEADER.size)
+        fault = fault_of(header, size, self._features) if size >= 0 else "no header"
         if fault:
             self._drop(fault)
             return True
-        header, start = self._header, reader.read(ETHERNET_HEADER)
+        start = reader.read(ETHERNET_HEADER)
         if start[6:12] != self.mac:
             self.spoofed += 1
         pieces: list[bytes | memoryview] = [start, *reader.slices()]
@@ -322,32 +314,6 @@ class Net:
                 self._kick(2 * pair + (queue_index & 1))
 
         return limiter is not None and not limiter.admit(size, resume)
-
-    def _fault(self, reader: Reader, size: int) -> str:
-        """Why a frame can't be sent, or nothing; leaves its header, checked, in `_header`."""
-        if size < 0:
-            return "no header"
-        header = reader.read(HEADER.size)
-        flags, gso, _, gso_size, csum_start, csum_offset, _ = HEADER.unpack(header)
-        self._header = header
-        if size < ETHERNET_HEADER:
-            return "short"
-        if size > MAX_FRAME:
-            return "long"
-        if flags & HDR_F_NEEDS_CSUM:
-            if not self._features & F_CSUM:
-                return "offload"
-            if csum_start + csum_offset + 2 > size:
-                return "header"
-        kind = gso & ~GSO_ECN
-        if kind != GSO_NONE:
-            if kind not in _GSO_NEEDS or gso_size == 0 or not flags & HDR_F_NEEDS_CSUM:
-                return "header"
-            if not self._features & _GSO_NEEDS[kind]:
-                return "offload"
-        if gso & GSO_ECN and (kind == GSO_NONE or not self._features & F_HOST_ECN):
-            return "offload"
-        return ""
 
     # To the guest -----------------------------------------------------------------------
 
@@ -437,8 +403,8 @@ class Net:
         for number, chain in enumerate(chains):
             writer = chain.writer(memory)
             if number == 0:
-                writer.write(view[:_BEFORE_COUNT])
-                writer.write(_COUNT.pack(len(chains)))
+                writer.write(view[:BEFORE_COUNT])
+                writer.write(COUNT.pack(len(chains)))
                 at = HEADER.size
             at += writer.write(view[at : at + writer.available])
             used.append((chain.head, writer.bytes_written))

@@ -17,7 +17,8 @@ from virtio_queue.constants import (
     F_RING_RESET,
 )
 
-from .model import F_CTRL_RX, F_CTRL_RX_EXTRA, F_CTRL_VLAN, F_MRG_RXBUF, Link, Net
+from .features import F_CTRL_RX, F_CTRL_RX_EXTRA, F_CTRL_VLAN, F_MRG_RXBUF
+from .model import Link, Net
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
