@@ -2,35 +2,34 @@
 
 from __future__ import annotations
 
-import attrs
-
+from kvm_ioctls._values import frozen
 from kvm_ioctls.exits.base import Exit
 
 __all__ = ["Hlt", "Interrupted", "IrqWindowOpen", "Shutdown"]
 
 
-@attrs.frozen
+@frozen
 class Hlt(Exit):
     """KVM_EXIT_HLT: the guest halted, and no interrupt controller in the kernel can wake it."""
 
     reason = 5
 
 
-@attrs.frozen
+@frozen
 class IrqWindowOpen(Exit):
     """KVM_EXIT_IRQ_WINDOW_OPEN: the interrupt window that was asked for is open."""
 
     reason = 7
 
 
-@attrs.frozen
+@frozen
 class Shutdown(Exit):
     """KVM_EXIT_SHUTDOWN: triple fault."""
 
     reason = 8
 
 
-@attrs.frozen
+@frozen
 class Interrupted(Exit):
     """KVM_EXIT_INTR: a kick or a signal ended the run; nothing happened in the guest.
 
