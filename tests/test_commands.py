@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import subprocess
+import termios
 from pathlib import Path
 
 import pytest
@@ -49,10 +50,14 @@ def test_a_boot_needs_no_network_once_all_is_cached(boot: list[str]) -> None:
 
 
 def test_a_boot_at_a_terminal_ends_in_a_shell(boot: list[str]) -> None:
-    """What is typed there is answered there, and Ctrl-A x leaves with status 0."""
+    """What is typed there is answered there; Ctrl-A x leaves with status 0 and all as it was."""
     with Process(boot, pty=True, env=None, cwd=ROOT) as terminal:
+        modes = os.dup(terminal._terminal)
+        before = termios.tcgetattr(modes)
         terminal.read_until(r"# ", PATIENCE)
         terminal.write("echo $((6 * 7)) $(uname -s)\n")
         terminal.read_until(r"^42 Linux", 60)
         terminal.write("\x01x")
         assert terminal.wait(60) == 0
+    assert termios.tcgetattr(modes) == before
+    os.close(modes)
