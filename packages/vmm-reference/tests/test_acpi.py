@@ -291,3 +291,23 @@ def test_memory_modules_are_sound_aml(tmp_path: Path) -> None:
     for name in ("_MIN", "_MAX", "_LEN"):
         assert re.search(rf"CreateQWordField \(RANG, .*{name}, ", text)
     assert text.count("Method (_OST, 3") == 16
+
+
+def test_fixed_hardware_is_told_where_there_is_firmware() -> None:
+    """Blocks and timer by both kinds of pointer, a FACS on its boundary; else nothing of it."""
+    blob = tables.build(cpus=1, fixed_hardware=True, address=BASE)
+    fadt = found(blob)["FACP"]
+
+    def word(offset: int, size: int) -> int:
+        return int.from_bytes(fadt[offset : offset + size], "little")
+
+    facs = word(36, 4)
+    assert facs % 64 == 0
+    assert blob[facs - BASE : facs - BASE + 8] == b"FACS" + (64).to_bytes(4, "little")
+    assert (word(46, 2), word(56, 4), word(64, 4), word(76, 4)) == (13, 0x670, 0x674, 0x608)
+    assert list(fadt[88:92]) == [4, 2, 0, 4]
+    assert [word(offset + 4, 8) for offset in (148, 172, 208)] == [0x670, 0x674, 0x608]
+    assert not word(112, 4) & 1 << 20
+    reduced = found(tables.build(cpus=1))["FACP"]
+    assert int.from_bytes(reduced[112:116], "little") & 1 << 20
+    assert reduced[56:92] == bytes(36)

@@ -40,10 +40,11 @@ def carry_out(files: dict[str, bytes]) -> dict[int, bytearray]:
 
 
 @pytest.mark.parametrize("cpus", [1, 4, 254])
-def test_linked_tables_are_those_of_their_address(cpus: int) -> None:
+@pytest.mark.parametrize("fixed", [False, True])
+def test_linked_tables_are_those_of_their_address(cpus: int, fixed: bool) -> None:
     """Byte for byte what the machine would have put there itself."""
-    found = carry_out(linker.link(tables.build(cpus=cpus, address=0)))
-    expected = tables.build(cpus=cpus, address=HIGH)
+    found = carry_out(linker.link(tables.build(cpus=cpus, fixed_hardware=fixed, address=0)))
+    expected = tables.build(cpus=cpus, fixed_hardware=fixed, address=HIGH)
     assert found[HIGH][36:] == expected[36:]
     assert found[F_SEGMENT] == expected[:36]
     assert sum(found[F_SEGMENT][:20]) & 0xFF == sum(found[F_SEGMENT]) & 0xFF == 0

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from vm_memory import GuestAddress
+from vmm_reference.api.client import ask
+from vmm_reference.api.server import Control, Server
+from vmm_reference.cli import main
 from vmm_reference.config import MachineConfig
+from vmm_reference.devices.mem import Memory
 from vmm_reference.devices.modules import (
     DOWN,
     EJECT,
@@ -260,3 +266,48 @@ def test_configurations_that_can_not_be(fields: dict[str, object], tmp_path: Pat
     path.write_bytes(tiny_kernel("1: jmp 1b"))
     with pytest.raises(ConfigError, match=r"^(max_memory|memory_modules)"):
         MachineConfig.from_mapping({"kernel": str(path), **fields})
+
+
+@pytest.mark.kvm
+def test_the_control_socket_and_its_verb(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Add, remove, resize and list; power button and reset; what can't be is refused."""
+    path = str(tmp_path / "api")
+    config = MachineConfig(
+        kernel=kernel(tmp_path / "kernel", EJECTS), memory="32M", max_memory="544M",
+        devices=[Memory("1G")],
+    )  # fmt: skip
+
+    def said(*words: str) -> Any:
+        assert main(["memory", path, *words]) == 0
+        text = capsys.readouterr().out
+        return json.loads(text) if text else None
+
+    with Machine(config) as machine, Server(path, Control(machine)):
+        machine.console.expect("s", 30)
+        assert said("--add", "128M") == {"slot": 0}
+        assert said("--add", "256M") == {"slot": 1}
+        machine.resize_memory("64M", timeout=None)
+        found = said()
+        assert (found["memory"], found["modules"]) == (32 * MIB, {"0": BLOCK, "1": 2 * BLOCK})
+        assert found["devices"]["memory0"]["requested_bytes"] == 64 * MIB
+        assert said("--remove", "0") is None
+        assert said()["modules"] == {"1": 2 * BLOCK}
+        assert ask(path, "GET", "/metrics", {})["memory0"]["plugged_bytes"] == 0
+        for words in (["--add", "100M"], ["--remove", "5"], ["--resize", "2G"]):
+            assert main(["memory", path, *words]) == 1
+        for method, target, body in (
+            ("PUT", "/hotplug/memory/modules", {"size": 1 << 64}),
+            ("PUT", "/hotplug/memory/modules", {"size": -BLOCK}),
+            ("PATCH", "/hotplug/memory", {"requested_size": (1 << 64) + 2 * MIB}),
+            ("PATCH", "/hotplug/memory", {"requested_size": 0, "id": "rng0"}),
+            ("PUT", "/actions", {"action_type": "Explode"}),
+            ("PUT", "/actions", {"action_type": "SendCtrlAltDel"}),
+        ):
+            with pytest.raises(HostError):
+                ask(path, method, target, body)
+        ask(path, "PUT", "/actions", {"action_type": "PowerButton"})
+        ask(path, "PUT", "/actions", {"action_type": "Reset"})
+        machine.console.expect("s", 30)
+        assert machine.resets == 1

@@ -419,6 +419,12 @@ class Board:
             },
             **self.legacy.metrics(),
         }
+        if self.cpus is not None:
+            found["cpus"] = self.cpus.metrics()
+        if self.modules is not None:
+            found["modules"] = self.modules.registers.metrics()
+        if self.pci is not None:
+            found |= self.pci.metrics()
         for name, wiring in self.devices.items():
             found[name] = wiring.metrics()
         return found

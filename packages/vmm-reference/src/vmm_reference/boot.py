@@ -37,6 +37,7 @@ class Announcements:
         events: bits of `vmm_reference.devices.pm`'s events, and the method that each calls.
         tables: signature and body of further tables.
         boot_flags: of the FADT (table 5.11).
+        fixed_hardware: whether there are PM1 blocks and a PM timer.
     """
 
     def __init__(self) -> None:
@@ -44,6 +45,7 @@ class Announcements:
         self.events: list[tuple[int, str]] = []
         self.tables: list[tuple[bytes, bytes]] = []
         self.boot_flags = 0
+        self.fixed_hardware = False
 
     def build(self, config: MachineConfig, *, address: int) -> bytes:
         """All tables, as they lie from `address` on."""
@@ -54,6 +56,7 @@ class Announcements:
             events=self.events,
             more=self.tables,
             boot_flags=self.boot_flags,
+            fixed_hardware=self.fixed_hardware,
             address=address,
         )
 

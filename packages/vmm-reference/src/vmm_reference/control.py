@@ -57,6 +57,22 @@ class Control:
 
         self._call(lambda board: board.tell(EVENT_POWER_BUTTON))
 
+    def send_ctrl_alt_del(self) -> None:
+        """Press those three keys, at which most guests shut down or reboot.
+
+        Raises:
+            ConfigError: the machine has no device `keyboard`.
+            HostError: the machine does not run.
+            TimeoutError: the guest does not fetch what is typed.
+        """
+        from .devices.keyboard import Controls
+
+        for control in self._call(lambda board: [w.control for w in board.devices.values()]):
+            if isinstance(control, Controls):
+                control.press("leftctrl", "leftalt", "delete")
+                return
+        raise ConfigError("device", "keyboard", "is not in this machine")
+
     def reset(self) -> None:
         """Power off and on at once, whatever the guest does; its console and timeline go on."""
         self._reset_asked = True
@@ -238,6 +254,26 @@ class Control:
             if not control.device.changed.wait(max(deadline - time.monotonic(), 0)):
                 raise TimeoutError(f"the guest has {control.device.plugged} of {length} bytes")
             control.device.changed.clear()
+
+    def describe_memory(self) -> dict[str, object]:
+        """Memory in plain values, in bytes: `memory`, `modules` by slot, and `devices` by name.
+
+        Raises:
+            HostError: the machine does not run.
+        """
+        from .devices.mem import Controls
+
+        def describe(board: Board) -> dict[str, object]:
+            devices = {
+                name: wiring.control.device.metrics()
+                for name, wiring in board.devices.items()
+                if isinstance(wiring.control, Controls)
+            }
+            where = () if board.modules is None else board.modules.where()
+            modules = {str(slot): size for slot, (_, size) in enumerate(where) if size}
+            return {"memory": self.config.memory, "modules": modules, "devices": devices}
+
+        return self._call(describe)
 
     def _cpus_changed(self) -> None:
         """Keep the number of processors. On the I/O thread."""

@@ -113,8 +113,14 @@ def add_flash(wiring: Wiring, path: str, address: int, *, restored: bool) -> Non
 
 
 def add_chipset(wiring: Wiring, bus: PciBus | None) -> None:
-    """The timer that firmware waits by, and on a PCI bus the bridges that it looks for."""
-    from .devices import pm_timer
+    """ACPI's fixed hardware, and on a PCI bus the bridges that firmware looks for."""
+    from .devices import pm1, pm_timer
+    from .outcome import Outcome
+
+    blocks = pm1.Pm1(lambda: wiring.end(Outcome.POWER_OFF))
+    wiring.ports.add(pm1.PORT, pm1.SIZE, blocks)
+    wiring.keep(blocks, "pm1")
+    wiring.announce_fixed_hardware()
 
     timer = pm_timer.PmTimer(time.monotonic)
     wiring.ports.add(pm_timer.PORT, pm_timer.SIZE, timer)

@@ -131,7 +131,11 @@ class LegacyDevices:
         """Counters by the devices' names; `served` are accesses that Python did not see."""
         served = sum([declaration.count for declaration in self._declared])
         counters = {"dropped": self.serial.dropped, "breaks": self.serial.breaks, "served": served}
-        return {"serial": counters}
+        found = {"serial": counters}
+        for name, part in self.parts().items():
+            if hasattr(part, "metrics"):
+                found[name] = part.metrics()
+        return found
 
     def _rtc_timer(self, when: float | None) -> None:
         """Call the clock's `expire` at that time; a deadline that has moved meanwhile is stale."""

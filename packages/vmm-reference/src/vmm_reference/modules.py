@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 __all__ = ["Modules"]
 
 _EJECT_REQUEST = 3  # of an event
-_SUCCESS, _IN_PROGRESS = 0, 0x84  # of a status (table 6.46)
 
 
 class Modules:
@@ -118,6 +117,6 @@ class Modules:
 
     def _told(self, slot: int, event: int, status: int) -> None:
         """What came of an event. On a vCPU's thread."""
-        if event == _EJECT_REQUEST and status not in (_SUCCESS, _IN_PROGRESS):
+        if event == _EJECT_REQUEST and status not in (device.SUCCESS, device.IN_PROGRESS):
             self.refusals[slot] = status
             self._board.loop.call_soon(self._board.modules_changed)

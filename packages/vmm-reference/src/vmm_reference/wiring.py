@@ -141,6 +141,10 @@ class Wiring:
         """Give the guest's ACPI another table, without its header."""
         self._board.announced.tables.append((signature, body))
 
+    def announce_fixed_hardware(self) -> None:
+        """Tell the guest's ACPI of PM1 blocks and PM timer: it is not hardware-reduced then."""
+        self._board.announced.fixed_hardware = True
+
     def on_event(self, bit: int, method: str) -> None:
         r"""Have the guest's ACPI call a method of `\_SB` for an event of `devices.pm`."""
         self._board.announced.events.append((bit, method))
@@ -194,15 +198,21 @@ class Wiring:
             acquire()
 
     def metrics(self) -> dict[str, int]:
-        """What is counted of the device: by its model's `metrics`, and by virtio itself."""
-        if self.slot is None:
-            return self._count()
-        device = self.slot.device
-        count = getattr(device.model, "metrics", dict)
-        return {**count(), "refused": device.refused, "needs_reset": int(bool(device.reset_reason))}
+        """What is counted: by the `metrics` of the model and of each part, and by virtio itself."""
+        found = self._count()
+        for part in self.parts.values():
+            if hasattr(part, "metrics"):
+                found |= part.metrics()
+        if self.slot is not None:
+            device = self.slot.device
+            if hasattr(device.model, "metrics"):
+                found |= device.model.metrics()
+            found |= {"refused": device.refused + found.get("refused", 0)}
+            found["needs_reset"] = int(bool(device.reset_reason))
+        return found
 
     def count(self, metrics: Callable[[], dict[str, int]]) -> None:
-        """Let `metrics` say what is counted of a device that is not a virtio one."""
+        """Let `metrics` say what is counted of a device that has no state."""
         self._count = metrics
 
     def on_start(self, callback: Callable[[], object]) -> None:

@@ -17,7 +17,7 @@ _ALLOCATE, _ADD_POINTER, _ADD_CHECKSUM = 1, 2, 3
 _HIGH, _F_SEGMENT = 1, 2
 _RSDP_SIZE = 36
 _CHECKSUM = 9  # its offset in a table's header
-_FADT_POINTERS = ((40, 4), (140, 8))  # DSDT and X_DSDT
+_FADT_POINTERS = ((36, 4), (40, 4), (140, 8))  # FACS, which may not be there, DSDT and X_DSDT
 
 
 def link(blob: bytes) -> dict[str, bytes]:
@@ -54,7 +54,8 @@ def link(blob: bytes) -> dict[str, bytes]:
         if tables[start : start + 4] == b"FACP":
             table(unpack_from("<Q", tables, start + 140)[0])
             for offset, size in _FADT_POINTERS:
-                pointer(TABLES, start + offset, size)
+                if any(tables[start + offset : start + offset + size]):
+                    pointer(TABLES, start + offset, size)
         table(start)
     table(xsdt)
     pointer(RSDP, 24, 8)

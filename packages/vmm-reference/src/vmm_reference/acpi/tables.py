@@ -1,8 +1,9 @@
 """The tables a kernel finds: RSDP, XSDT, FADT, MADT and DSDT (ACPI 6.4, chapter 5).
 
-The machine is hardware-reduced (4.1): no SCI, no PM1 and GPE blocks, no FACS, and nothing to make
-a kernel use the 8259 and 8254, which are there all the same. Power is the block of
-`vmm_reference.devices.pm`, its button a generic event device.
+A machine that begins with a kernel is hardware-reduced (4.1): no SCI, no PM1 and GPE blocks, no
+FACS, and nothing to make a kernel use the 8259 and 8254, which are there all the same. Power is the
+block of `vmm_reference.devices.pm`, its button a generic event device. One that firmware starts has
+fixed hardware beside it (`vmm_reference.devices.pm1`).
 """
 
 from __future__ import annotations
@@ -30,12 +31,14 @@ __all__ = ["POWER_GSI", "PVPANIC_PORT", "RTC_GSI", "RTC_PORT", "build", "virtio_
 RTC_PORT, RTC_GSI = 0x70, 8
 PVPANIC_PORT = pvpanic.PORT
 POWER_GSI = 9
+SCI_GSI = 13  # of fixed hardware, and never raised: any line that nothing else has
 
 _OEM_ID, _OEM_TABLE_ID, _CREATOR = b"PYVMM ", b"VMMREF  ", b"PYVM"
 
 # FADT flags (table 5.10)
 _WBINVD, _PWR_BUTTON, _SLP_BUTTON, _RESET_REG_SUP, _HW_REDUCED = 1, 1 << 4, 1 << 5, 1 << 10, 1 << 20
 _VGA_NOT_PRESENT = 1 << 2  # IA-PC boot flags (table 5.11)
+_NO_C2, _NO_C3 = 0xFFF, 0xFFF  # latencies that say that there is no such state
 _RSDP_SIZE, _FADT_SIZE = 36, 276
 
 _PCAT_COMPAT = 1  # MADT flag (table 5.44): the two 8259 are there
@@ -51,6 +54,7 @@ def build(
     events: Sequence[tuple[int, str]] = (),
     more: Sequence[tuple[bytes, bytes]] = (),
     boot_flags: int = 0,
+    fixed_hardware: bool = False,
     address: int = ACPI_TABLES,
 ) -> bytes:
     r"""All tables as one piece of memory, in which the RSDP is first.
@@ -62,6 +66,7 @@ def build(
         events: bits of the event register, and the method that each of them calls.
         more: signatures and bodies of further tables, of revision 1.
         boot_flags: what a PC has beside VGA, which it has not (table 5.11).
+        fixed_hardware: whether there are PM1 blocks and a PM timer; else ACPI is hardware-reduced.
         address: where the piece will lie, a multiple of 16 below 4 GiB.
 
     Raises:
@@ -73,15 +78,16 @@ def build(
     """
     blob = bytearray(_RSDP_SIZE)  # to be filled in last
 
-    def append(table: bytes) -> int:
-        """Add a table on a 16-byte boundary; returns its address in the guest."""
-        blob.extend(bytes(-len(blob) % 16))
+    def append(table: bytes, alignment: int = 16) -> int:
+        """Add a table on a boundary; returns its address in the guest."""
+        blob.extend(bytes(-(address + len(blob)) % alignment))
         start = address + len(blob)
         blob.extend(table)
         return start
 
     dsdt = append(_dsdt(cpus if max_cpus is None else 0, devices, events))
-    fadt = append(_fadt(dsdt, boot_flags))
+    facs = append(_facs(), 64) if fixed_hardware else None
+    fadt = append(_fadt(dsdt, boot_flags, facs))
     found = [fadt, append(_madt(cpus, max_cpus or cpus))]
     found += [append(_table(signature, 1, body)) for signature, body in more]
     blob[:_RSDP_SIZE] = _rsdp(append(_table(b"XSDT", 1, pack(f"<{len(found)}Q", *found))))
@@ -126,31 +132,52 @@ def _rsdp(xsdt: int) -> bytes:
     return bytes(rsdp)
 
 
-def _register(port: int) -> bytes:
-    """A generic address structure (5.2.3.2): one byte of I/O space."""
-    return pack("<BBBBQ", 1, 8, 0, 1, port)
+def _register(port: int, bits: int = 8, access: int = 1) -> bytes:
+    """A generic address structure (5.2.3.2): I/O space, by default one byte of it."""
+    return pack("<BBBBQ", 1, bits, 0, access, port)
 
 
-def _fadt(dsdt: int, boot_flags: int) -> bytes:
-    """The fixed description table (5.2.9), revision 6.3."""
+def _facs() -> bytes:
+    """The firmware control structure (5.2.10), which has no checksum; nothing wakes here."""
+    return pack("<4sI24xB31x", b"FACS", 64, 2)
+
+
+def _fadt(dsdt: int, boot_flags: int, facs: int | None) -> bytes:
+    """The fixed description table (5.2.9), revision 6.3; `facs` where there is fixed hardware."""
     body = bytearray(_FADT_SIZE - 36)
 
     def put(layout: str, offset: int, *values: int | bytes) -> None:
         pack_into("<" + layout, body, offset - 36, *values)
 
+    flags = _WBINVD | _PWR_BUTTON | _SLP_BUTTON | _RESET_REG_SUP
+    if facs is None:
+        flags |= _HW_REDUCED
+        # Not used then; left at 0, Linux takes the timer's override for the SCI's.
+        put("H", 46, POWER_GSI)
+    else:
+        from vmm_reference.devices import pm1, pm_timer
+
+        put("I", 36, facs)
+        put("H", 46, SCI_GSI)
+        put("I", 56, pm1.PORT)
+        put("I", 64, pm1.PORT + pm1.CONTROL)
+        put("I", 76, pm_timer.PORT)
+        put("BBBB", 88, pm1.EVENT_SIZE, pm1.CONTROL_SIZE, 0, pm_timer.SIZE)
+        put("HH", 96, _NO_C2, _NO_C3)
+        put("12s", 148, _register(pm1.PORT, 8 * pm1.EVENT_SIZE, 2))
+        put("12s", 172, _register(pm1.PORT + pm1.CONTROL, 8 * pm1.CONTROL_SIZE, 2))
+        put("12s", 208, _register(pm_timer.PORT, 8 * pm_timer.SIZE, 3))
     put("I", 40, dsdt)
-    # Not used by hardware-reduced ACPI; left at 0, Linux takes the timer's override for the SCI's.
-    put("H", 46, POWER_GSI)
     put("B", 108, 0x32)  # CMOS register of the century
     put("H", 109, boot_flags | _VGA_NOT_PRESENT)
-    flags = _WBINVD | _PWR_BUTTON | _SLP_BUTTON | _RESET_REG_SUP | _HW_REDUCED
     put("I", 112, flags)
     put("12s", 116, _register(pm.PORT + pm.RESET))
     put("B", 128, pm.RESET_VALUE)
     put("B", 131, 3)  # minor revision
     put("Q", 140, dsdt)
-    put("12s", 244, _register(pm.PORT + pm.SLEEP_CONTROL))
-    put("12s", 256, _register(pm.PORT + pm.SLEEP_STATUS))
+    if facs is None:
+        put("12s", 244, _register(pm.PORT + pm.SLEEP_CONTROL))
+        put("12s", 256, _register(pm.PORT + pm.SLEEP_STATUS))
     return _table(b"FACP", 6, bytes(body))
 
 

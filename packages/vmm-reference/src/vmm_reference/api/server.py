@@ -4,6 +4,12 @@
 | --- | --- | --- |
 | `GET /` | | `state`, and `migration` where one was begun |
 | `PATCH /vm` | `{"state": "Paused"}` or `"Resumed"` | pause, resume |
+| `GET /metrics` | | counters of every device |
+| `PUT /actions` | `action_type`: `PowerButton`, `Reset`, `SendCtrlAltDel` | do that |
+| `GET /hotplug/memory` | | modules by slot, memory devices by name, in bytes |
+| `PATCH /hotplug/memory` | `requested_size`, and maybe `id` | resize a memory device |
+| `PUT /hotplug/memory/modules` | `size` | plug a module of memory in; answers its `slot` |
+| `DELETE /hotplug/memory/modules` | `slot` | take it away, when the guest has given it up |
 | `PUT /snapshot/create` | `snapshot_path`, and maybe `base`, `track` | save to a folder |
 | `PUT /migration` | `address` and options | move it; answers a line for each progress |
 | `DELETE /migration` | | cancel that |
@@ -83,6 +89,12 @@ class Control:
         return {
             ("GET", "/"): (self._state, ()),
             ("PATCH", "/vm"): (self._vm, ("state",)),
+            ("GET", "/metrics"): (self._metrics, ()),
+            ("PUT", "/actions"): (self._act, ("action_type",)),
+            ("GET", "/hotplug/memory"): (self._memory, ()),
+            ("PATCH", "/hotplug/memory"): (self._resize_memory, ("requested_size", "id")),
+            ("PUT", "/hotplug/memory/modules"): (self._add_memory, ("size",)),
+            ("DELETE", "/hotplug/memory/modules"): (self._remove_memory, ("slot",)),
             ("PUT", "/snapshot/create"): (self._snapshot, ("snapshot_path", "base", "track")),
             ("PUT", "/migration"): (self._migrate, None),
             ("DELETE", "/migration"): (self._cancel, ()),
@@ -111,6 +123,37 @@ class Control:
                 self._machine.resume()
             case other:
                 raise ConfigError("state", other, "must be Paused or Resumed")
+        return {}
+
+    def _metrics(self, _body: dict[str, Any], _tell: object) -> object:
+        return self._machine.metrics()
+
+    def _act(self, body: dict[str, Any], _tell: object) -> object:
+        match body.get("action_type"):
+            case "PowerButton":
+                self._machine.press_power_button()
+            case "Reset":
+                self._machine.reset()
+            case "SendCtrlAltDel":
+                self._machine.send_ctrl_alt_del()
+            case other:
+                rule = "must be PowerButton, Reset or SendCtrlAltDel"
+                raise ConfigError("action_type", other, rule)
+        return {}
+
+    def _memory(self, _body: dict[str, Any], _tell: object) -> object:
+        return self._machine.describe_memory()
+
+    def _resize_memory(self, body: dict[str, Any], _tell: object) -> object:
+        name = _text(body, "id") if "id" in body else "memory0"
+        self._machine.resize_memory(_number(body, "requested_size"), name)
+        return {}
+
+    def _add_memory(self, body: dict[str, Any], _tell: object) -> object:
+        return {"slot": self._machine.add_memory(_number(body, "size"))}
+
+    def _remove_memory(self, body: dict[str, Any], _tell: object) -> object:
+        self._machine.remove_memory(_number(body, "slot"))
         return {}
 
     def _snapshot(self, body: dict[str, Any], _tell: object) -> object:
@@ -159,6 +202,13 @@ def _text(body: dict[str, Any], name: str) -> str:
     value = body.get(name)
     if not isinstance(value, str) or not value:
         raise ConfigError(name, value, "must be text")
+    return value
+
+
+def _number(body: dict[str, Any], name: str) -> int:
+    value = body.get(name)
+    if type(value) is not int or not 0 <= value < 1 << 63:
+        raise ConfigError(name, value, "must be a whole number")
     return value
 
 

@@ -13,6 +13,7 @@ _VERBS = {
     "clone": "Run many copies of the machine in a snapshot.",
     "doctor": "Say what this host can do, and what to do about what is missing.",
     "image": "Build guest images: an initramfs, a root disk.",
+    "memory": "Give a running machine more memory, or take some.",
     "merge": "Make one whole snapshot of a difference and its bases.",
     "migrate": "Move a running machine to another VMM.",
     "pause": "Pause a running machine.",

@@ -40,6 +40,7 @@ class Cpus:
 
     Attributes:
         present: numbers of the processors that are there.
+        refused: ejections of what was not there, or of the first one.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Cpus:
         self._notify, self._ejected = notify, ejected
         self._up: list[int] = []
         self._down: list[int] = []
+        self.refused = 0
 
     def plug(self, number: int) -> None:
         """A processor comes; nothing happens where it is there already."""
@@ -76,11 +78,17 @@ class Cpus:
         """Only `eject` can be written; the first processor can't be given up."""
         for at, value in enumerate(data, offset):
             number = value - 1
-            if at == EJECT and number > 0 and number in self.present:
+            if at == EJECT and not (number > 0 and number in self.present):
+                self.refused += 1
+            elif at == EJECT:
                 self.present.remove(number)
                 self._up = [other for other in self._up if other != number]
                 self._down = [other for other in self._down if other != number]
                 self._ejected(number)
+
+    def metrics(self) -> dict[str, int]:
+        """How many there are, and ejections that could not be."""
+        return {"present": len(self.present), "refused": self.refused}
 
     def save(self) -> CpusState:
         """Who is there, and what the guest has not looked at yet."""

@@ -67,6 +67,10 @@ class DebugConsole:
         self._under_way += count
         self._transmit(data)
 
+    def metrics(self) -> dict[str, int]:
+        """Bytes that nobody could be given, and those that may still come."""
+        return {"dropped": self.dropped, "left_bytes": self._left}
+
     def transmitted(self, count: int) -> None:
         """So many bytes have left. Not from within `transmit`."""
         self._under_way -= count
@@ -118,6 +122,7 @@ def build(config: DebugLog, wiring: Wiring) -> DebugConsole:
     output = StreamOutput(wiring.loop, fd, written)
     wiring.on_close(output.close)
     console = DebugConsole(output.send)
+    wiring.count(console.metrics)
     for port in PORTS:
         wiring.ports.add(port, 1, console)
     return console

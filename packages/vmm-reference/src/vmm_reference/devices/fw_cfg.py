@@ -91,6 +91,10 @@ class FwCfg:
             high, self._address_high = self._address_high, 0
             self._access(GuestAddress(high << 32 | int.from_bytes(data, "big")))
 
+    def metrics(self) -> dict[str, int]:
+        """DMA accesses that were refused."""
+        return {"dma_errors": self.errors}
+
     def save(self) -> FwCfgState:
         """Where in which item the guest reads."""
         from .states import FwCfgState

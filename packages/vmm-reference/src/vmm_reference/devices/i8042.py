@@ -68,6 +68,9 @@ class I8042:
         interrupt: is given the level of the keyboard's interrupt, each time that it changes.
         aux_interrupt: likewise of the mouse's.
 
+    Attributes:
+        ignored: commands that it does not know, and bytes for what is not there.
+
     Example:
         >>> controller = I8042(reset=lambda: print("reset"))
         >>> controller.write(4, b"\xfe")
@@ -89,11 +92,13 @@ class I8042:
         self._output_port = OUTPUT_PORT_RESET | OUTPUT_PORT_A20
         self._output = 0
         self._expecting = 0  # the command whose data byte is to come, or 0
+        self.ignored = 0
         self._released = False  # whether the last code was the prefix of a key that goes up
 
     def connect(self, keyboard: Keyboard) -> None:
-        """Plug a keyboard in."""
+        """Plug a keyboard in, and translate what it says, as a PC's firmware leaves it."""
         self._keyboard = keyboard
+        self._command_byte |= COMMAND_BYTE_TRANSLATE
         keyboard.ready = self._fetch
 
     def read(self, offset: int, length: int) -> bytes:
@@ -108,6 +113,10 @@ class I8042:
             elif offset == DATA:
                 self._data(value)
             offset += 1
+
+    def metrics(self) -> dict[str, int]:
+        """What the guest said to nobody."""
+        return {"ignored": self.ignored}
 
     def save(self) -> I8042State:
         """All of the controller's registers."""
@@ -169,7 +178,9 @@ class I8042:
             self._command_byte |= COMMAND_BYTE_NO_AUX
         elif command == ENABLE_AUX:
             self._command_byte &= ~COMMAND_BYTE_NO_AUX
-        elif command >= PULSE and not command & OUTPUT_PORT_RESET:
+        elif command < PULSE:
+            self.ignored += 1
+        elif not command & OUTPUT_PORT_RESET:
             self._reset()
         self._fetch()
 
@@ -188,10 +199,13 @@ class I8042:
         elif command == WRITE_AUX_OUTPUT:
             self._answer(value, STATUS_AUX)
         elif command == WRITE_AUX:
+            self.ignored += 1
             self._answer(NOBODY, STATUS_AUX | STATUS_TIMEOUT)
         elif self._keyboard is not None:  # which the controller switches on to be heard
             self._command_byte &= ~COMMAND_BYTE_NO_KEYBOARD
             self._keyboard.receive(value)
+        else:
+            self.ignored += 1
         self._fetch()
 
     def _fetch(self) -> None:

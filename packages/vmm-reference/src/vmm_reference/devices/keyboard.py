@@ -310,5 +310,4 @@ def build(config: Keys, wiring: Wiring) -> Controls:
             ),
         )
     )
-    wiring.count(keyboard.metrics)
     return Controls(keyboard, wiring.ports.lock(controller), taken)

@@ -35,6 +35,8 @@ SLOTS = 16
 PORT, SIZE = 0x6C0, 32 + 32 * SLOTS
 UP, DOWN, EJECT, SLOT, SLOT_SIZE = 0, 1, 2, 32, 32
 
+SUCCESS, IN_PROGRESS = 0, 0x84  # of a status (table 6.46)
+
 _SOURCE, _STATUS = 25, 26
 
 
@@ -49,6 +51,8 @@ class Modules:
 
     Attributes:
         present: as it is now.
+        refused: ejections of what was not there.
+        failed: statuses of the guest's that were no success.
     """
 
     def __init__(
@@ -63,6 +67,7 @@ class Modules:
         self._up: list[int] = []
         self._down: list[int] = []
         self._sources = bytearray(SLOTS)
+        self.refused = self.failed = 0
 
     def plug(self, slot: int, address: int, size: int) -> None:
         """A module comes into an empty slot."""
@@ -86,10 +91,18 @@ class Modules:
             slot, register = divmod(at - SLOT, SLOT_SIZE)
             if at == EJECT and value - 1 in self.present:
                 self._ejected(*self._forget(value - 1))
+            elif at == EJECT:
+                self.refused += 1
             elif at >= SLOT and register == _SOURCE:
                 self._sources[slot] = value
             elif at >= SLOT and register == _STATUS:
+                self.failed += value not in (SUCCESS, IN_PROGRESS)
                 self._told(slot, self._sources[slot], value)
+
+    def metrics(self) -> dict[str, int]:
+        """Bytes of all modules, and what did not go well."""
+        size = sum(size for _, size in self.present.values())
+        return {"bytes": size, "refused": self.refused, "failed": self.failed}
 
     def save(self) -> ModulesState:
         """What is where, and what the guest has not looked at yet."""

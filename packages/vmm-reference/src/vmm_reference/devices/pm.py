@@ -86,6 +86,7 @@ class PowerManagement:
         self._reset = reset
         self._interrupt = interrupt
         self._events = 0
+        self.told = 0
         self._wake_status = False
 
     def press_power_button(self) -> None:
@@ -113,6 +114,10 @@ class PowerManagement:
                 self._reset()
             offset += 1
 
+    def metrics(self) -> dict[str, int]:
+        """Events that the guest was told of, and whether one waits."""
+        return {"told": self.told, "waiting": int(bool(self._events))}
+
     def save(self) -> PowerState:
         """Events that the guest has not fetched, and the wake status."""
         from .states import PowerState
@@ -137,6 +142,7 @@ class PowerManagement:
 
     def _raise(self, events: int) -> None:
         quiet = not self._events
+        self.told += bool(events)
         self._events |= events
         if quiet and self._events:
             self._interrupt(True)

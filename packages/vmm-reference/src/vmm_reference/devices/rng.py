@@ -45,6 +45,10 @@ class Rng:
         self._memory: GuestMemory | None = None
         self._queue: Queue | None = None
 
+    def metrics(self) -> dict[str, int]:
+        """Bytes given to the guest."""
+        return {"served_bytes": self.served}
+
     def read_config(self, offset: int, length: int) -> bytes:
         """There is no configuration."""
         return b""

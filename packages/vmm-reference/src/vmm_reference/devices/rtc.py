@@ -82,6 +82,7 @@ class Rtc:
         self._bank = 0
         self._more = bytearray(SIZE)
         self._offset = 0
+        self.interrupts = 0
         self._updated = self._now()
         self._ticked = self._ticks()
 
@@ -133,6 +134,10 @@ class Rtc:
         return self._line
 
     # State.
+
+    def metrics(self) -> dict[str, int]:
+        """Interrupts of all kinds, and seconds by which the guest's clock is ahead."""
+        return {"interrupts": self.interrupts, "ahead_seconds": self._offset}
 
     def save(self) -> RtcState:
         """Everything but the clock itself."""
@@ -291,6 +296,7 @@ class Rtc:
         self._cmos[C] = flags | (C_IRQ if level else 0)
         if level != self._line:
             self._line = level
+            self.interrupts += level
             self._interrupt(level)
         self._arm()
 

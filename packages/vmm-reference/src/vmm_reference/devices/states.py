@@ -26,6 +26,7 @@ __all__ = [
     "MemoryDeviceState",
     "ModulesState",
     "NetState",
+    "Pm1State",
     "PmTimerState",
     "PowerState",
     "PvpanicState",
@@ -257,6 +258,14 @@ class KeyboardState:
     last: int = _whole(0, 0xFF)
     answers: bytes = _bytes(0, 4)
     codes: bytes = _bytes(0, 16)
+    version: int = _version()
+
+
+@attrs.frozen
+class Pm1State:
+    """A `vmm_reference.devices.pm1.Pm1`: status, enable, control."""
+
+    registers: bytes = _bytes(6, 6)
     version: int = _version()
 
 

@@ -36,6 +36,7 @@ class PciHotplug:
     def __init__(self, notify: Callable[[], object], ejected: Callable[[int], object]) -> None:
         self._notify, self._ejected = notify, ejected
         self._up = self._down = 0
+        self.ejections = 0
 
     def plugged(self, slot: int) -> None:
         """A slot has got a device."""
@@ -62,7 +63,12 @@ class PciHotplug:
             bits = int.from_bytes(data, "little")
             for slot in range(1, 32):
                 if bits >> slot & 1:
+                    self.ejections += 1
                     self._ejected(slot)
+
+    def metrics(self) -> dict[str, int]:
+        """Slots that the guest has given up."""
+        return {"ejections": self.ejections}
 
     def save(self) -> PciHotplugState:
         """What the guest has not looked at yet."""

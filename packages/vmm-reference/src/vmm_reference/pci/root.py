@@ -65,6 +65,10 @@ class PciRoot:
         """Those with state, by name."""
         return {"pci": self.bus, "pci-hotplug": self._hotplug}
 
+    def metrics(self) -> dict[str, dict[str, int]]:
+        """Counters by the parts' names."""
+        return {"pci-hotplug": self._hotplug.metrics()}
+
     def take_slot(self, wanted: int | None) -> int:
         """The slot of the next device."""
         return self.bus.free_slot(self._fixed) if wanted is None else wanted

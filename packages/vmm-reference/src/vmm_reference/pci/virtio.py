@@ -141,6 +141,10 @@ class PciSlot(VirtioSlot):
         elif offset < _PENDING:
             self.msix.write_table(offset - _TABLE, data)
 
+    def metrics(self) -> dict[str, int]:
+        """How often the guest put a BAR where it can't be."""
+        return {"unmapped_bars": self.unmapped_bars}
+
     def save(self) -> PciFunctionState:
         """Configuration space and vectors."""
         from .states import PciFunctionState
