@@ -59,7 +59,8 @@ def test_nothing_raises_and_state_is_the_whole_device(
     assert two.offs == 0
 
 
-def test_a_state_of_another_size_is_refused() -> None:
-    """There are six bytes."""
-    with pytest.raises(StateError, match=r"Pm1State\.registers"):
-        Pm1State(bytes(5))
+@pytest.mark.parametrize("field", ["enable", "control"])
+def test_impossible_state_is_refused(field: str) -> None:
+    """Registers have 16 bits."""
+    with pytest.raises(StateError, match=rf"Pm1State\.{field}"):
+        Pm1State(**{"enable": 0, "control": 0, field: 1 << 16})

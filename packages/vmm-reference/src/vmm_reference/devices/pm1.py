@@ -8,6 +8,7 @@ hardware-reduced ACPI the timer that firmware has left running comes as exceptio
 
 from __future__ import annotations
 
+from struct import pack, unpack
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -65,10 +66,8 @@ class Pm1:
         """All registers."""
         from .states import Pm1State
 
-        return Pm1State(bytes(self._registers))
+        return Pm1State(*unpack("<2xHH", self._registers))
 
     def restore(self, state: Pm1State) -> None:
         """Become the registers that `state` was saved from."""
-        self.write(_ENABLE, state.registers[_ENABLE:CONTROL])
-        low, high = state.registers[CONTROL:]
-        self.write(CONTROL, bytes([low, high & ~(_SLP_EN >> 8)]))
+        self.write(_ENABLE, pack("<HH", state.enable, state.control & ~_SLP_EN))

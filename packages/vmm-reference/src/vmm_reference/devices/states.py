@@ -263,9 +263,10 @@ class KeyboardState:
 
 @attrs.frozen
 class Pm1State:
-    """A `vmm_reference.devices.pm1.Pm1`: status, enable, control."""
+    """A `vmm_reference.devices.pm1.Pm1`; status is always 0."""
 
-    registers: bytes = _bytes(6, 6)
+    enable: int = _whole(0, 0xFFFF)
+    control: int = _whole(0, 0xFFFF)
     version: int = _version()
 
 
