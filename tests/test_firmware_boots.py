@@ -46,15 +46,27 @@ def checked(output: str, platform: str) -> str:
     return text
 
 
-def test_seabios_boots_grub_and_linux(linux: Lab | Direct, vmm: str, disk: Path) -> None:
+@pytest.mark.parametrize(
+    ("image", "transport"),
+    [
+        ("bios-microvm.bin", "mmio"),
+        pytest.param("bios-256k.bin", "pci", marks=pytest.mark.soak),
+    ],
+    ids=["mmio", "pci"],
+)
+def test_seabios_boots_grub_and_linux(
+    image: str, transport: str, linux: Lab | Direct, vmm: str, disk: Path
+) -> None:
     """From the first sector of a virtio disk; Linux finds memory, CPUs and ACPI as they are."""
-    bios = fetch_package("seabios").root / "usr/share/seabios/bios-microvm.bin"
+    bios = fetch_package("seabios").root / "usr/share/seabios" / image
     result = linux.run(
-        [vmm, "run", "--firmware", bios, "--drive", disk, "--memory", "256M", "--cpus", "2"],
-        timeout=300,
-    )
+        [vmm, "run", "--firmware", bios, "--drive", disk, "--memory", "256M", "--cpus", "2",
+         "--transport", transport],
+        timeout=400,
+    )  # fmt: skip
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-2000:]
     text = checked(result.stdout, "pc")
     assert "SeaBIOS (version " in text
     assert "vmm-check: cpus=2" in text
     assert re.search(r"\[vda\] \d+ 512-byte logical blocks", text)
+    assert "ACPI: PM-Timer IO Port: 0x608" in text
