@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import sys
 from binascii import crc32
 from pathlib import Path
 
@@ -292,6 +293,33 @@ def test_a_kernel_reads_what_it_was_handed(
     assert [(int(first, 16), int(last, 16), kind == "usable") for first, last, kind in found] == (
         expected
     )
+
+
+# The command `vmm`, whose kernels go 48 MiB further than they were linked for.
+MOVED = """
+import functools, sys
+from vmm_reference import boot, cli
+boot.load = functools.partial(boot.load, offset=48 << 20)
+sys.exit(cli.main())
+"""
+
+
+@pytest.mark.linux
+def test_a_kernel_runs_where_it_was_moved_to(linux: Lab | Direct) -> None:
+    """Unpacked on the host and put elsewhere, it finds out where it lies, and says so."""
+    kernel = debian_kernel("cloud")
+    command: list[str | Path] = [
+        sys.executable, "-c", MOVED, "run", "--kernel", kernel.vmlinuz, "--initrd",
+        guest_initramfs(kernel), "--cmdline", "console=ttyS0 quiet", "--memory", "256M",
+    ]  # fmt: skip
+
+    def dialogue(job: Dialogue) -> str:
+        job.read_until("guest:", 200)
+        job.write("grep Kernel /proc/iomem; poweroff -f\n")
+        return job.read_until(r"Kernel code", 60)
+
+    text = linux.converse(command, dialogue, pty=True)
+    assert re.search(r"\b04000000-[0-9a-f]{8} : Kernel code", text), text
 
 
 @pytest.mark.linux

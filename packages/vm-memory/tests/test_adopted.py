@@ -88,6 +88,25 @@ def test_every_access_reaches_it() -> None:
     assert memory.regions[0].fd is None
 
 
+def test_nothing_is_mapped_changed_or_unmapped() -> None:
+    """The kernel has the same mapping at the place before, meanwhile and afterwards."""
+    theirs = Theirs(flags=mmap.MAP_SHARED | mmap.MAP_ANONYMOUS)  # which joins no neighbour
+
+    def there() -> list[str]:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+        return [line for line in lines if line.startswith(f"{theirs.address:x}-")]
+
+    before = there()
+    assert len(before) == 1
+    memory = GuestMemory.from_ranges([(A(0), 2 * PAGE)], backing=theirs.backing())
+    memory.fill(A(0), 2 * PAGE, 1)
+    assert there() == before
+    del memory
+    gc.collect()
+    assert there() == before
+    assert theirs.bytes(0, 1) == b"\x01"
+
+
 @pytest.mark.parametrize("kind", [mmap.MAP_PRIVATE, mmap.MAP_SHARED])
 def test_discarding_clears_what_is_the_regions_and_nothing_behind_it(kind: int) -> None:
     """The rest of the last page belongs to its owner still, whatever was mapped how."""

@@ -17,6 +17,8 @@ from vm_memory import (
     AddressError,
     Anonymous,
     DirtyBitmap,
+    FilePrivate,
+    FileShared,
     GuestAddress,
     GuestMemory,
     InvalidValueError,
@@ -166,8 +168,12 @@ def test_i10_addresses_may_be_of_any_space() -> None:
 
 
 def test_i11_nobody_can_force_a_host_address() -> None:
-    """I11: no parameter of a backing, of options or of the constructor is an address or a flag."""
-    names = {field.name for kind in (Anonymous, Memfd, Options) for field in kind.__attrs_attrs__}
+    """I11: where memory is mapped, no parameter of a backing or of options is an address or a flag.
+
+    `Adopted` names an address, and maps nothing: see test_adopted.
+    """
+    kinds = (Anonymous, Memfd, FileShared, FilePrivate, Options)
+    names = {field.name for kind in kinds for field in kind.__attrs_attrs__}
     names |= set(inspect.signature(GuestMemory.from_ranges).parameters)
     assert not {name for name in names if "address" in name or "flags" in name or "fixed" in name}
     one, other = (GuestMemory.from_ranges([(A(0), 1 << 20)]).regions[0] for _ in range(2))
