@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 
 PATIENCE = 200.0
 TRANSPORT = sys.argv[6]
-PAGES = 32  # of a disk that are copied in a round, in pages, in sectors where there are more
+PAGES = 32  # of a disk that are copied in a round, two requests each
+AT_ONCE = 20  # rounds by one command, so that none outlasts patience
 BLOCKS = 70  # of entropy that are read in a round, one by one
 SEG_MAX = slice(12, 16)  # of the configuration space, virtio 1.3 section 5.2.4
 RING = F_INDIRECT_DESC | F_EVENT_IDX | F_RING_PACKED
@@ -213,14 +214,19 @@ def block(
     with Guest(kernel, initrd, drives, make) as guest:
         for number in range(len(wishes)):
             disk = f"/dev/vd{chr(ord('a') + number)}"
-            # Four processes piece by piece, then all in large pieces through the page cache.
-            piece = 4096 if rounds == 1 else 512
+            # Four processes page by page, then all in large pieces through the page cache.
+            piece = 4096
+            if rounds > 1:  # many requests by one call: each page is one still
+                piece = PAGES // 4 << 12
+                limits = f"/sys/block/{Path(disk).name}/queue"
+                guest.tell(f"echo 4 >{limits}/max_sectors_kb; echo 2 >{limits}/nomerges")
             part = (PAGES << 12) // piece // 4
-            for _ in range(rounds):
+            for begun in range(0, rounds, AT_ONCE):
                 guest.tell(
+                    f"for round in $(seq {min(AT_ONCE, rounds - begun)}); do "
                     f"for part in 0 1 2 3; do dd if={disk} of={disk} bs={piece} count={part} "
                     f"skip=$((part * {part})) seek=$((({PAGES} << 12) / {piece} + part * {part})) "
-                    "iflag=direct oflag=direct conv=notrunc 2>/dev/null & done; wait"
+                    "iflag=direct oflag=direct conv=notrunc 2>/dev/null & done; wait; done"
                 )
             guest.tell(
                 f"echo 3 >/proc/sys/vm/drop_caches; dd if={disk} of={disk} bs={PAGES // 4 << 12} "
