@@ -25,6 +25,8 @@ DEBIAN = {"x86": "gcc", "arm64": "aarch64-linux-gnu-gcc", "riscv": "riscv64-linu
           "none": "gcc"}  # fmt: skip
 ZIG = {"x86": "x86_64", "arm64": "aarch64", "riscv": "riscv64", "s390": "s390x",
        "powerpc": "powerpc64le"}  # fmt: skip
+LIST = Path(__file__).parents[1] / "packages" / "kvm-ioctls" / "tests" / "linux-ioctls.txt"
+IOCTL = r"#define[ \t]+(KVM_\w+)[ \t]*(?:\\\n)?[ \t]+_IO[WR]*\("
 CASES = [("Debian", each) for each in DEBIAN] + [("ziglang", each) for each in ZIG]
 
 
@@ -77,7 +79,7 @@ def test_no_ioctl_exit_or_capability_of_a_header_is_missing() -> None:
     kinds = {"IO_IN", "IO_OUT", "HYPERV_SYNIC", "HYPERV_HCALL", "HYPERV_SYNDBG", "XEN_HCALL"}
     exits = {row.name for row in EXITS} | kinds
     for path, text in seen.items():
-        ioctls = re.findall(r"#define[ \t]+(KVM_\w+)[ \t]*(?:\\\n)?[ \t]+_IO[WR]*\(", text)
+        ioctls = re.findall(IOCTL, text)
         assert len(ioctls) > 150, path
         assert set(ioctls) <= rows, path
         numbers = re.findall(r"#define[ \t]+KVM_EXIT_(\w+)[ \t]+\d+\b", text)
@@ -85,3 +87,20 @@ def test_no_ioctl_exit_or_capability_of_a_header_is_missing() -> None:
         capabilities = re.findall(r"#define[ \t]+KVM_CAP_(\w+)[ \t]+\d+", text)
         assert len(capabilities) > 180, path
         assert set(capabilities) <= set(capability_names()), path
+
+
+def test_the_committed_list_is_of_the_version_that_it_names() -> None:
+    """Beside the header of that very version, the list of ioctls has each of them, and no other."""
+    first, *names = LIST.read_text().splitlines()
+    named = re.findall(r"Linux ([\d.]+),", first)
+    found = importlib.util.find_spec("ziglang")
+    if found is None or found.origin is None:
+        pytest.skip("PyPI's ziglang is not in this environment; `nox -s whole` installs it")
+    folder = Path(found.origin).parent / "lib" / "libc" / "include" / "any-linux-any" / "linux"
+    version = (folder / "version.h").read_text()
+    parts = [re.findall(rf"LINUX_VERSION_{part} (\d+)", version)[0]
+             for part in ("MAJOR", "PATCHLEVEL", "SUBLEVEL")]  # fmt: skip
+    if named != [".".join(parts)]:
+        pytest.skip(f"the list is of Linux {named[0]}, ziglang's header of {'.'.join(parts)}")
+    text = (folder / "kvm.h").read_text()
+    assert names == sorted(set(re.findall(IOCTL, text)))

@@ -227,6 +227,17 @@ def test_hardware_breakpoints() -> None:
                 guest.vcpu.set_guest_debug(hardware_breakpoints=points)
 
 
+def test_a_breakpoint_of_the_guests_own_is_given_back() -> None:
+    """A #BP that is injected runs the guest's handler, in place of its INT3."""
+    with Guest("nop; hlt; .org 0x40; out %al, $0x33; hlt", Mode.PROTECTED) as guest:
+        gate = CODE + 0x40 | 8 << 16 | 0x8E00 << 32
+        at = guest.vcpu.get_sregs().idt.base + 8 * 3
+        guest.memory[at : at + 8] = gate.to_bytes(8, "little")
+        guest.vcpu.set_guest_debug(inject=3)
+        assert guest.run() == exits.IoOut(0x33, 1, 1, b"\0")
+        assert guest.run() == exits.Hlt()
+
+
 def test_translate() -> None:
     """The guest's page tables are walked: what they map, and what they do not."""
     with Guest("hlt", Mode.LONG) as guest:

@@ -22,6 +22,22 @@ other exit is seen too early. An access that no declaration covers whole, string
 write that finds the queue full come as ordinary exits. A run that has served `limit` exits without
 another returns `Interrupted`, so that signal handlers and stop flags get their turn.
 
+A device with more registers keeps its model, and lets declared exits serve what needs no decision
+at the moment. For a 16550 UART:
+
+- the handler replays each posted write into the model, where the ordinary exit would have gone
+  (`uart.write(write.address - base, write.data.to_bytes(write.size, "little"))`);
+- after every access that reached the model, and whenever the host changed it (input arrived, output
+  was taken), the declarations follow it: `data.enabled` while a byte written to the transmitter
+  only leaves (no divisor latch, no loopback); `status.answer(...)` with what the line status now
+  reads; `status.enabled` while reading it changes nothing (no error bits that the read clears);
+- all other registers stay ordinary exits, which see the model with every earlier write in it;
+- output that the host takes slowly: while fewer than `room` more bytes fit, switch `status` off, so
+  that the guest's next look at it is an exit that counts what is posted;
+- the thread that waits for `wake` calls flush(), or output would wait for the next exit.
+
+What was served is counted by `Declaration.count`, `Vcpu.served` and `HotExits.full`.
+
 Which way for which device:
 
 - a doorbell, where somebody waits for the write itself: `Vm.ioeventfd`;
