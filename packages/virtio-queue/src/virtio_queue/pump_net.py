@@ -79,7 +79,7 @@ class NetPump(Pump):
         Args:
             memory: the guest's memory.
             queues: the receive queue and the transmit queue, ready.
-            driver_features: what was negotiated: MRG_RXBUF, CSUM and the HOST_ bits count.
+            driver_features: what was negotiated: MRG_RXBUF, CSUM and `HOST_*` count.
 
         Raises:
             QueueStateError: the pump runs, a queue is not ready, or another pump has it.
