@@ -30,6 +30,7 @@ from vmm_reference.devices.modules import (
 from vmm_reference.devices.states import ModulesState, StateError
 from vmm_reference.errors import ConfigError, HostError
 from vmm_reference.machine import Machine
+from vmm_reference.state.incoming import Incoming
 from vmm_reference.testing import tiny_kernel
 
 MIB = 1 << 20
@@ -208,6 +209,32 @@ def test_modules_come_and_go_and_come_again(tmp_path: Path) -> None:
         pytest.raises(ConfigError, match="max_memory"),
     ):
         machine.add_memory("128M")
+
+
+@pytest.mark.kvm
+@pytest.mark.parametrize("local", [False, True])
+def test_modules_move_with_their_machine(tmp_path: Path, local: bool) -> None:
+    """To another VMM, page by page or as they are; there they can be given up."""
+    config = MachineConfig(
+        kernel=kernel(tmp_path / "kernel", EJECTS), memory="32M", max_memory="544M",
+        shared_memory=local,
+    )  # fmt: skip
+    with (
+        Machine(config) as machine,
+        Incoming(f"unix:{tmp_path / 'migration'}") as incoming,
+    ):
+        machine.console.expect("s", 30)
+        assert machine.add_memory("256M") == 0
+        machine.console.expect("U", 30)
+        assert machine._board is not None
+        machine._board.memory.write(GuestAddress(START + 7), b"kept")
+        machine.migrate(incoming.address, local=local)
+        with incoming.receive(30) as there:
+            assert kept(there) == b"kept"
+            assert modules(there) == ((0, 2 * BLOCK),)
+            there.remove_memory(0)
+            assert there.add_memory("512M") == 0
+            there.console.expect("U", 30)
 
 
 @pytest.mark.kvm
