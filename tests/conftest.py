@@ -22,7 +22,8 @@ from lab.host import runs_linux
 from lab.lab import Lab
 
 NEEDY = ("kvm", "linux")
-OUTER_MODULES = ("tun", "vhost_net", "vhost_vsock")  # what the host's end of devices needs
+# What the host's end of devices needs.
+OUTER_MODULES = ("tun", "vhost_net", "vhost_vsock", "bridge", "veth")
 
 
 @pytest.hookimpl(wrapper=True)

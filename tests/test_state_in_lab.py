@@ -1,8 +1,9 @@
-"""A stock kernel is saved under load and goes on in another machine, in each way of restoring."""
+"""Stock kernels under load are saved, restored, moved and cloned; they and their devices go on."""
 
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,36 +11,64 @@ import pytest
 from lab.direct import Direct
 from lab.lab import Lab
 
+from vmm_reference.image.initramfs import guest_initramfs
 from vmm_reference.image.kernels import Kernel
 
 pytestmark = [pytest.mark.linux, pytest.mark.timeout(3600)]
 
-SCRIPT = Path(__file__).parent / "guests" / "state.py"
+GUESTS = Path(__file__).parent / "guests"
+MODULES = (
+    "virtio_net", "vmw_vsock_virtio_transport", "virtio_console", "virtio_balloon",
+)  # fmt: skip
+RESTORES = ["copy-on-write", "on-demand", "eager"]
+MOVES = ["pre-copy", "post-copy", "switched", "hand-over"]
 
 
-@pytest.mark.parametrize("rounds", [1, pytest.param(7, marks=pytest.mark.soak)])
-def test_linux_goes_on_after_a_restore(
-    rounds: int,
+@pytest.fixture(scope="module")
+def initrd(kernels: dict[str, Kernel], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An initial file system with the drivers and the load."""
+    program = tmp_path_factory.mktemp("load") / "load"
+    subprocess.run(["gcc", "-static", "-Os", "-o", program, GUESTS / "load.c"], check=True)
+    return guest_initramfs(kernels["cloud"], modules=MODULES, files={"bin/load": program})
+
+
+@pytest.mark.parametrize(
+    ("transport", "kind", "steps"),
+    [
+        ("mmio", "user", ["pause", "on-demand"]),
+        ("pci", "kernel", ["copy-on-write"]),
+        ("pci", "user", ["post-copy"]),
+        ("mmio", "kernel", ["pre-copy"]),
+        ("mmio", "user", ["hand-over"]),
+        *(
+            pytest.param(transport, kind, steps * 7, marks=pytest.mark.soak)
+            for transport, kind in (("mmio", "user"), ("pci", "kernel"))
+            for steps in (RESTORES, MOVES)
+        ),
+    ],
+)
+def test_linux_goes_on_in_another_vmm(
+    transport: str,
+    kind: str,
+    steps: list[str],
     linux: Lab | Direct,
-    share: Path,
     kernels: dict[str, Kernel],
-    initrds: dict[str, Path],
+    initrd: Path,
 ) -> None:
-    """Ticker and hash loop go on, the disk works, the kernel does not complain, it powers off."""
+    """Its load without an error and its TCP connection unbroken; then every device is used."""
+    script = [sys.executable, str(GUESTS / "state.py"), str(kernels["cloud"].vmlinuz), str(initrd)]
     done = linux.run(
-        [sys.executable, SCRIPT, kernels["cloud"].vmlinuz, initrds["cloud"], share, str(rounds)],
-        timeout=500 * rounds,
+        ["unshare", "--net", "--mount", *script, transport, kind, ",".join(steps)],
+        timeout=300 + 60 * len(steps),
     )
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
-    found = json.loads(done.stdout)
-    assert [finding["how"] for finding in found] == [
-        "copy-on-write",
-        "on-demand",
-        "eager",
-    ] * rounds
+    print(done.stderr, file=sys.stderr)
+    *found, end = json.loads(done.stdout)
+    assert end == {"off": "power-off"}
+    assert [finding["step"] for finding in found] == steps
+    used = ["rng", "rtc", "terminal", "port", "balloon"] + ["hotplug"] * (transport == "pci")
     for finding in found:
-        print(finding, file=sys.stderr)
-        assert finding["disk"], finding
-        assert finding["memory"], finding
+        assert finding["errors"] == {}, finding
+        assert finding["restarts"] == 0, finding
         assert finding["complaints"] == "", finding
-    assert found[-1]["off"]
+        assert all(finding[name] for name in used), finding

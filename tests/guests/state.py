@@ -1,98 +1,285 @@
-"""Linux is saved and comes back: `state.py KERNEL INITRD FOLDER ROUNDS`.
+"""Linux is saved, restored and moved under load: `state.py KERNEL INITRD TRANSPORT KIND STEPS`.
 
-Runs where unmodified kernels run. A guest under load, a ticker and a loop that hashes its memory,
-is saved while it runs, its machine ends, and another one goes on from the folder, in each way in
-turn. After each the load is looked at, the disk written and read, and the clock compared. Prints a
-JSON array of findings, one object a restore.
+Runs where unmodified kernels run, as root: it makes two network namespaces with a VMM in each,
+joined by a bridge. A guest with every device there is, two vCPUs and a load that proves what it
+reads (`load.c`) goes from one to the other and back by each of the steps, named with commas:
+`eager`, `copy-on-write` and `on-demand` by a snapshot, where every second one is a difference;
+`pre-copy`, `post-copy`, `switched` and `hand-over` by a migration; `pause` stays where it is.
+After each of them the load has to go on without an error, its TCP connection unbroken, every device
+is used, and the kernel's log is read. KIND is who serves packets: `user` or `kernel` (vhost).
+Prints a JSON array of findings.
 """
 
 from __future__ import annotations
 
 import json
+import socket
+import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
-from vmm_reference.config import Drive, MachineConfig
-from vmm_reference.machine import Machine
-from vmm_reference.outcome import Outcome
-
+HERE = Path(__file__).parent
 PATIENCE = 200.0
-WAYS = ("copy-on-write", "on-demand", "eager")
-LOAD = (
-    "dd if=/dev/urandom of=/tmp/data bs=64k count=32 2>/dev/null; md5sum /tmp/data >/tmp/sum",
-    "(while usleep 1000; do cat /proc/uptime; done >/tmp/ticks) &",
-    "(while md5sum -cs /tmp/sum; do echo; done >/tmp/rounds; echo >/tmp/bad) &",
-)
-COMPLAINTS = "grep -iE 'lockup|stall|unstable|BUG:|hung' || true"
+HOST, GUEST = "192.0.2.1", "192.0.2.2"
+LINK = {"a": "198.51.100.1", "b": "198.51.100.2"}  # between the VMMs
+RUN = Path("/tmp/state")  # sockets and images live on no file system of the host's
+CID = {"a": 5, "b": 5}
+MOVES: dict[str, dict[str, Any]] = {
+    "pre-copy": {"downtime": 0.3, "streams": 2},
+    "post-copy": {"post_copy": 0},
+    "switched": {"post_copy": 1, "downtime": 1e-3, "compress": True},
+    "hand-over": {"local": True},
+}
+COMPLAINTS = "grep -iE 'lockup|stall|unstable|BUG:|WARNING|hung|call trace|error'"
 
 
-def tell(machine: Machine, command: str) -> str:
-    """Run a command in the guest; it has to succeed. Returns what it printed."""
-    machine.console.send(f"{command}\necho end-$?-end\n")
-    match = machine.console.expect(r"(?s)(.*)end-(\d+)-end", PATIENCE)
-    if match[2] != "0":
-        raise RuntimeError(f"{command!r} exits with {match[2]}: {match[1][-500:]}")
-    return match[1].strip()
+def ip(*words: str) -> None:
+    """Configure the network of this machine."""
+    subprocess.run(["ip", *words], check=True)
 
 
-def lines(machine: Machine, name: str) -> int:
-    """How many lines a file of the load has by now."""
-    return int(tell(machine, f"wc -l </tmp/{name}"))
+def build_network() -> None:
+    """A bridge, and for each VMM a namespace whose own bridge joins a tap with the other's."""
+    ip("link", "add", "br0", "type", "bridge")
+    ip("addr", "add", f"{HOST}/24", "dev", "br0")
+    ip("link", "set", "br0", "up")
+    for name, link in LINK.items():
+        ip("netns", "add", name)
+        ip("link", "add", f"to-{name}", "type", "veth", "peer", "name", "out", "netns", name)
+        ip("link", "set", f"to-{name}", "master", "br0", "up")
+        inside = ("-n", name)
+        ip(*inside, "link", "set", "lo", "up")
+        ip(*inside, "link", "add", "br0", "type", "bridge")
+        ip(*inside, "addr", "add", f"{link}/24", "dev", "br0")
+        ip(*inside, "tuntap", "add", "dev", "tap0", "mode", "tap", "vnet_hdr")
+        for end in ("out", "tap0"):
+            ip(*inside, "link", "set", end, "master", "br0", "up")
+        ip(*inside, "link", "set", "br0", "up")
 
 
-def look(machine: Machine, before: dict[str, int], number: int) -> dict[str, Any]:
-    """Whether the load goes on, the disk works, and the kernel is content."""
+def echo(listener: socket.socket) -> None:
+    """Send back whatever comes over any connection, for ever."""
+
+    def serve(stream: socket.socket) -> None:
+        with stream:
+            try:
+                while data := stream.recv(1 << 16):
+                    stream.sendall(data)
+            except OSError:
+                pass  # the guest's end is gone
+
+    def accept() -> None:
+        while True:
+            stream = listener.accept()[0]
+            threading.Thread(target=serve, args=(stream,), daemon=True).start()
+
+    threading.Thread(target=accept, daemon=True).start()
+
+
+class Remote:
+    """A `host.Host` in its process and its network namespace."""
+
+    def __init__(self, name: str, transport: str, kind: str) -> None:
+        self.name = name
+        self.folder = RUN / name
+        self.folder.mkdir()
+        vhost = ",vhost" if kind == "kernel" else ""
+        self.devices = [
+            f"net,tap0,mac=02:00:00:00:00:02{vhost}",
+            f"vsock,{'vhost' if vhost else self.folder / 'v.sock'},cid={CID[name]}",
+            f"console,pty agent=socket:{self.folder}/agent.sock",
+            "balloon,reporting=false",
+            "vmgenid",
+        ]
+        self._process = subprocess.Popen(
+            ["ip", "netns", "exec", name, sys.executable, HERE / "host.py"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        if not vhost:
+            listener = socket.socket(socket.AF_UNIX)
+            listener.bind(f"{self.folder}/v.sock_52")
+            listener.listen()
+            echo(listener)
+
+    def __call__(self, method: str, *arguments: object) -> Any:
+        """Do something there."""
+        self.begin(method, *arguments)
+        return self.end()
+
+    def begin(self, method: str, *arguments: object) -> None:
+        """Ask for something."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps([method, *arguments]) + "\n")
+        self._process.stdin.flush()
+
+    def end(self) -> Any:
+        """The answer to what was asked for."""
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        answer = json.loads(line) if line else {"error": "it died"}
+        if "error" in answer:
+            raise RuntimeError(f"{self.name}: {answer['error']}")
+        return answer["done"]
+
+    def close(self) -> None:
+        """End it."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(PATIENCE)
+
+
+def look(host: Remote) -> dict[str, dict[str, Any]]:
+    """The counters of the load; the gaps are those since the last look."""
+    found: dict[str, dict[str, Any]] = json.loads(host("tell", "load look"))
+    return found
+
+
+def load_goes_on(host: Remote, before: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Wait until each worker has done something, and add up what it found wrong."""
     deadline = time.monotonic() + PATIENCE
-    while any(lines(machine, name) <= before[name] for name in before):
+    gap = 0.0
+    while True:
+        now = look(host)
+        gap = max(gap, now["ticks"]["gap"])
+        standing = [name for name in now if now[name]["rounds"] <= before[name]["rounds"] + 2]
+        if not standing:
+            break
         if time.monotonic() > deadline:
-            raise RuntimeError(f"the load stands still at {before}")
-    disk = f"dd if=/tmp/data of=/dev/vda bs=64k seek={number} conv=fsync 2>/dev/null"
-    back = f"dd if=/dev/vda bs=64k skip={number} count=32 iflag=direct 2>/dev/null | md5sum"
-    wanted = tell(machine, "cut -c1-32 /tmp/sum")
-    tell(machine, f"{disk}; echo 3 >/proc/sys/vm/drop_caches")
-    gaps = "awk '{d = $1 - l; if (NR > 1 && d > m) m = d; l = $1} END {print m}' /tmp/ticks"
+            raise RuntimeError(f"{standing} stand still: {before}, {now}")
     return {
-        "disk": tell(machine, back)[:32] == wanted,
-        "memory": tell(machine, "ls /tmp | grep -c bad || true") == "0",
-        "complaints": tell(machine, f"dmesg | {COMPLAINTS}"),
-        "gap": float(tell(machine, gaps)),
-        "uptime": float(tell(machine, "cut -d' ' -f1 /proc/uptime")),
+        "errors": {name: row["errors"] for name, row in now.items() if row["errors"]},
+        "restarts": now["tcp"]["restarts"] - before["tcp"]["restarts"],
+        "gap": gap,
     }
 
 
-def main(kernel: str, initrd: str, folder: str, rounds: str) -> None:
-    """Go through all ways, so many times."""
-    image = Path(folder) / "state.img"
-    image.write_bytes(bytes(8 << 20))
-    config = MachineConfig(
-        kernel=kernel, initrd=initrd, drives=[Drive(str(image))], cpus=2, memory="128M",
-        cmdline="console=ttyS0 pci=off panic=-1 quiet",
-    )  # fmt: skip
+def over_port(host: Remote) -> bool:
+    """Whether the named port carries bytes each way."""
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(PATIENCE)
+        client.connect(f"{host.folder}/agent.sock")
+        host.begin("tell", 'read line <&3; echo "back: $line" >&3; echo "$line"')
+        client.sendall(b"through a port\n")
+        back = b""
+        while not back.endswith(b"\n"):
+            back += client.recv(100)
+        return host.end() == "through a port" and back == b"back: through a port\n"
+
+
+def devices_work(host: Remote, transport: str) -> dict[str, Any]:
+    """Use what the load does not."""
+    since = time.time()
+    words = host(
+        "tell",
+        f"dmesg -c | {COMPLAINTS} | head -c 500; echo +; "
+        "head -c 32 /dev/hwrng | wc -c; cat /sys/class/rtc/rtc0/since_epoch",
+    ).split("+")
+    random, clock = words[-1].split()
+    found = {
+        "complaints": words[0].strip(),
+        "rng": random == "32",
+        "rtc": since - 2 < int(clock) < time.time() + 2,
+        "terminal": host("terminal"),
+        "port": over_port(host),
+    }
+    host("balloon", 32 << 20)
+    wait_for_balloon(host, 32 << 20)
+    wait_for_balloon(host, 0)
+    found["balloon"] = True
+    if transport == "pci":
+        name = host("plug", str(RUN / "second.img"))
+        host("tell", "n=0; until [ -b /dev/vdb ] || [ $n = 300 ]; do n=$((n+1)); usleep 50000; done"
+             "; dd if=/dev/vdb bs=64k count=1 2>/dev/null | cmp -n 65536 - /dev/zero")  # fmt: skip
+        host("unplug", name)
+        host("set_cpus", 3)
+        present = "/sys/devices/system/cpu/cpu2"
+        host("tell", f"n=0; until [ -e {present}/online ] || [ $n = 300 ]; do n=$((n+1)); "
+             f"usleep 50000; done; echo 1 >{present}/online; taskset 4 true")  # fmt: skip
+        host("set_cpus", 2)
+        found["hotplug"] = True
+    return found
+
+
+def wait_for_balloon(host: Remote, size: int) -> None:
+    """Until the guest has given so much, or has it all back."""
+    deadline = time.monotonic() + PATIENCE
+    while host("balloon", size) != size >> 12:
+        if time.monotonic() > deadline:
+            raise RuntimeError("the balloon does not get its size")
+
+
+def move(here: Remote, there: Remote, step: str, number: int, base: str | None) -> dict[str, Any]:
+    """Let the machine go from one VMM to the other."""
+    if step == "pause":
+        # Longer than the guest's watchdogs would stand, if it saw the time pass.
+        here("tell", "echo 2 >/proc/sys/kernel/watchdog_thresh")
+        here("pause")
+        time.sleep(6)
+        here("resume")
+        here("tell", "echo 10 >/proc/sys/kernel/watchdog_thresh")
+        return {}
+    if step in MOVES:
+        where = f"unix:{RUN}/move" if step == "hand-over" else f"tcp:{LINK[there.name]}:0"
+        address = there("wait_for", where, there.devices)
+        there.begin("receive")
+        report: dict[str, Any] = here("migrate", address, MOVES[step])
+        there.end()
+        return report
+    folder = f"{RUN}/snapshot-{number}"
+    here("pause")
+    here("snapshot", folder, base, base is None)
+    here("close")
+    there("restore", folder, step, there.devices, base is None)
+    return {}
+
+
+def main(kernel: str, initrd: str, transport: str, kind: str, steps: str) -> None:
+    """Go through all steps."""
+    RUN.mkdir()
+    build_network()
+    for name in ("first", "second"):
+        (RUN / f"{name}.img").write_bytes(bytes(8 << 20))
+    here, there = (Remote(name, transport, kind) for name in "ab")
+    echo(socket.create_server((HOST, 5000)))
+    if kind == "kernel":
+        listener = socket.socket(socket.AF_VSOCK)
+        listener.bind((socket.VMADDR_CID_ANY, 52))
+        listener.listen()
+        echo(listener)
+    engine = ",engine=sync" if kind == "kernel" else ""
+    fields = {
+        "kernel": kernel, "initrd": initrd, "cpus": 2, "memory": "192M",
+        "transport": transport, "shared_memory": "hand-over" in steps,
+        "cmdline": "console=ttyS0 panic=-1 quiet mitigations=off",
+        **({"max_cpus": 4} if transport == "pci" else {}),
+    }  # fmt: skip
+    here("run", f"{RUN}/first.img{engine}", here.devices, fields)
+    here("tell", f"ip link set eth0 up && ip addr add {GUEST}/24 dev eth0")
+    here("tell", "port=$(basename $(ls -d /sys/class/virtio-ports/vport*p1)); "
+         "[ -e /dev/$port ] || mknod /dev/$port c $(tr : ' ' </sys/class/virtio-ports/$port/dev); "
+         "exec 3<>/dev/$port; dmesg -c >/dev/null")  # fmt: skip
+    here("tell", f"load start /dev/vda {HOST} 5000 52")
     findings: list[dict[str, Any]] = []
-    with Machine(config) as machine:
-        machine.console.expect(r"guest:", PATIENCE)
-        machine.console.send("stty -echo; PS1=\n")
-        for command in ("true", *LOAD, "dmesg -c >/dev/null"):
-            tell(machine, command)
-        before = {name: lines(machine, name) for name in ("ticks", "rounds")}
-        machine.snapshot(Path("/tmp/0"), track=True)
-    for number in range(len(WAYS) * int(rounds)):
-        how = WAYS[number % len(WAYS)]
-        track = bool(number % 2)
-        source = Path(f"/tmp/{number}")
-        restored = Machine.restore(source, how, track=track)
-        with restored as machine:
-            finding = look(machine, before, number)
-            findings.append({"how": how, **finding})
-            before = {name: lines(machine, name) for name in before}
-            machine.snapshot(
-                Path(f"/tmp/{number + 1}"), base=source if track else None, track=not track
-            )
-            if number == len(WAYS) * int(rounds) - 1:
-                machine.console.send("poweroff -f\n")
-                findings[-1]["off"] = machine.wait(PATIENCE) is Outcome.POWER_OFF
+    base = None
+    for number, step in enumerate(steps.split(",")):
+        load_goes_on(here, look(here))
+        before, start = look(here), time.monotonic()
+        report = move(here, there, step, number, base)
+        saved = step not in MOVES and step != "pause"
+        base = f"{RUN}/snapshot-{number}" if saved and base is None else None
+        moved = time.monotonic() - start
+        if step != "pause":
+            here, there = there, here
+        finding = {"step": step, **load_goes_on(here, before), **devices_work(here, transport)}
+        finding |= {"report": report, "moved": moved, "seconds": time.monotonic() - start}
+        print(finding, file=sys.stderr, flush=True)
+        findings.append(finding)
+    findings.append({"off": here("power_off")})
+    for host in (here, there):
+        host.close()
     print(json.dumps(findings))
 
 

@@ -10,12 +10,17 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+if TYPE_CHECKING:
+    from vmm_reference.config import MachineConfig
+    from vmm_reference.state.testing import Remains
 
 TIME_LIMIT = 60  # seconds a test may take, unless its mark `timeout` says otherwise
 
@@ -104,3 +109,27 @@ def no_linux() -> str:
     except subprocess.TimeoutExpired:
         return "the probe guest did not answer in 60 s"
     return "" if answer.returncode == 0 else answer.stdout.strip() or "the probe guest failed"
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Callable[..., MachineConfig]:
+    """Makes the configuration of a machine with a guest of a few instructions: source, fields."""
+    from vmm_reference.config import MachineConfig
+    from vmm_reference.state.testing import COMPUTE
+    from vmm_reference.testing import tiny_kernel
+
+    def build(source: str = COMPUTE, **fields: Any) -> MachineConfig:
+        path = tmp_path / "kernel"
+        path.write_bytes(tiny_kernel(source))
+        values = {"kernel": str(path), "memory": "32M", "on_reset": "exit"} | fields
+        return MachineConfig(**values)
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def twin(tmp_path_factory: pytest.TempPathFactory) -> tuple[Remains, bytes]:
+    """What the guest `COMPUTE` leaves when nothing interrupts it."""
+    from vmm_reference.state.testing import COMPUTE, PIECES, undisturbed
+
+    return undisturbed(tmp_path_factory.mktemp("twin") / "kernel", COMPUTE, PIECES)

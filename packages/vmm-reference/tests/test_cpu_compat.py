@@ -40,8 +40,8 @@ def test_this_host_continues_its_own_guests_and_no_others() -> None:
     with Kvm() as kvm, kvm.create_vm() as vm, vm.create_vcpu(0) as vcpu:
         vcpu.set_cpuid2(kvm.get_supported_cpuid())
         mine = vcpu.get_cpuid2()
-        compat.refuse_other_cpu(kvm, mine)
+        compat.refuse_other_cpu(mine)
         more = [attrs.evolve(e, ebx=e.ebx | 1 << 31) if e.function == 0x80000008 else e
                 for e in mine]  # fmt: skip
         with pytest.raises(HostError, match="0x80000008"):
-            compat.refuse_other_cpu(kvm, more)
+            compat.refuse_other_cpu(more)

@@ -3,12 +3,14 @@
 import asyncio
 import contextlib
 import random
+import re
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import attrs
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,11 +22,15 @@ from vmm_reference.api.server import Control, Server
 from vmm_reference.backends.overlay import Overlay
 from vmm_reference.cli import main
 from vmm_reference.config import Drive, MachineConfig
+from vmm_reference.devices.console.setup import Ports
+from vmm_reference.devices.debug_console import DebugLog
+from vmm_reference.devices.net.setup import Interface
 from vmm_reference.devices.vmgenid import Generation
+from vmm_reference.devices.vsock.setup import Socket
 from vmm_reference.errors import ConfigError, HostError
 from vmm_reference.machine import Machine
 from vmm_reference.outcome import Outcome
-from vmm_reference.state.clone import Template
+from vmm_reference.state.clone import Template, identity
 from vmm_reference.state.incoming import Incoming
 from vmm_reference.testing import tiny_kernel
 
@@ -151,6 +157,81 @@ def test_a_vmm_waits_for_a_machine(config: Callable[..., MachineConfig], tmp_pat
         process.stdin.write(b"q")
         process.stdin.flush()
         assert process.wait(60) == 0
+
+
+@pytest.mark.kvm
+@pytest.mark.parametrize("how", ["eager", "copy-on-write", "on-demand"])
+def test_a_command_restores_a_machine(
+    config: Callable[..., MachineConfig], tmp_path: Path, how: str
+) -> None:
+    """`vmm restore`, a process of its own: with other drives, and a control socket."""
+    images = []
+    for name in ("first", "second"):
+        images.append(tmp_path / name)
+        images[-1].write_bytes(bytes(4096))
+    with Machine(config(drives=[Drive(str(images[0]))], devices=[Generation()])) as machine:
+        answers(machine)
+        machine.snapshot(tmp_path / "a")
+    api = str(tmp_path / "api")
+    command = [sys.executable, "-m", "vmm_reference", "restore", str(tmp_path / "a"), "--how", how,
+               "--track", "--drive", str(images[1]), "--api-socket", api]  # fmt: skip
+    images[0].unlink()
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(b"x")
+        process.stdin.flush()
+        assert process.stdout.read(1) == b"."
+        while not Path(api).exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        assert main(["snapshot", api, str(tmp_path / "b"), "--base", str(tmp_path / "a")]) == 0
+        process.stdin.write(b"q")
+        process.stdin.flush()
+        assert process.wait(60) == 0
+    assert main(["restore", str(tmp_path / "a"), "--drive", "/nowhere"]) == 2
+    assert main(["restore", str(tmp_path)]) == 1
+
+
+def test_a_clone_has_what_only_one_can_have(tmp_path: Path) -> None:
+    """Addresses that count on, and names, sockets and files with the clone's number."""
+    image = tmp_path / "disk"
+    image.write_bytes(bytes(4096))
+    (tmp_path / "kernel").write_bytes(tiny_kernel(ECHO))
+    config = MachineConfig(
+        kernel=str(tmp_path / "kernel"),
+        drives=[Drive(str(image), engine="sync"), Drive(str(image), read_only=True)],
+        devices=[
+            Interface(tap="tap0", mac="02:00:00:ff:ff:ff"),
+            Interface(ports="2222:22 80"),
+            Interface(socket="/a", peer="/b"),
+            Socket("/run/v.sock", cid=7),
+            Socket(vhost=True, cid=70),
+            Ports("pty agent=socket:/run/agent pty:/run/link file:/log tty:/dev/tty9"),
+            DebugLog("/run/debug"),
+            Generation(),
+        ],
+    )
+    fields = identity(config, 4)
+    clone = attrs.evolve(config, **fields)
+    writable, shared = clone.drives
+    assert writable.overlay
+    assert shared == config.drives[1]
+    tap, passt, cable, vsock, vhost, ports, log, _ = clone.devices
+    assert isinstance(tap, Interface)
+    assert (tap.tap, tap.mac) == ("tap0-4", "02:00:00:00:00:04")
+    assert isinstance(passt, Interface)
+    assert passt.ports == "2227:22 85:80"
+    assert re.fullmatch("02(:[0-9a-f]{2}){5}", passt.mac)
+    assert isinstance(cable, Interface)
+    assert (cable.socket, cable.peer) == ("/a-4", "/b-4")
+    assert vsock == Socket("/run/v.sock-4", cid=12)
+    assert vhost == Socket(vhost=True, cid=75)
+    assert isinstance(ports, Ports)
+    assert ports.ports == (
+        "pty agent=socket:/run/agent-4 pty:/run/link-4 file:/log-4 tty:/dev/tty9"
+    )
+    assert log == DebugLog("/run/debug-4")
 
 
 @pytest.mark.kvm

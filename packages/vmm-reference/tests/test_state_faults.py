@@ -24,27 +24,10 @@ from vmm_reference.state.incoming import Incoming
 from vmm_reference.state.moving import MigrationError
 from vmm_reference.state.pager import Missing
 from vmm_reference.state.postcopy import PostCopy
-from vmm_reference.state.testing import COMPUTE, PIECES, Remains, undisturbed
+from vmm_reference.state.testing import PIECES, Remains
 from vmm_reference.state.wire import Address, Kind, LinkLost, ProtocolError, Role
-from vmm_reference.testing import tiny_kernel
 
 pytestmark = pytest.mark.kvm
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., MachineConfig]:
-    path = tmp_path_factory.mktemp("kernel") / "kernel"
-    path.write_bytes(tiny_kernel(COMPUTE))
-
-    def build(**fields: Any) -> MachineConfig:
-        return MachineConfig(kernel=str(path), memory="32M", on_reset="exit", **fields)
-
-    return build
-
-
-@pytest.fixture(scope="module")
-def twin(tmp_path_factory: pytest.TempPathFactory) -> tuple[Remains, bytes]:
-    return undisturbed(tmp_path_factory.mktemp("twin") / "kernel", COMPUTE, PIECES)
 
 
 @pytest.fixture(scope="module")

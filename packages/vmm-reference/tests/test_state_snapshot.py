@@ -3,6 +3,7 @@
 import gc
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -10,8 +11,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import attrs
 import pytest
 
+from kvm_ioctls.state import VcpuState
 from vm_memory.looking import compare
 from vmm_reference.config import Drive, MachineConfig
 from vmm_reference.errors import HostError
@@ -19,33 +22,15 @@ from vmm_reference.machine import Machine
 from vmm_reference.outcome import Outcome
 from vmm_reference.state import memory as pages
 from vmm_reference.state import snapshot
-from vmm_reference.state.folder import SnapshotReader
+from vmm_reference.state.folder import SnapshotReader, SnapshotWriter
 from vmm_reference.state.format import FormatError
 from vmm_reference.state.testing import COMPUTE, PIECES, Remains, undisturbed
-from vmm_reference.testing import tiny_kernel
 
 pytestmark = pytest.mark.kvm
 
 WAYS = ("eager", "copy-on-write", "on-demand")
 
 FOREVER = "1: incl 0x300000; jmp 1b"
-
-
-@pytest.fixture
-def config(tmp_path: Path) -> Callable[..., MachineConfig]:
-    def build(source: str, **fields: object) -> MachineConfig:
-        path = tmp_path / "kernel"
-        path.write_bytes(tiny_kernel(source))
-        values = {"kernel": str(path), "memory": "32M", "on_reset": "exit"} | fields
-        return MachineConfig(**values)  # type: ignore[arg-type]
-
-    return build
-
-
-@pytest.fixture(scope="module")
-def twin(tmp_path_factory: pytest.TempPathFactory) -> tuple[Remains, bytes]:
-    """What the computation leaves when nothing interrupts it."""
-    return undisturbed(tmp_path_factory.mktemp("twin") / "kernel", COMPUTE, PIECES)
 
 
 def interrupted(
@@ -224,6 +209,111 @@ def test_another_machines_devices_are_refused(
     more = Machine.restore(tmp_path / "a", drives=[Drive(str(image))])
     with pytest.raises(FormatError, match=r"manifest\.parts.*drive0"), more:
         pass
+
+
+@pytest.mark.parametrize("how", WAYS)
+def test_another_cpus_guest_is_refused_before_anything_starts(
+    config: Callable[..., MachineConfig], tmp_path: Path, how: str
+) -> None:
+    """The feature that is missing is named, by the library, the template and the command."""
+    with Machine(config(FOREVER)) as machine:
+        machine.snapshot(tmp_path / "a")
+    with (
+        SnapshotReader(tmp_path / "a") as reader,
+        SnapshotWriter(tmp_path / "b") as writer,
+    ):
+        for name in reader.names():
+            if name != "vcpu0":
+                writer.copy(name, reader)
+                continue
+            state = reader.state(name, VcpuState)
+            cpuid = tuple(
+                attrs.evolve(entry, ebx=entry.ebx | 1 << 31)
+                if entry.function == 0x80000008
+                else entry
+                for entry in state.cpuid
+            )
+            writer.add(name, attrs.evolve(state, cpuid=cpuid))
+        with (tmp_path / "a").joinpath(reader.manifest.generation, "memory").open("rb") as memory:
+            os.sendfile(writer.memory, memory.fileno(), 0, reader.manifest.memory_size)
+        writer.commit("0")
+    said = r"lacks what the guest uses: cpuid 0x80000008\.0 ebx bit 31"
+    with pytest.raises(HostError, match=said):
+        Machine.restore(tmp_path / "b", how)
+    for command in ("-m vmm_reference restore", "-m vmm_reference clone"):
+        done = subprocess.run(
+            [sys.executable, *command.split(), str(tmp_path / "b")],
+            capture_output=True, text=True, check=False, timeout=60,
+        )  # fmt: skip
+        assert done.returncode == 1
+        assert re.search(said, done.stderr), done.stderr
+        assert "Traceback" not in done.stderr
+
+
+FULL = """
+import errno, os, subprocess, sys
+from pathlib import Path
+from vmm_reference import Machine, MachineConfig
+from vmm_reference.backends.overlay import Overlay
+from vmm_reference.errors import HostError
+from vmm_reference.state import snapshot
+room = Path(sys.argv[2])
+subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", room], check=True)
+with Machine(MachineConfig(kernel=sys.argv[1], memory="32M")) as machine:
+    machine.console.expect("x", 60)
+    machine.pause()
+    machine.snapshot(room / "a")
+    # The next has no room beside it, at any of its parts: from all of memory to the last file.
+    refused = 0
+    for free in range(0, 1500000, 100000):
+        left = os.statvfs(room).f_bavail * 4096
+        (room / "rest").write_bytes(bytes(max(left - free, 0)))
+        try:
+            machine.snapshot(room / "a")
+        except (HostError, OSError) as error:
+            assert "No space left" in str(error), error
+            refused += 1
+        (room / "rest").unlink()
+        snapshot.verify(room / "a")
+    machine.resume()
+    assert machine.outcome is None
+(room / "base").write_bytes(bytes(range(256)) * 256)
+overlay = Overlay(str(room / "base"), str(room))
+overlay.write(0, [memoryview(b"new" + bytes(509))])
+left = os.statvfs(room).f_bavail * 4096
+(room / "rest").write_bytes(bytes(left))
+try:
+    overlay.write(32768, [memoryview(b"more" * 1024)])
+except OSError as error:
+    assert error.errno == errno.ENOSPC
+else:
+    raise SystemExit("it was written, where there is no room")
+found = bytearray(65536)
+overlay.read(0, [memoryview(found)])
+assert found[:3] == b"new" and found[4096:] == bytes(range(256)) * 240
+(room / "rest").unlink()
+overlay.write(32768, [memoryview(b"more" * 1024)])
+print(refused)
+"""
+
+
+def test_a_disk_without_room_leaves_the_old_snapshot_and_what_an_overlay_has(
+    config: Callable[..., MachineConfig], tmp_path: Path
+) -> None:
+    """A file system of two megabytes, filled up: whatever comes first to have no room."""
+    fill = "movl $0x400000, %edi; movl $0x30000, %ecx; movl $1, %eax; rep stosl; PUT 'x';"
+    room = tmp_path / "room"
+    room.mkdir()
+    unshare = ["unshare", "--map-root-user", "--mount"]
+    if subprocess.run([*unshare, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("this host lets nobody mount a file system of their own")
+    kernel = config(fill + FOREVER).kernel
+    done = subprocess.run(
+        [*unshare, sys.executable, "-c", FULL, str(kernel), str(room)],
+        capture_output=True, text=True, check=False, timeout=100,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert 0 < int(done.stdout) < 15
 
 
 def test_a_full_disk_leaves_the_old_snapshot_and_the_guest(

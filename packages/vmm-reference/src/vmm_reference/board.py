@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from .loop import Loop
     from .modules import Modules
     from .pci.root import PciRoot
+    from .state.postcopy import PostCopy
     from .state.snapshot import Restored, Tracking
 
 __all__ = ["Board"]
@@ -87,6 +88,7 @@ class Board:
         self.tracking: Tracking | None = None
         self.clock: ClockData | None = None  # while the guest stands still
         self._filler: Filler | None = None  # where memory comes on demand
+        self.missing: PostCopy | None = None  # where it comes from another host
         self.loop = loop
         self._ended = ended
         self._timeline = timeline
@@ -117,6 +119,7 @@ class Board:
             stack.callback(self.memory.close)
             if restored is not None and restored.filler is not None:
                 stack.callback(restored.filler.close)
+                restored.filler.start()  # before any device touches memory
                 stack.callback(loop.remove, restored.filler.fileno())
             self.vm = stack.enter_context(kvm.create_vm())
             self._create_platform()
@@ -210,7 +213,6 @@ class Board:
             self.ram.log_dirty_pages(on=True)
         self._filler = restored.filler
         if self._filler is not None:
-            self._filler.start()
             fd = self._filler.fileno()
             self.loop.add(fd, READ, lambda _: self._filled(fd))
         for thread, state in zip(self._vcpus, restored.vcpus, strict=True):
@@ -252,6 +254,8 @@ class Board:
             vcpu.stop()
         if self._filler is not None and self._filler.status.error:
             self._filler.close()  # whoever waits for a page that never comes
+        if self.missing is not None:
+            self.missing.end()
         for vcpu in self._vcpus:
             vcpu.join()
 

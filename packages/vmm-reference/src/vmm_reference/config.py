@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import stat
 
-from vm_memory._values import field, fields, frozen
+from vm_memory._values import evolve, field, fields, frozen
 
 from .deviceconfig import MAX_SLOT, DeviceConfig, device_from_mapping, to_mapping
 from .devices import config_class
@@ -127,6 +127,14 @@ class Drive(DeviceConfig):
     bandwidth: str = ""
     ops: str = ""
     engine: str = ""
+
+    def cloned(self, number: int) -> Drive:
+        """The image itself where it is only read, else an overlay on it among temporary files."""
+        if self.read_only:
+            return self
+        import tempfile
+
+        return evolve(self, overlay=tempfile.gettempdir(), engine="python")
 
     def check(self, field: str) -> None:
         """Raise `ConfigError` unless the image exists, may be opened and has a legal size."""

@@ -65,6 +65,13 @@ class DeviceConfig:
         """What that memory is made of; None for the machine's own."""
         return None
 
+    def cloned(self: D, number: int) -> D:
+        """The same device for a copy of the machine, of a number from 0.
+
+        What only one machine may hold gets the number or counts on: addresses, names of the host's.
+        """
+        return self
+
     @classmethod
     def parse(cls: type[D], text: str) -> D:
         """A device from `value,field=value,flag`: what the command line has after its kind.

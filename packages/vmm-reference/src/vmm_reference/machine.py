@@ -193,6 +193,7 @@ class Machine(Control, Transfer):
             ConfigError: what the configuration names is not there.
             HostError: the folder can't be read, or this host can't continue the machine.
         """
+        from .cpu.compat import refuse_other_cpu
         from .state.snapshot import Restore, open_snapshot
 
         known = [way.value for way in Restore]
@@ -200,6 +201,7 @@ class Machine(Control, Transfer):
             raise ConfigError("how", how, f"must be one of {', '.join(known)}")
         restored = open_snapshot(folder, Restore(how), overrides, track=track)
         try:
+            refuse_other_cpu(restored.vcpus[0].cpuid)
             machine = cls(restored.config, console=console)
         except BaseException:
             restored.discard()
@@ -210,9 +212,10 @@ class Machine(Control, Transfer):
     def fork(self, count: int, folder: str | os.PathLike[str], **overrides: Any) -> list[Machine]:
         """Copies of the machine as it is now, which share the memory that none of them writes.
 
-        Each has its own generation identifier (the device `vmgenid`), and overlays of its own in
-        the place of drives that it may write. They are this process's, and not started; a template
-        process (`vmm_reference.state.clone`) has less to keep for each.
+        Each has its own generation identifier (the device `vmgenid`), overlays in the place of
+        drives that it may write, and addresses, sockets and taps of its own, which count on from
+        those of the configuration (`cloned` of each kind of device). They are this process's, and
+        not started; a template process (`vmm_reference.state.clone`) has less to keep for each.
 
         Args:
             count: how many.
@@ -228,7 +231,7 @@ class Machine(Control, Transfer):
         clones: list[Machine] = []
         try:
             for number in range(count):
-                fields = identity(self.config, number, folder)
+                fields = identity(self.config, number)
                 clones.append(Machine.restore(folder, **(fields | overrides)))
         except BaseException:
             for clone in clones:
@@ -261,11 +264,11 @@ class Machine(Control, Transfer):
         if moved:
             self._loop.call_soon(self._board.announce)
 
-    def _gone(self, where: str) -> None:
-        """The machine runs elsewhere: it ends here, before the I/O loop does anything else."""
+    def _gone(self, outcome: Outcome, detail: str) -> None:
+        """The machine ran elsewhere: it ends here, before the I/O loop does anything else."""
         with self._lock:
             if self._ending is None:
-                self._ending = Outcome.MIGRATED, where
+                self._ending = outcome, detail
         if self._outgoing is not None:
             self._outgoing.let_go(self._carry_out)
         self._done.wait()

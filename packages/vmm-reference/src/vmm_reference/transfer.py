@@ -194,7 +194,7 @@ class Transfer:
 
     def _lasting(self, what: str) -> None:
         """Refuse what would leave a disk behind."""
-        for drive in self.config.drives:
-            if drive.overlay:
+        for name, device in self.config.named_devices().items():
+            if getattr(device, "overlay", ""):
                 hint = "give the machine an image of its own"
-                raise HostError(what, f"drive {drive.path} has an overlay that ends here", hint)
+                raise HostError(what, f"{name} has an overlay that ends here", hint)

@@ -59,18 +59,24 @@ class VhostQueues:
 
     def __init__(self, path: str, memory: GuestMemory) -> None:
         self._memory = memory
-        try:
-            self.fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        except OSError as error:
-            hint = f"modprobe {os.path.basename(path).replace('-', '_')}; it needs access to {path}"  # noqa: PTH119
-            raise HostError(path, error.strerror, hint) from None
-        fcntl.ioctl(self.fd, _SET_OWNER)
+        self._path = path
+        self.fd = self._open()
         (self.features,) = unpack("<Q", fcntl.ioctl(self.fd, _GET_FEATURES, bytes(8)))
         self._kicks: Sequence[int] = ()
         self._calls: Sequence[int] = ()
         self._queues: Sequence[Queue] = ()
         end = max(int(region.guest_address) + region.size for region in memory.regions)
         self._log = mmap.mmap(-1, -(-end // _LOG_PAGE // 64 + 1) * 8 + 8)
+
+    def _open(self) -> int:
+        path = self._path
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        except OSError as error:
+            hint = f"modprobe {os.path.basename(path).replace('-', '_')}; it needs access to {path}"  # noqa: PTH119
+            raise HostError(path, error.strerror, hint) from None
+        fcntl.ioctl(fd, _SET_OWNER)
+        return fd
 
     def connect(self, slot: VirtioSlot, numbers: Sequence[int]) -> None:
         """Have the kicks of these queues, and send their interrupts."""
@@ -177,18 +183,29 @@ class VhostNet(VhostQueues):
 class VhostVsock(VhostQueues):
     """The queues of a socket device, whose sockets are the host's AF_VSOCK.
 
-    Raises:
-        HostError: also, another guest has this context identifier.
+    The context identifier is one guest's at a time, as a disk's lock is: see `acquire`.
     """
 
     def __init__(self, memory: GuestMemory, cid: int) -> None:
         super().__init__("/dev/vhost-vsock", memory)
+        self._cid = cid
+
+    def acquire(self) -> None:
+        """Have the context identifier.
+
+        Raises:
+            HostError: another guest has it.
+        """
         try:
-            fcntl.ioctl(self.fd, _VSOCK_SET_GUEST_CID, pack("<Q", cid))
+            fcntl.ioctl(self.fd, _VSOCK_SET_GUEST_CID, pack("<Q", self._cid))
         except OSError as error:
-            os.close(self.fd)
             hint = "give each guest a CID of its own"
-            raise HostError(f"vsock CID {cid}", error.strerror, hint) from None
+            raise HostError(f"vsock CID {self._cid}", error.strerror, hint) from None
+
+    def release(self) -> None:
+        """Let another guest have it, which takes another descriptor; stopped before."""
+        os.close(self.fd)
+        self.fd = self._open()
 
     def _run(self, *, on: bool) -> None:
         fcntl.ioctl(self.fd, _VSOCK_SET_RUNNING, pack("<i", on))

@@ -8,14 +8,16 @@ than a feature, or that KVM sets by the vCPU's state, are left out. Names are th
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
+from kvm_ioctls import Kvm
 from vmm_reference.errors import HostError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from kvm_ioctls import CpuidEntry, Kvm
+    from kvm_ioctls import CpuidEntry
 
 __all__ = ["missing_features", "refuse_other_cpu"]
 
@@ -75,23 +77,35 @@ def missing_features(wanted: Iterable[CpuidEntry], offered: Iterable[CpuidEntry]
     return missing
 
 
-def refuse_other_cpu(kvm: Kvm, wanted: Iterable[CpuidEntry]) -> None:
+def refuse_other_cpu(wanted: Iterable[CpuidEntry]) -> None:
     """Refuse a guest that uses what this host has not.
 
     Raises:
         HostError: names the features.
+        KvmError: the host has no KVM.
     """
     wanted = tuple(wanted)
-    supported = kvm.get_supported_cpuid()
-    if missing_features(wanted, supported):
-        # Some hosts give a vCPU more than they say they support: one is made and looked at.
-        with kvm.create_vm() as vm, vm.create_vcpu(0) as vcpu:
-            vcpu.set_cpuid2(supported)
-            supported = vcpu.get_cpuid2()
-    missing = missing_features(wanted, supported)
+    missing = missing_features(wanted, _supported())
+    if missing:
+        missing = missing_features(wanted, _given())
     if missing:
         hint = "continue it on a host that has them, or boot it with a CPU that both have"
         raise HostError("this host's CPU", f"lacks what the guest uses: {', '.join(missing)}", hint)
+
+
+@functools.cache
+def _supported() -> tuple[CpuidEntry, ...]:
+    """What this host says that it supports; it stays so while this process lives."""
+    with Kvm() as kvm:
+        return tuple(kvm.get_supported_cpuid())
+
+
+@functools.cache
+def _given() -> tuple[CpuidEntry, ...]:
+    """What a vCPU gets: some hosts give it more than they say they support."""
+    with Kvm() as kvm, kvm.create_vm() as vm, vm.create_vcpu(0) as vcpu:
+        vcpu.set_cpuid2(_supported())
+        return tuple(vcpu.get_cpuid2())
 
 
 def _words(entries: Iterable[CpuidEntry]) -> dict[tuple[int, int, str], int]:

@@ -89,6 +89,10 @@ class DebugLog(DeviceConfig):
 
     path: str
 
+    def cloned(self, number: int) -> DebugLog:
+        """With a file of its own."""
+        return attrs.evolve(self, path=f"{self.path}-{number}")
+
     def check(self, field: str) -> None:
         """Raise `ConfigError` unless there is a path."""
         super().check(field)

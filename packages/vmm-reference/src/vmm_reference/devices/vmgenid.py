@@ -57,7 +57,8 @@ class VmGeneration:
         self._moved = moved
         self._generate, self._put, self._notify = generate, put, notify
         self.identifier = generate()
-        put(self.identifier)
+        if not moved:  # the memory may be that of the machine that still runs elsewhere
+            put(self.identifier)
 
     def save(self) -> GenerationState:
         """The identifier of the guest that is saved."""

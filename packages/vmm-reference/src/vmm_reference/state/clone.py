@@ -11,15 +11,13 @@ from __future__ import annotations
 import gc
 import os
 import sys
-import tempfile
 import traceback
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import attrs
 
 from vmm_reference.config import MachineConfig
-from vmm_reference.devices.vsock.setup import Socket
+from vmm_reference.cpu.compat import refuse_other_cpu
 from vmm_reference.errors import HostError
 from vmm_reference.machine import Machine
 
@@ -30,34 +28,23 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
-    from vmm_reference.deviceconfig import DeviceConfig
 
 __all__ = ["Template", "identity"]
 
 
-def identity(config: MachineConfig, number: int, folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """What a clone has for itself, as fields of its configuration.
+def identity(config: MachineConfig, number: int) -> dict[str, Any]:
+    """What a clone has for itself, as fields of its configuration: see each device's `cloned`.
 
-    Drives that may be written become overlays on what the others read; a vsock gets a context
-    identifier and a path of its own, counted up. The device `vmgenid` makes its identifier anew
-    after each restore by itself.
+    The device `vmgenid` makes its identifier anew after each restore by itself.
 
     Args:
         config: of the machine that was saved.
         number: of the clone, from 0.
-        folder: of the snapshot; overlays lie where temporary files do.
     """
-    drives = [
-        drive if drive.read_only else attrs.evolve(drive, overlay=tempfile.gettempdir())
-        for drive in config.drives
-    ]
-    devices: list[DeviceConfig] = [
-        attrs.evolve(device, cid=device.cid + number + 1, path=f"{device.path}-{number}")
-        if isinstance(device, Socket)
-        else device
-        for device in config.devices
-    ]
-    return {"drives": drives, "devices": devices}
+    return {
+        "drives": [drive.cloned(number) for drive in config.drives],
+        "devices": [device.cloned(number) for device in config.devices],
+    }
 
 
 class Template:
@@ -75,8 +62,12 @@ class Template:
 
     def __init__(self, folder: str | os.PathLike[str], **overrides: Any) -> None:
         refuse_used_process()
-        self._folder = Path(folder)
         self._restored = open_snapshot(folder, Restore.COPY_ON_WRITE, overrides)
+        try:
+            refuse_other_cpu(self._restored.vcpus[0].cpuid)
+        except BaseException:
+            self._restored.discard()
+            raise
         self.config = self._restored.config
         _warm()
         gc.collect()
@@ -101,7 +92,7 @@ class Template:
             return child
         status = 1
         try:
-            fields = identity(self.config, number, self._folder)
+            fields = identity(self.config, number)
             config = attrs.evolve(self.config, **fields)
             self._restored.config = config
             machine = Machine(config)

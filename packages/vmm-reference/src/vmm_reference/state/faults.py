@@ -57,6 +57,11 @@ class FaultServer:
             raise self._error
         return ended
 
+    @property
+    def cut(self) -> bool:
+        """Whether it ended before all was there."""
+        return self._error is not None
+
     def stop(self) -> None:
         """End the link, and wait for the thread."""
         self._link.close()

@@ -35,7 +35,7 @@ somebody who knows that the other side is dead resolves it:
 - The destination is `HOLDING` and has not heard `COMMIT`: the source may have gone on running it.
 - In post-copy, the link is gone in `SPLIT`, `FILLING` or `SERVING`: the destination runs until it
   needs a page that is not there, and goes on when the two have met again. The death of either side
-  is then the loss of the only copy of some page; nobody can resolve that, and nobody pretends to.
+  is then the loss of the only copy of some page: `RESOLVE` ends the survivor, and says so.
 
 Before the decision any fault gives it back to the source, which runs on. When the two sides meet
 again, each says where it stands: `READY` is answered by `COMMIT` or `ABORT`, whatever was decided,
@@ -253,6 +253,8 @@ def _source(phase: Source | Destination, event: Event | Word) -> _Answer:
             return phase, (Action.REPORT,), ()
         case Source.COMMITTED, Event.RESOLVE:
             return Source.RUNNING, (Action.ACQUIRE, Action.RESUME), ()
+        case Source.SERVING, Event.RESOLVE:  # it ran there, and ended there
+            return Source.DONE, (Action.DISCARD, Action.REPORT), ()
         case Source.RUNNING, Word.READY:  # of an attempt that ended here
             return Source.RUNNING, (), (Word.ABORT,)
     return phase, (), ()
@@ -272,6 +274,8 @@ def _destination(phase: Source | Destination, event: Event | Word) -> _Answer:
             return Destination.OWNING, (Action.ACQUIRE, Action.RESUME), (Word.STARTED,)
         case Destination.SPLIT, Word.COMMIT:
             return Destination.FILLING, (Action.ACQUIRE, Action.RESUME), (Word.FILLING,)
+        case Destination.SPLIT | Destination.FILLING, Event.RESOLVE:  # pages are nowhere
+            return Destination.ABSENT, (Action.DISCARD, Action.REPORT), ()
         case Destination.HOLDING | Destination.SPLIT, Word.ABORT:
             return Destination.ABSENT, (Action.DISCARD,), ()
         case Destination.HOLDING | Destination.SPLIT | Destination.FILLING, Event.LOST:

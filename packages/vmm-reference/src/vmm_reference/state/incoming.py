@@ -16,12 +16,12 @@ import threading
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from kvm_ioctls import Kvm
 from vm_memory import GuestAddress, GuestMemory, sharing
 from vmm_reference.config import MachineConfig
 from vmm_reference.cpu.compat import refuse_other_cpu
 from vmm_reference.errors import HostError
 from vmm_reference.machine import Machine
+from vmm_reference.outcome import Outcome
 
 from . import handover
 from .format import FormatError, decode, fields
@@ -56,6 +56,7 @@ _MOST_PARTS = 4096
 _MOST_BYTES = 256 << 20
 _MOST_GREETINGS = 16
 _SILENCE = 30.0
+_LOST = "the machine is lost: some of its pages were at its source alone, which is dead"
 
 T = TypeVar("T")
 
@@ -151,27 +152,34 @@ class Incoming:
     def resolve(self) -> None:
         """Run a machine that is whole here: somebody states that its source never will again.
 
+        One that is not whole is lost then: it ends in `HOST_FAILURE`.
+
         Raises:
-            HostError: there is none, or it is not whole.
+            HostError: there is none, or it was lost.
         """
         phase = self.side.phase
-        if phase in (Destination.SPLIT, Destination.FILLING):
-            hint = "let the source recover; if it is dead, the machine is lost"
-            raise HostError("resolve", "some of the machine's pages are at the source alone", hint)
-        if phase is not Destination.HOLDING:
+        split = phase in (Destination.SPLIT, Destination.FILLING)
+        if phase is not Destination.HOLDING and not split:
             where = f"the machine is {phase.value} here"
             raise HostError("resolve", where, "there is nothing to resolve")
         self._resolving = True
         os.eventfd_write(self._wake, 1)
         with self._changed:
             self._changed.wait_for(lambda: not self._resolving, 60)
+        if split and self.side.phase is not Destination.OWNING:
+            raise HostError("resolve", _LOST)
         if self.side.phase is Destination.HOLDING:
             raise HostError("resolve", self.reports[-1] if self.reports else "it did not start")
 
     def close(self) -> None:
-        """Wait no longer; a machine that was received stays. Idempotent."""
+        """Wait no longer; a machine that was received stays. Idempotent.
+
+        Pages of it that are still to come are waited for, until they are there or the machine ends.
+        """
         if self._closing:
             return
+        with self._changed:
+            self._changed.wait_for(lambda: self.side.phase is not Destination.FILLING)
         self._closing = True
         self._listener.close()
         os.eventfd_write(self._wake, 1)
@@ -201,10 +209,25 @@ class Incoming:
             threading.Thread(target=self._greet, args=(sock,), daemon=True).start()
 
     def _greet(self, sock: socket.socket) -> None:
+        try:
+            role = greet(sock)
+        except (LinkLost, ProtocolError, OSError) as error:
+            self._greetings.release()
+            self._say(f"a connection was refused: {error}")
+            sock.close()
+            return
+        self._greeted(sock, role)
+
+    def _met(self, sock: socket.socket) -> None:
+        """A control link that the process which supplies pages has accepted."""
+        self._greetings.acquire()
+        arguments = (sock, Role.CONTROL)
+        threading.Thread(target=self._greeted, args=arguments, daemon=True).start()
+
+    def _greeted(self, sock: socket.socket, role: Role) -> None:
         link: Link | None = None
         try:
             try:
-                role = greet(sock)
                 if role is Role.FAULTS:
                     if self._post_copy is None:
                         raise ProtocolError("role", role.name, "is not expected")
@@ -322,8 +345,9 @@ class Incoming:
                 self._post_copy.close()
                 self._guarded(lambda: self._event(Event.FILLED))
         if self._resolving:
-            if self.side.phase is Destination.HOLDING:
-                self._guarded(lambda: self._event(Event.RESOLVE))
+            self._guarded(lambda: self._event(Event.RESOLVE))
+            if self.side.phase is Destination.ABSENT and not self._parted:
+                self._forget()
             with self._changed:
                 self._resolving = False
                 self._changed.notify_all()
@@ -403,8 +427,7 @@ class Incoming:
             raise FormatError("offer.streams", offer.streams, f"must be at most {MAX_STREAMS}")
         table = fields(offer.config.encode(), "offer.config") | self._overrides
         config = MachineConfig.from_mapping(table, "offer.config")
-        with Kvm() as kvm:
-            refuse_other_cpu(kvm, offer.cpuid)
+        refuse_other_cpu(offer.cpuid)
         regions = [(GuestAddress(r.guest_address), r.size) for r in offer.memory.regions]
         if offer.local:
             memory = sharing.receive(link.socket, dirty_page_size=4096)
@@ -422,7 +445,9 @@ class Incoming:
         self._local, self._expected = offer.local, 0 if offer.local else offer.streams
         self._pages = Pages(memory)
         if offer.post_copy:
-            self._post_copy = PostCopy(memory, frame.extra, self._tls, self._wake)
+            self._post_copy = PostCopy(
+                memory, frame.extra, self._listener, self._tls, self._wake, self._met
+            )
         self._step(handover.destination(self.side, Message(Word.OFFER, frame.extra)))
 
     def _take(self, *, split: bool) -> None:
@@ -435,6 +460,7 @@ class Incoming:
         if split:
             if self._post_copy is None:
                 raise ProtocolError("SPLIT", split, "was not offered")
+            board.missing = self._post_copy
             self._post_copy.begin(self._parts.pop("missing"))
         assert self._config is not None
         restored = Restored(_States(self._parts), self._config, board.memory, None, None)
@@ -448,9 +474,14 @@ class Incoming:
             assert self._machine is not None
             assert self._machine._board is not None
             self._machine._board.acquire()  # or nothing changes
-        self.side = step.side
+        runs = self.side.phase.runs
+        with self._changed:
+            self.side = step.side
+            self._changed.notify_all()
         for action in step.actions:
-            if action is Action.DISCARD:
+            if action is Action.DISCARD and runs:
+                self._lose()
+            elif action is Action.DISCARD:
                 self._discard()
             elif action is Action.RESUME:
                 assert self._machine is not None
@@ -461,8 +492,18 @@ class Incoming:
         for message in step.send:
             if self._link is not None:
                 self._link.send(WORDS[message.word], extra=message.attempt)
+        if self.side.phase is Destination.FILLING:
+            os.eventfd_write(self._wake, 1)  # the last page may have come before the decision
+
+    def _lose(self) -> None:
+        """Pages of a machine that runs are nowhere: it ends here, and is its owner's to close."""
+        assert self._machine is not None
+        self._machine._ended(Outcome.HOST_FAILURE, _LOST)
+        self._parted = True
 
     def _state_of_affairs(self) -> str:
+        if self.side.phase is Destination.ABSENT:
+            return _LOST
         if self.side.phase is Destination.HOLDING:
             return (
                 "the machine is here, whole and paused; its source may run it, or wait: "

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from vm_memory import sharing
 from vm_memory.looking import data_ranges
 from vmm_reference.errors import HostError
+from vmm_reference.outcome import Outcome
 
 from . import handover
 from . import memory as pages
@@ -39,6 +40,8 @@ __all__ = ["Outgoing"]
 _PAGE = 4096
 # Rounds that bring nothing nearer end in the same way as a time limit does.
 _MOST_ROUNDS = 30
+_LAST_WORD = 0.5  # seconds
+_LOST = "the machine is lost: its newest pages were on the other side alone, which is dead"
 
 
 class _Cancelled(Exception):
@@ -147,12 +150,13 @@ class Outgoing:
             raise HostError("recovery", where, "there is nothing to recover")
         self.address = address or self.address
         try:
+            if self._split:  # first: the other VMM may stand still until a page comes
+                with suppress(LinkLost):  # or may need none any more
+                    self._serve_faults()
             self._link = self._links.enter_context(
                 connect(self.address, Role.CONTROL, self._options.tls)
             )
             self._link.send(Kind.MEET, extra=self.side.attempt)
-            if self._split:
-                self._serve_faults()
             self._event(Event.MET)
             return self._finish()
         except (LinkLost, ProtocolError) as error:
@@ -166,13 +170,15 @@ class Outgoing:
     def resolve(self) -> None:
         """Let the machine run on here: somebody states that the other side never will run it.
 
+        One that ran there already is lost then: it ends in `HOST_FAILURE`.
+
         Raises:
-            HostError: the other side has run it already, or it runs here, or a disk is taken.
+            HostError: it was lost, or it runs here, or a disk is taken.
         """
         if self.side.phase is Source.SERVING:
-            where = "the machine ran on the other side, and its newest pages are there alone"
-            hint = "recover it; if that side is dead, the machine is lost"
-            raise HostError("resolve", where, hint)
+            self._event(Event.RESOLVE)
+            self._machine._gone(Outcome.HOST_FAILURE, _LOST)
+            raise HostError("resolve", _LOST)
         if self.side.phase is not Source.COMMITTED:
             where = f"the machine is {self.side.phase.value}"
             raise HostError("resolve", where, "there is nothing to resolve")
@@ -314,10 +320,13 @@ class Outgoing:
         self._until(Source.SERVING if self._split else Source.DONE)
         self._mark("runs")
         if self.side.phase is Source.SERVING:
-            assert self._server is not None
+            if self._server is None:
+                raise LinkLost("migration link", "the one for pages can't be had")
             while not self._server.wait(0.5):
                 self._tell("filling", self._server.left, 0.0)
-            # Whether the link for faults was cut or done with, the control link tells.
+            if self._server.cut and self._link is not None:
+                # The machine may have ended there, and need no page more: the control link tells.
+                self._link.socket.settimeout(_LAST_WORD)
             self._until(Source.DONE)
         self._mark("end")
         with suppress(LinkLost):
@@ -325,7 +334,7 @@ class Outgoing:
                 self._link.send(Kind.BYE, extra=self.side.attempt)
         report = self._report()
         self._tell("done", 0, 0.0)
-        self._machine._gone(f"to {self.address}")
+        self._machine._gone(Outcome.MIGRATED, f"to {self.address}")
         return report
 
     def _until(self, phase: Source) -> None:

@@ -11,8 +11,10 @@ The VMM tells it over a socket, one JSON object a line, with descriptors beside 
     {"memory": [[guest, host, size], ...]}   and the userfaultfd
     {"missing": [[address, length], ...]}    in as many lines as it takes, then {"ready": true}
     {"link": true}                           and a connection that was greeted, not yet secured
+    {"listen": true}                         and the socket where connections arrive from now on
 
-and hears `{"lost": "why"}`, `{"refused": "why"}` of a link, and `{"filled": true}` in the end.
+and hears `{"lost": "why"}`, `{"refused": "why"}` of a link, `{"met": true}` with a connection that
+is for control, and `{"filled": true}` in the end.
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ import select
 import socket
 import ssl
 import sys
+import threading
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -33,8 +37,9 @@ from vm_memory import GuestAddress
 from vm_memory.errors import MappingError
 from vm_memory.userfault import PageFault, Removal, Userfault
 
+from .door import Door
 from .stream import LIMIT, PAGE, Ranges, batches, read_head, table, unpack
-from .wire import Kind, Link, LinkLost, ProtocolError, Role, Tls, secure
+from .wire import Kind, Link, LinkLost, ProtocolError, Role, Tls
 
 __all__ = ["Missing", "main"]
 
@@ -110,18 +115,26 @@ class _Pager:
     parent: socket.socket
     context: ssl.SSLContext | None
     attempt: int
+    door: Door = attrs.field(init=False)
+    lock: Any = attrs.field(factory=threading.Lock)
     userfault: Userfault | None = None
     missing: Missing | None = None
+    regions: list[tuple[GuestAddress, int]] = attrs.field(factory=list)
     ready: bool = False
     link: Link | None = None
     asked: set[int] = attrs.field(factory=set)
     buffer: bytes = b""
     fds: list[int] = attrs.field(factory=list)
 
+    def __attrs_post_init__(self) -> None:
+        self.door = Door(
+            self.context, self.attempt, lambda why: self.say(refused=why), self.pass_on
+        )
+
     def run(self) -> None:
         """Until all is there, or the VMM is gone."""
         while True:
-            waiting: list[Any] = [self.parent]
+            waiting: list[Any] = [self.parent, self.door]
             if self.userfault is not None:
                 waiting.append(self.userfault)
             if self.link is not None:
@@ -132,6 +145,8 @@ class _Pager:
                 ready = select.select(waiting, [], [])[0]
             if self.parent in ready and not self.hear():
                 return
+            if self.door in ready and (link := self.door.link()) is not None:
+                self.join(link)
             if self.userfault is not None and self.userfault in ready:
                 self.faults()
             if self.link is not None and self.link.socket in ready:
@@ -143,12 +158,24 @@ class _Pager:
     def finish(self) -> None:
         if self.link is not None:
             self.guarded(partial(self.link.send, Kind.DONE))
+        self.door.close()
         assert self.userfault is not None
+        for region in self.regions:
+            # What was never sent is zeros, from now on without anybody's help: a thread of the VMM
+            # that waits for such a page may keep it from closing its own descriptor.
+            self.userfault.unregister(*region)
         self.userfault.close()
         self.say(filled=True)
 
     def say(self, **words: object) -> None:
-        self.parent.sendall(json.dumps(words).encode() + b"\n")
+        with self.lock, suppress(OSError):  # `run` learns that the VMM is gone
+            self.parent.sendall(json.dumps(words).encode() + b"\n")
+
+    def pass_on(self, sock: socket.socket) -> None:
+        """Give the VMM a connection for control."""
+        with self.lock:
+            socket.send_fds(self.parent, [b'{"met": true}\n'], [sock.fileno()])
+        sock.close()
 
     def hear(self) -> bool:
         data, fds, _, _ = socket.recv_fds(self.parent, 1 << 16, 8)
@@ -165,8 +192,9 @@ class _Pager:
             rows = [(int(guest), int(host), int(size)) for guest, host, size in words["memory"]]
             self.userfault = Userfault.inherited(self.fds.pop(0), rows)
             self.missing = Missing([(guest, size) for guest, _, size in rows])
-            for guest, _, size in rows:  # who waited for a pager that died says so again
-                self.userfault.wake(GuestAddress(guest), size)
+            self.regions = [(GuestAddress(guest), size) for guest, _, size in rows]
+            for region in self.regions:  # who waited for a pager that died says so again
+                self.userfault.wake(*region)
         elif "missing" in words:
             assert self.missing is not None
             for address, length in words["missing"]:
@@ -175,20 +203,12 @@ class _Pager:
             self.ready = True
             self.guarded(self.announce)
         elif "link" in words:
-            self.join(socket.socket(fileno=self.fds.pop(0)))
+            self.door.hear(socket.socket(fileno=self.fds.pop(0)), Role.FAULTS)
+        elif "listen" in words:
+            self.door.listen(socket.socket(fileno=self.fds.pop(0)))
 
-    def join(self, sock: socket.socket) -> None:
-        """Take up a connection, if it is the source's."""
-        try:
-            sock.settimeout(10)
-            link = secure(sock, Role.FAULTS, self.context)
-            frame = link.receive(0)
-            if frame.kind is not Kind.JOIN or frame.extra != self.attempt:
-                raise ProtocolError("JOIN", frame.extra, "is not for this migration")
-        except (LinkLost, ProtocolError) as error:
-            sock.close()
-            self.say(refused=str(error))
-            return
+    def join(self, link: Link) -> None:
+        """Take up a link of the source's."""
         if self.link is not None:
             self.link.close()
         self.link = link

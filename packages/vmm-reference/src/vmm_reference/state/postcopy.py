@@ -20,33 +20,50 @@ from .stream import PAGE, Ranges, read_table
 from .wire import ProtocolError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from vm_memory import GuestMemory
 
-    from .wire import Tls
+    from .wire import Listener, Tls
 
 __all__ = ["PostCopy"]
 
 _PER_LINE = 1000
+_LONGEST = 1 << 16  # bytes of a line from the process
+_MOST_DEATHS = 8
 
 
 class PostCopy:
     """A process that supplies missing pages (`pager`), started early since that takes a while.
 
-    Should it die it is started anew: what it had supplied stays, and is not replaced.
+    Should it die it is started anew: what it had supplied stays, and is not replaced. While pages
+    are missing it accepts connections too: a thread of this process may stand still at a missing
+    page with the interpreter's lock in its hands, and the page come over a new link alone.
 
     Args:
         memory: of the machine.
         attempt: that links for faults must name.
+        listener: where connections arrive.
         tls: that they must prove.
         wake: an eventfd that is signalled when there is something to look at.
+        met: given a control link's connection that the process has accepted and greeted.
 
     Attributes:
         filled: whether all pages are there.
     """
 
-    def __init__(self, memory: GuestMemory, attempt: int, tls: Tls | None, wake: int) -> None:
+    def __init__(
+        self,
+        memory: GuestMemory,
+        attempt: int,
+        listener: Listener,
+        tls: Tls | None,
+        wake: int,
+        met: Callable[[socket.socket], None],
+    ) -> None:
         self.filled = False
-        self._memory, self._wake = memory, wake
+        self._memory, self._listener, self._met = memory, listener, met
+        self._wake = os.dup(wake)  # its owner may be gone first
         self._arguments = [str(attempt), tls.folder if tls is not None else ""]
         self._userfault: Userfault | None = None
         self._missing: Ranges = []
@@ -81,6 +98,7 @@ class PostCopy:
         userfault = Userfault(self._memory)
         for region in self._memory.regions:
             userfault.register(region.guest_address, region.size)
+        self._listener.lend()
         with self._lock:
             self._userfault, self._missing = userfault, ranges
             self._hand_over()
@@ -91,8 +109,18 @@ class PostCopy:
             words, self._words = self._words, []
         return words
 
+    def end(self) -> None:
+        """The machine has ended: nobody needs any more what is still missing."""
+        if not self._closed:
+            self.close()
+            self.filled = True
+            self._signal()
+
     def close(self) -> None:
-        """End the process; whoever waits for a page gets zeros. Idempotent."""
+        """End the process; whoever waits for a page gets zeros, and the memory is lost then.
+
+        Idempotent.
+        """
         with self._lock:
             if self._closed:
                 return
@@ -100,13 +128,20 @@ class PostCopy:
             with suppress(OSError):
                 self._socket.shutdown(socket.SHUT_RDWR)
         if self._userfault is not None:
+            if not self.filled:
+                for region in self._memory.regions:
+                    region.mapping.lose()
             self._userfault.close()
+        self._listener.take_back()
         if self.filled:
             for region in self._memory.regions:
                 region.mapping.overlaid = False
                 region.advise(Advice.HUGEPAGE)
         self._thread.join()
         self._socket.close()
+
+    def __del__(self) -> None:
+        os.close(self._wake)
 
     def _spawn(self) -> None:
         self._socket, child = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -131,6 +166,7 @@ class PostCopy:
         self._tell({"memory": rows}, self._userfault.fileno())
         for start in range(0, len(self._missing), _PER_LINE):
             self._tell({"missing": self._missing[start : start + _PER_LINE]})
+        self._tell({"listen": True}, self._listener.lend())
         self._tell({"ready": True})
 
     def _tell(self, words: dict[str, object], fd: int = -1) -> None:
@@ -144,24 +180,25 @@ class PostCopy:
 
     def _hear(self, process: subprocess.Popen[bytes], sock: socket.socket) -> None:
         buffer = b""
-        while data := _read(sock):
+        while True:
+            data, fds = _read(sock)
+            for fd in fds:
+                self._met(socket.socket(fileno=fd))
             *lines, buffer = (buffer + data).split(b"\n")
-            for line in lines:
-                words = json.loads(line)
-                with self._lock:
-                    self.filled = self.filled or "filled" in words
-                    self._words += [
-                        f"pages: {why}" for word, why in words.items() if why is not True
-                    ]
-                self._signal()
+            if not data or len(buffer) > _LONGEST or not all(map(self._understood, lines)):
+                break
         process.kill()
         process.wait()
         with self._lock:
             if self._closed or self.filled:
                 return
             self._deaths += 1
-            self._words.append("the process that supplies pages died, and was started anew")
             sock.close()
+            if self._deaths > _MOST_DEATHS:
+                self._words.append("pages: the process that supplies them does not stay alive")
+                self._signal()
+                return
+            self._words.append("the process that supplies pages died, and was started anew")
             try:
                 self._spawn()
                 if self._userfault is not None:
@@ -170,13 +207,26 @@ class PostCopy:
                 self._words.append(f"it could not be: {error}")
         self._signal()
 
+    def _understood(self, line: bytes) -> bool:
+        """Take one line of the process; whether it was one that it should say."""
+        try:
+            words = json.loads(line)
+            told = [str(why) for why in words.values() if why is not True]
+        except (ValueError, AttributeError, RecursionError):
+            return False
+        with self._lock:
+            self.filled = self.filled or words.get("filled") is True
+            self._words += [f"pages: {why}" for why in told]
+        self._signal()
+        return True
+
     def _signal(self) -> None:
         with suppress(OSError):
             os.eventfd_write(self._wake, 1)
 
 
-def _read(sock: socket.socket) -> bytes:
+def _read(sock: socket.socket) -> tuple[bytes, list[int]]:
     try:
-        return sock.recv(1 << 16)
+        return socket.recv_fds(sock, 1 << 16, 8)[:2]
     except OSError:
-        return b""
+        return b"", []

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import enum
 import os
+import select
 import socket
 import ssl
 import struct
+import threading
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import attrs
 
@@ -366,6 +368,8 @@ def connect(address: Address, role: Role, tls: Tls | None) -> Link:
 class Listener:
     """A socket that another VMM connects to.
 
+    One thread accepts; another process can do so in its place for a while (`lend`).
+
     Args:
         address: where; a Unix socket must not be there yet.
         tls: None takes whoever comes.
@@ -397,17 +401,55 @@ class Listener:
             raise HostError(
                 f"--incoming {address}", _reason(error), "name another address"
             ) from error
+        self._socket.setblocking(False)
         self.address = address
+        self._changed = threading.Condition()
+        self._lent = self._closed = False
+        self._idle = True  # nobody accepts here
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
 
     def accept(self) -> socket.socket | None:
         """The next connection, not yet greeted; None once this is closed."""
-        try:
-            return self._socket.accept()[0]
-        except OSError:
-            return None
+        while True:
+            with self._changed:
+                self._idle = True
+                self._changed.notify_all()
+                self._changed.wait_for(lambda: self._closed or not self._lent)
+                if self._closed:
+                    return None
+                self._idle = False
+            waiting: list[Any] = [self._socket, self._wake]
+            ready = select.select(waiting, [], [])[0]
+            if self._wake in ready:
+                os.eventfd_read(self._wake)
+                continue
+            with suppress(OSError):  # it is gone already
+                return self._socket.accept()[0]
+
+    def lend(self) -> int:
+        """The descriptor, for another process to accept; here nobody does when this returns."""
+        with self._changed:
+            self._lent = True
+            os.eventfd_write(self._wake, 1)
+            self._changed.wait_for(lambda: self._idle)
+        return self._socket.fileno()
+
+    def take_back(self) -> None:
+        """Accept here again. Idempotent."""
+        with self._changed:
+            self._lent = False
+            self._changed.notify_all()
 
     def close(self) -> None:
         """Take no more connections, and wake `accept`. Idempotent."""
+        with self._changed:
+            if self._closed:
+                return
+            self._closed = True
+            os.eventfd_write(self._wake, 1)
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._idle)
+        os.close(self._wake)
         with suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()

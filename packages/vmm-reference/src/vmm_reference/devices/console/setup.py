@@ -39,6 +39,15 @@ class Ports(DeviceConfig):
 
     ports: str = "pty"
 
+    def cloned(self, number: int) -> Ports:
+        """With files, links and sockets of its own; a terminal is one machine's."""
+        words = [
+            word if match is None or match[2] == "tty" or not match[3] else f"{word}-{number}"
+            for word in self.ports.split()
+            for match in [_PORT.fullmatch(word)]
+        ]
+        return attrs.evolve(self, ports=" ".join(words))
+
     def check(self, field: str) -> None:
         """Raise `ConfigError` unless each port can be."""
         super().check(field)

@@ -40,6 +40,7 @@ class Control:
 
     Args:
         mac: the address after a reset.
+        keeps_permanent: whether that stays so when a state is restored.
 
     Attributes:
         permanent: the address after a reset.
@@ -51,8 +52,9 @@ class Control:
         offloads: the `GUEST_` offloads a driver chose, or None for all that it negotiated.
     """
 
-    def __init__(self, mac: bytes) -> None:
+    def __init__(self, mac: bytes, *, keeps_permanent: bool = False) -> None:
         self.permanent = mac
+        self._keeps_permanent = keeps_permanent
         self.reset()
 
     def reset(self) -> None:
@@ -66,7 +68,9 @@ class Control:
 
     def restore(self, state: NetState) -> None:
         """Take up what was saved."""
-        self.permanent, self.mac, self.mode = state.permanent_mac, state.mac, state.mode
+        if not self._keeps_permanent:
+            self.permanent = state.permanent_mac
+        self.mac, self.mode = state.mac, state.mode
         self.unicast, self.multicast = list(state.unicast), list(state.multicast)
         self.vlans, self.offloads = set(state.vlans), state.offloads
 

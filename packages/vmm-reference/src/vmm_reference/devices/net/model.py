@@ -102,6 +102,8 @@ class Net:
     Args:
         link: the other end of the cable.
         mac: six bytes, of a unicast address.
+        keeps_mac: whether `mac` is the address after a reset even in a machine whose state had
+            another: a driver uses the one that it has read until it resets the device.
         mtu: what the guest is told, 68 to 65535, or None.
         pairs: queue pairs, 1 to the link's.
         kick: called with a queue's number when `process` should be called for it.
@@ -128,6 +130,7 @@ class Net:
         link: Link,
         mac: bytes,
         *,
+        keeps_mac: bool = False,
         mtu: int | None = None,
         pairs: int = 1,
         kick: Callable[[int], None] = lambda _: None,
@@ -155,7 +158,7 @@ class Net:
         )  # fmt: skip
         if self.device_features & GUEST_OFFLOADS:
             self.device_features |= F_CTRL_GUEST_OFFLOADS
-        self.control = Control(mac)
+        self.control = Control(mac, keeps_permanent=keeps_mac)
         self._link = link
         self._mtu = mtu or 0
         self._kick = kick

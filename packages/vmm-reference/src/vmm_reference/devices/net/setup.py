@@ -61,6 +61,18 @@ class Interface(DeviceConfig):
     tx_bandwidth: str = ""
     tx_ops: str = ""
 
+    def cloned(self, number: int) -> Interface:
+        """With an address, a tap or cable, and ports of the host of its own."""
+        ports = [port.partition(":") for port in self.ports.split()]
+        return attrs.evolve(
+            self,
+            mac=_counted_up(self.mac, number) if self.mac else _random_mac().hex(":"),
+            tap=self.tap and f"{self.tap}-{number}",
+            socket=self.socket and f"{self.socket}-{number}",
+            peer=self.peer and f"{self.peer}-{number}",
+            ports=" ".join(f"{int(h) + number + 1}:{g or h}" for h, _, g in ports),
+        )
+
     def check(self, field: str) -> None:
         """Raise `ConfigError` unless it is one kind of interface, and that whole."""
         super().check(field)
@@ -107,6 +119,18 @@ class Interface(DeviceConfig):
             raise ConfigError(f"{field}.mtu", mtu, rule)
         for name in ("rx_bandwidth", "rx_ops", "tx_bandwidth", "tx_ops"):
             parse_bucket(getattr(self, name), f"{field}.{name}")
+
+
+def _random_mac() -> bytes:
+    """Locally administered and unicast."""
+    return b"\x02" + os.urandom(5)
+
+
+def _counted_up(mac: str, number: int) -> str:
+    """The address so many after the next, of the same maker."""
+    value = int(mac.replace(":", ""), 16)
+    value = value & ~0xFFFFFF | (value + number + 1) & 0xFFFFFF
+    return value.to_bytes(6, "big").hex(":")
 
 
 class Controls:
@@ -167,14 +191,14 @@ def build(config: Interface, wiring: Wiring) -> Controls:
         ports = [argument for port in config.ports.split() for argument in ("-t", port)]
         link = Passt(wiring.loop, ports)
     wiring.on_close(link.close)
-    # Locally administered and unicast.
-    mac = bytes.fromhex(config.mac.replace(":", "")) or b"\x02" + os.urandom(5)
+    mac = bytes.fromhex(config.mac.replace(":", "")) or _random_mac()
     limited = config.rx_bandwidth or config.rx_ops or config.tx_bandwidth or config.tx_ops
     if config.tap and not limited:
         return _build_served(config, wiring, link, mac)
     net = Net(
         link,
         mac,
+        keeps_mac=bool(config.mac),
         mtu=config.mtu,
         pairs=config.queues,
         kick=lambda queue: slot.kick(queue),
@@ -208,8 +232,9 @@ def _build_served(config: Interface, wiring: Wiring, tap: Any, mac: bytes) -> Co
         servers.append((server, (2 * pair, 2 * pair + 1)))
     offload = Offload("vhost-net" if config.vhost else "the pump", servers)
     net = ServedNet(
-        tap, mac, offload, mtu=config.mtu, pairs=config.queues, kick=lambda queue: slot.kick(queue)
-    )
+        tap, mac, offload, keeps_mac=bool(config.mac), mtu=config.mtu, pairs=config.queues,
+        kick=lambda queue: slot.kick(queue),
+    )  # fmt: skip
     slot: VirtioSlot = wiring.virtio(net)
     offload.plug_in(slot, wiring)
     return Controls(net, slot, wiring)

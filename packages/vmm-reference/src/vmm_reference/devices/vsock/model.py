@@ -408,8 +408,11 @@ class Vsock:
         return VsockState(cid=self.cid, transport_reset=lost)
 
     def restore(self, state: VsockState) -> None:
-        """Take up the address; the guest is told that its connections are gone."""
-        self.cid, self._transport_reset = state.cid, state.transport_reset
+        """Tell the guest that its connections are gone; it then reads its address anew.
+
+        The address is not the state's: a copy of the machine has another.
+        """
+        self._transport_reset = state.transport_reset
 
     @staticmethod
     def _count(counters: dict[str, int], reason: str) -> None:

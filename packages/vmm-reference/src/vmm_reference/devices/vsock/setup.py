@@ -40,6 +40,11 @@ class Socket(DeviceConfig):
     cid: int = 3
     vhost: bool = False
 
+    def cloned(self, number: int) -> Socket:
+        """With a context identifier and a path of its own."""
+        path = self.path and f"{self.path}-{number}"
+        return attrs.evolve(self, cid=self.cid + number + 1, path=path)
+
     def check(self, field: str) -> None:
         """Raise `ConfigError` unless the path and the identifier can be."""
         super().check(field)
@@ -84,6 +89,9 @@ def _build_vhost(config: Socket, wiring: Wiring) -> Vsock:
 
     kernel = VhostVsock(wiring.memory, config.cid)
     wiring.on_close(kernel.close)
+    if not wiring.incoming:
+        kernel.acquire()
+    wiring.on_hand_over(kernel.release, kernel.acquire)
     offload = Offload("vhost-vsock", [(kernel, range(2))])
     vsock = ServedVsock(config.cid, offload)
     offload.plug_in(wiring.virtio(vsock), wiring)

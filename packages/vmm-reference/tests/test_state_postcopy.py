@@ -1,0 +1,257 @@
+"""Machines that run before their memory is there: deaths, cuts, and a page process that errs."""
+
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import pytest
+
+from vmm_reference.config import MachineConfig
+from vmm_reference.errors import HostError
+from vmm_reference.machine import Machine
+from vmm_reference.outcome import Outcome
+from vmm_reference.state import postcopy
+from vmm_reference.state.handover import Destination, Source
+from vmm_reference.state.incoming import Incoming
+from vmm_reference.state.moving import MigrationError
+from vmm_reference.state.testing import PIECES
+from vmm_reference.state.wire import Kind, Link, LinkLost
+
+pytestmark = pytest.mark.kvm
+
+# A side in a process of its own, which dies instead of sending the frame of a number on links of a
+# role; the destination can read all memory first, on a thread that holds the interpreter's lock.
+SIDE = """
+import hashlib, os, signal, sys, threading
+from vmm_reference import Machine, MachineConfig
+from vmm_reference.state.incoming import Incoming
+from vmm_reference.state.wire import Link
+what, kernel, address, link_role, number = *sys.argv[1:4], int(sys.argv[4]), int(sys.argv[5])
+real, count = Link.send_parts, 0
+def send(link, kind, *rest, **named):
+    global count
+    if link.role == link_role:
+        count += 1
+        if count > number:
+            os.kill(os.getpid(), signal.SIGKILL)
+    real(link, kind, *rest, **named)
+Link.send_parts = send
+if what == "source":
+    with Machine(MachineConfig(kernel=kernel, memory="32M", on_reset="exit")) as machine:
+        machine.migrate(address, post_copy=0)
+else:
+    incoming = Incoming(address)
+    print(incoming.address, flush=True)
+    with incoming.receive() as machine:
+        if what == "reader":
+            read = b"".join(bytes(region.buffer) for region in machine._board.memory.regions)
+            print("read", len(read), flush=True)
+        machine.console.send("g" * int(os.environ["PIECES"]))
+        print(machine.wait().value, flush=True)
+        incoming.close()
+"""
+CONTROL, FAULTS = 0, 2
+
+
+def side(*arguments: object) -> list[str]:
+    """The command of a side."""
+    return [sys.executable, "-c", SIDE, *map(str, arguments)]
+
+
+@pytest.fixture(autouse=True)
+def pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIECES", str(PIECES))
+
+
+def settled(incoming: Incoming) -> Destination:
+    """Where a destination stands once it has noticed that its source is gone."""
+    passing = (Destination.RECEIVING,)
+    for _ in range(1200):
+        phase = incoming.side.phase
+        if phase not in passing and incoming._link is None:
+            break
+        time.sleep(0.05)
+    assert isinstance(incoming.side.phase, Destination)
+    return incoming.side.phase
+
+
+@pytest.mark.parametrize(
+    ("role", "numbers"), [(CONTROL, range(0, 100, 2)), (CONTROL, range(1, 100, 2)),
+                          (FAULTS, (1, 2, 9, 40))],
+)  # fmt: skip
+def test_the_death_of_the_source_at_each_step(
+    config: Callable[..., MachineConfig], role: int, numbers: range
+) -> None:
+    """A machine that lacks pages is lost, and ends in an outcome that says so."""
+    lost, kernel = 0, config().kernel
+    for number in numbers:
+        with ExitStack() as stack:
+            incoming = stack.enter_context(Incoming("tcp:127.0.0.1:0"))
+            command = side("source", kernel, incoming.address, role, number)
+            done = subprocess.run(command, timeout=60, check=False)
+            if done.returncode == 0:
+                incoming.receive(30).close()
+                break
+            phase = settled(incoming)
+            if phase is Destination.SPLIT:
+                with pytest.raises(HostError, match="lost"):
+                    incoming.resolve()
+                assert settled(incoming) is Destination.ABSENT
+            elif phase is Destination.FILLING:
+                there = stack.enter_context(incoming.receive(30))
+                there.console.send("g" * PIECES)
+                with pytest.raises(HostError, match="lost"):
+                    incoming.resolve()
+                assert there.wait(30) is Outcome.HOST_FAILURE
+                assert "pages were at its source alone" in there.detail
+                board = there._board
+                assert board is not None
+                assert board.memory.lost_regions
+                lost += 1
+            elif phase is Destination.OWNING:
+                there = stack.enter_context(incoming.receive(30))
+                there.console.send("g" * PIECES)
+                assert there.wait(60) is Outcome.POWER_OFF
+            else:
+                assert phase is Destination.ABSENT
+    assert lost or role == CONTROL
+
+
+def test_the_death_of_the_destination_at_each_step(config: Callable[..., MachineConfig]) -> None:
+    """Before the decision the machine runs on here; once it ran there, it is lost, and says so."""
+    lost = ran_on = 0
+    for role, numbers in ((CONTROL, range(100)), (FAULTS, range(3))):
+        for number in numbers:
+            command = side("destination", "-", "tcp:127.0.0.1:0", role, number)
+            with (
+                subprocess.Popen(command, stdout=subprocess.PIPE) as process,
+                Machine(config()) as machine,
+            ):
+                assert process.stdout is not None
+                address = process.stdout.readline().decode().strip()
+                try:
+                    machine.migrate(address, post_copy=0)
+                except MigrationError as cut:
+                    if not cut.runs:
+                        with pytest.raises(MigrationError):
+                            machine.recover()
+                    assert machine._outgoing is not None
+                    if machine._outgoing.side.phase is Source.SERVING:
+                        with pytest.raises(HostError, match="lost"):
+                            machine.resolve()
+                        assert machine.wait(30) is Outcome.HOST_FAILURE
+                        assert "newest pages were on the other side" in machine.detail
+                        lost += 1
+                        continue
+                    if not cut.runs:
+                        machine.resolve()
+                    machine.console.send("g" * PIECES)
+                    assert machine.wait(60) is Outcome.POWER_OFF
+                    ran_on += 1
+                else:
+                    process.kill()
+                    break
+    assert lost
+    assert ran_on
+
+
+@contextmanager
+def cut_at_first(kind: Kind) -> Iterator[None]:
+    """Break the link at the first frame of a kind."""
+    real, cut = Link.send_parts, threading.Event()
+
+    def send(link: Link, sent: Kind, *rest: Any, **named: Any) -> None:
+        if sent is kind and not cut.is_set():
+            cut.set()
+            link.close()
+            raise LinkLost("migration link", "cut")
+        real(link, sent, *rest, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Link, "send_parts", send)
+        yield
+
+
+def test_a_vmm_that_stands_still_at_a_missing_page_is_recovered(
+    config: Callable[..., MachineConfig],
+) -> None:
+    """Its thread waits for the page with the interpreter's lock: it can't even accept the link."""
+    command = side("reader", "-", "tcp:127.0.0.1:0", CONTROL, 1000)
+    with (
+        subprocess.Popen(command, stdout=subprocess.PIPE) as process,
+        Machine(config()) as machine,
+    ):
+        assert process.stdout is not None
+        address = process.stdout.readline().decode().strip()
+        with cut_at_first(Kind.DATA), pytest.raises(MigrationError) as told:
+            machine.migrate(address, post_copy=0)
+        assert not told.value.runs
+        report = machine.recover()
+        assert report.post_copy > 0
+        assert machine.outcome is Outcome.MIGRATED
+        assert process.stdout.readline() == b"read %d\n" % (32 << 20)
+        assert process.stdout.readline() == b"power-off\n"
+        assert process.wait(60) == 0
+
+
+def test_a_machine_that_waits_for_a_page_can_be_stopped(
+    config: Callable[..., MachineConfig],
+) -> None:
+    """Its vCPU stands still in the kernel, where no signal reaches it."""
+    with Machine(config()) as machine, Incoming("tcp:127.0.0.1:0") as incoming:
+        with cut_at_first(Kind.DATA), pytest.raises(MigrationError):
+            machine.migrate(incoming.address, post_copy=0)
+        with incoming.receive(30) as there:
+            there.console.send("g" * PIECES)
+            time.sleep(0.1)
+            there.stop()
+            assert there.wait(30) is Outcome.STOPPED
+        machine.recover()  # nobody there needs the pages any more
+        assert machine.outcome is Outcome.MIGRATED
+
+
+NONSENSE = {
+    "no JSON": "print('{', flush=True); time.sleep(100)",
+    "another JSON": "print('[1]', flush=True); time.sleep(100)",
+    "no end of line": "sys.stdout.write('x' * 200000); sys.stdout.flush(); time.sleep(100)",
+    "deep JSON": "print('[' * 60000, flush=True); time.sleep(100)",
+    "dead": "sys.exit(1)",
+}
+
+
+@pytest.mark.parametrize("way", NONSENSE)
+def test_a_page_process_that_talks_nonsense_harms_nobody(
+    config: Callable[..., MachineConfig], way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is ended and started anew, a few times; then the machine stays where it was."""
+    program = "import os, sys, time; os.dup2(int(sys.argv[3]), 1); " + NONSENSE[way]
+    real, started = subprocess.Popen, []
+
+    def popen(command: list[str], **named: Any) -> subprocess.Popen[bytes]:
+        process = real([sys.executable, "-c", program, *command[1:]], **named)
+        started.append(process)
+        return process
+
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    with Machine(config()) as machine, Incoming("tcp:127.0.0.1:0") as incoming:
+        # How far it comes is luck; that it is whole in one place, or lost and said so, is not.
+        with pytest.raises(MigrationError) as told:
+            machine.migrate(incoming.address, post_copy=0)
+        for _ in range(1200):
+            if len(started) > postcopy._MOST_DEATHS or incoming.side.phase is Destination.ABSENT:
+                break
+            time.sleep(0.05)
+        if told.value.runs:
+            machine.console.send("g" * PIECES)
+            assert machine.wait(60) is Outcome.POWER_OFF
+        else:
+            there = incoming.receive(30)
+            there.stop()
+            there.close()
+    assert len(started) <= postcopy._MOST_DEATHS + 1
+    for process in started:
+        process.wait(60)
