@@ -14,7 +14,10 @@ from hypothesis import strategies as st
 
 from kvm_ioctls import ArgumentError, DebugRegs, Kvm, KvmError, Regs, exits
 from kvm_ioctls.constants import (
+    GUEST_MEMFD_FLAG_INIT_SHARED,
+    GUEST_MEMFD_FLAG_MMAP,
     KVM_CAP_EXIT_ON_EMULATION_FAILURE,
+    KVM_CAP_GUEST_MEMFD_FLAGS,
     KVM_CAP_X86_USER_SPACE_MSR,
     KVM_MSR_EXIT_REASON_FILTER,
     KVM_MSR_EXIT_REASON_UNKNOWN,
@@ -29,6 +32,7 @@ from kvm_ioctls.vm.guests import MsrFilterRange
 
 pytestmark = pytest.mark.kvm
 
+PAGE = 4096
 U64 = st.integers(0, (1 << 64) - 1)
 REGS = st.builds(
     Regs,
@@ -281,6 +285,29 @@ def test_guest_memfd_bound_to_a_slot() -> None:
         for size in (0, 100):
             with pytest.raises(KvmError, match="multiple of the page size"):
                 vm.create_guest_memfd(size)
+
+
+def test_a_guest_runs_on_guest_memfd_until_it_is_gone() -> None:
+    """What user space wrote to the file is what the guest reads; without the file it faults."""
+    source = "mov $0x200000, %ebx; 1: movb (%rbx), %al; out %al, $0x10; jmp 1b"
+    flags = GUEST_MEMFD_FLAG_MMAP | GUEST_MEMFD_FLAG_INIT_SHARED
+    # At CPL 3, because a KVM that emulates ring 0 reads the slot's other half.
+    with Guest(source, Mode.LONG, cpl=3) as guest:
+        if guest.vm.check_extension(KVM_CAP_GUEST_MEMFD_FLAGS) & flags != flags:
+            pytest.skip("this kernel's guest_memfd is for private memory alone")
+        file = guest.vm.create_guest_memfd(PAGE, flags)
+        inside, other = mmap.mmap(file.fileno(), PAGE), mmap.mmap(-1, PAGE)
+        inside[0] = 41
+        guest.vm.set_user_memory_region2(
+            slot=3, guest_phys_addr=0x200000, memory=other, guest_memfd=file
+        )
+        assert guest.run() == exits.IoOut(0x10, 1, 1, b"\x29")
+        inside[0] = 42
+        assert guest.run() == exits.IoOut(0x10, 1, 1, b"\x2a")
+        inside.close()
+        file.close()
+        for _ in range(2):
+            assert guest.run() == exits.MemoryFault(0, 0x200000, PAGE)
 
 
 def test_statistics() -> None:
