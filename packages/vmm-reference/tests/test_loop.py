@@ -53,6 +53,37 @@ def test_calls_from_many_threads_all_run_in_each_threads_order(loop: Loop) -> No
     assert len(threads_seen) == 1
 
 
+def test_a_descriptor_that_takes_a_number_over_is_not_told_of_the_old_ones_events(
+    loop: Loop, failures: list[BaseException]
+) -> None:
+    """Two are ready at once, and the first to be served puts others in the place of both."""
+    fds = [os.eventfd(1, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in range(2)]
+    seen: list[int] = []
+
+    def read(fd: int, _events: int) -> None:
+        seen.append(os.eventfd_read(fd))
+
+    def replace(_events: int) -> None:
+        for fd in fds:
+            loop.remove(fd)
+            os.close(fd)
+        again = [os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in range(2)]
+        assert sorted(again) == sorted(fds)
+        for fd in again:
+            loop.add(fd, READ, partial(read, fd))
+
+    for fd in fds:
+        loop.add(fd, READ, replace)
+    loop.turn(1)
+    assert (failures, seen) == ([], [])
+    os.eventfd_write(fds[0], 7)
+    loop.turn(1)
+    assert (failures, seen) == ([], [7])
+    loop.stop()
+    for fd in fds:
+        os.close(fd)
+
+
 def test_a_descriptor_is_served_until_it_is_removed(loop: Loop) -> None:
     """A ready eventfd calls back; after remove it does not."""
     fd = os.eventfd(0, os.EFD_CLOEXEC)

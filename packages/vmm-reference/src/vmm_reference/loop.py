@@ -36,6 +36,7 @@ class Loop:
         self._epoll = select.epoll()
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._callbacks: dict[int, Callable[[int], None]] = {}
+        self._added: set[int] = set()  # in this turn
         self._soon: list[Callable[[], None]] = []
         self._timers: list[tuple[float, Callable[[], None]]] = []
         # Re-entrant: a signal handler may call `call_soon` while its own thread does so.
@@ -138,6 +139,7 @@ class Loop:
     def add(self, fd: int, events: int, callback: Callable[[int], None]) -> None:
         """Call `callback(events)` whenever `fd` is ready. Before `start`, or from the loop."""
         self._callbacks[fd] = callback
+        self._added.add(fd)
         self._epoll.register(fd, events)
 
     def modify(self, fd: int, events: int) -> None:
@@ -157,9 +159,12 @@ class Loop:
         timeout = self._timeout()
         if timeout is None or (seconds is not None and seconds < timeout):
             timeout = seconds
+        self._added.clear()
         for fd, events in self._epoll.poll(timeout):
             if fd == self._wake:
                 self._run_soon()
+            elif fd in self._added:  # another descriptor had the number; this one is told next time
+                continue
             elif callback := self._callbacks.get(fd):
                 self._call(callback, events)
         self._run_timers()
