@@ -42,10 +42,10 @@ RUNS = [
     pytest.param("entropy", ENTROPY, 1, 64, "mmio", id="entropy"),
     pytest.param("block", PCI, 1, 64, "pci", id="block-pci"),
     *(
-        pytest.param("block", MORE[at : at + 12], 24, 1500, "mmio", id=f"block-{at}", marks=SOAK)
+        pytest.param("block", MORE[at : at + 12], 2, 2000, "mmio", id=f"block-{at}", marks=SOAK)
         for at in range(0, len(MORE), 12)
     ),
-    pytest.param("block", LONG, 1030, 1 << 16, "mmio", id="block-long", marks=SOAK),
+    pytest.param("block", LONG, 65, 1 << 16, "mmio", id="block-long", marks=SOAK),
 ]
 
 

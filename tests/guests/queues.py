@@ -33,8 +33,7 @@ if TYPE_CHECKING:
 
 PATIENCE = 200.0
 TRANSPORT = sys.argv[6]
-PAGES = 32  # of a disk that are copied in a round, two requests each
-AT_ONCE = 20  # rounds by one command, so that none outlasts patience
+PAGES, MANY = 32, 512  # of a disk that are copied in a round, two requests each
 BLOCKS = 70  # of entropy that are read in a round, one by one
 SEG_MAX = slice(12, 16)  # of the configuration space, virtio 1.3 section 5.2.4
 RING = F_INDIRECT_DESC | F_EVENT_IDX | F_RING_PACKED
@@ -202,8 +201,9 @@ def block(
     kernel: str, initrd: str, folder: Path, rounds: int, wishes: list[Wish]
 ) -> list[dict[str, Any]]:
     """Each disk's first half is copied onto its second by several processes at once."""
+    pages = PAGES if rounds == 1 else MANY
     images = [folder / f"queue-{number}.img" for number in range(len(wishes))]
-    halves = [random.Random(number).randbytes(PAGES << 12) for number in range(len(wishes))]
+    halves = [random.Random(number).randbytes(pages << 12) for number in range(len(wishes))]
     for image, half in zip(images, halves, strict=True):
         image.write_bytes(half + bytes(len(half)))
 
@@ -216,20 +216,19 @@ def block(
             disk = f"/dev/vd{chr(ord('a') + number)}"
             # Four processes page by page, then all in large pieces through the page cache.
             piece = 4096
-            if rounds > 1:  # many requests by one call: each page is one still
-                piece = PAGES // 4 << 12
+            if rounds > 1:  # eight requests by one call: each page is one still
+                piece = 32768
                 limits = f"/sys/block/{Path(disk).name}/queue"
                 guest.tell(f"echo 4 >{limits}/max_sectors_kb; echo 2 >{limits}/nomerges")
-            part = (PAGES << 12) // piece // 4
-            for begun in range(0, rounds, AT_ONCE):
+            part = (pages << 12) // piece // 4
+            for _ in range(rounds):
                 guest.tell(
-                    f"for round in $(seq {min(AT_ONCE, rounds - begun)}); do "
                     f"for part in 0 1 2 3; do dd if={disk} of={disk} bs={piece} count={part} "
-                    f"skip=$((part * {part})) seek=$((({PAGES} << 12) / {piece} + part * {part})) "
-                    "iflag=direct oflag=direct conv=notrunc 2>/dev/null & done; wait; done"
+                    f"skip=$((part * {part})) seek=$((({pages} << 12) / {piece} + part * {part})) "
+                    "iflag=direct oflag=direct conv=notrunc 2>/dev/null & done; wait"
                 )
             guest.tell(
-                f"echo 3 >/proc/sys/vm/drop_caches; dd if={disk} of={disk} bs={PAGES // 4 << 12} "
+                f"echo 3 >/proc/sys/vm/drop_caches; dd if={disk} of={disk} bs={pages // 4 << 12} "
                 "count=2 seek=4 conv=notrunc,fsync 2>/dev/null"
             )
         found = guest.findings(wishes, guest.devices[1:])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import select
 import socket
+import struct
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
@@ -154,6 +155,75 @@ def test_a_short_frame_of_the_host_is_dropped(bench: Bench) -> None:
     (used,) = bench.reap(RX, 1)
     assert used.length == 26
     assert bench.pump.counters["dropped_short"] == 1
+
+
+def lead(flags: int = 0, gso: int = 0, size: int = 0, start: int = 0, offset: int = 0) -> bytes:
+    """A header of the driver's (5.1.6): what it wants done with a frame."""
+    return struct.pack("<BBHHHHH", flags, gso, 0, size, start, offset, 0)
+
+
+CSUM, TSO4, TSO6, ECN, UFO = (1 << bit for bit in (0, 11, 12, 13, 14))
+
+
+@pytest.mark.parametrize(
+    ("features", "frame", "counter"),
+    [
+        (0, bytes(5), "dropped_no_header"),
+        (0, LEAD + bytes(13), "dropped_short"),
+        (0, LEAD + bytes(1 << 17), "dropped_long"),
+        (0, lead(flags=1, start=14, offset=6) + bytes(60), "dropped_offload"),
+        (CSUM, lead(flags=1, start=50, offset=9) + bytes(60), "dropped_header"),
+        (CSUM, lead(flags=1, start=0xFFFF, offset=0xFFFF) + bytes(60), "dropped_header"),
+        (CSUM | TSO4, lead(1, 1, 0, 14, 6) + bytes(60), "dropped_header"),
+        (CSUM | TSO4, lead(0, 1, 40, 14, 6) + bytes(60), "dropped_header"),
+        (CSUM | TSO4, lead(1, 2, 40, 14, 6) + bytes(60), "dropped_header"),
+        (CSUM | TSO4, lead(1, 4, 40, 14, 6) + bytes(60), "dropped_offload"),
+        (CSUM | TSO6, lead(1, 1, 40, 14, 6) + bytes(60), "dropped_offload"),
+        (CSUM | TSO4, lead(1, 3, 40, 14, 6) + bytes(60), "dropped_offload"),
+        (CSUM | TSO4, lead(1, 0x81, 40, 14, 6) + bytes(60), "dropped_offload"),
+        (CSUM | ECN, lead(0, 0x80) + bytes(60), "dropped_offload"),
+    ],
+)
+def test_what_a_driver_may_not_ask_is_dropped(
+    bench: Bench, features: int, frame: bytes, counter: str
+) -> None:
+    """By the header's lies, the frame's length and what was negotiated; the next one goes out."""
+    bench.start(features)
+    bench.transmit(frame)
+    bench.transmit(LEAD, b"f" * 60)
+    assert bench.wire.recv(1 << 18) == LEAD + b"f" * 60
+    bench.reap(TX, 2)
+    dropped = {name: n for name, n in bench.pump.counters.items() if "dropped" in name and n}
+    assert dropped == {counter: 1}
+
+
+@pytest.mark.parametrize(
+    ("features", "header"),
+    [
+        (CSUM, lead(flags=1, start=50, offset=8)),
+        (CSUM | TSO4 | ECN, lead(1, 0x81, 40, 14, 6)),
+        (CSUM | TSO6, lead(1, 4, 40, 14, 6)),
+        (CSUM | UFO, lead(1, 3, 40, 14, 6)),
+    ],
+)
+def test_what_was_negotiated_goes_out(bench: Bench, features: int, header: bytes) -> None:
+    """With the header that the driver wrote."""
+    bench.start(features)
+    bench.transmit(header, b"f" * 60)
+    assert bench.wire.recv(1 << 16) == header + b"f" * 60
+
+
+def test_a_frame_that_no_buffer_holds_is_dropped(bench: Bench) -> None:
+    """Without MRG_RXBUF a frame is one buffer's; one that is too long is lost, and counted."""
+    bench.start(0)
+    bench.post(100, 100)
+    bench.wire.send(LEAD + b"a" * 200)
+    bench.wire.send(LEAD + b"b" * 20)
+    while not bench.pump.counters["received_frames"]:
+        select.select([], [], [], 0.001)
+    used = bench.reap(RX, 1)
+    assert used[-1].data[12:] == b"b" * 20
+    assert bench.pump.counters["dropped_no_room"] == 1
 
 
 def test_a_frame_of_more_pieces_than_the_host_takes() -> None:
