@@ -40,7 +40,8 @@ VMM = str(ENV / "bin" / "vmm")
 SYSTEM = {
     "gcc": "gcc libc6-dev", "as": "binutils", "qemu-system-x86_64": "qemu-system-x86",
     "iasl": "acpica-tools", "dtc": "device-tree-compiler", "mkfs.ext4": "e2fsprogs",
-    "cpio": "cpio", "depmod": "kmod", "ip": "iproute2", "passt": "passt",
+    "cpio": "cpio", "depmod": "kmod", "ip": "iproute2", "passt": "passt", "fio": "fio",
+    "iperf3": "iperf3",
     "aarch64-linux-gnu-gcc": "gcc-aarch64-linux-gnu libc6-dev-arm64-cross",
     "riscv64-linux-gnu-gcc": "gcc-riscv64-linux-gnu libc6-dev-riscv64-cross",
 }  # fmt: skip
@@ -188,7 +189,7 @@ def doctest(session: nox.Session) -> None:
 def whole(session: nox.Session) -> None:
     """What only the whole can show: boots, the lab, the two commands: `-- PYTEST ARGUMENTS`."""
     environment(session)
-    system(session, "qemu-system-x86_64", "iasl", "mkfs.ext4",
+    system(session, "qemu-system-x86_64", "iasl", "mkfs.ext4", "fio",
            "aarch64-linux-gnu-gcc", "riscv64-linux-gnu-gcc")  # fmt: skip
     if subprocess.run([PYTHON, "-c", "import ziglang"], capture_output=True).returncode:
         pip(session, *GROUPS["headers"])
@@ -222,7 +223,7 @@ def docs(session: nox.Session) -> None:
 def bench(session: nox.Session) -> None:
     """Measure against the floor and a peer: `-- SUITE [--json FILE] [--peer NAME=PATH]`."""
     environment(session)
-    system(session, "gcc", "qemu-system-x86_64")
+    system(session, "gcc", "qemu-system-x86_64", "mkfs.ext4", "cpio", "fio", "iperf3", "ip")
     session.run(PYTHON, "-m", "benchmarks", *session.posargs, external=True)
 
 

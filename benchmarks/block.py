@@ -3,6 +3,9 @@
 The driver is a C program on shared memory that polls for used buffers and kicks when it is asked
 to; the floor is the same reads by a bare loop around pread, or io_uring. The file is in the host's
 page cache, so what is measured is what each request costs beside the copy. Operations a second.
+
+Then fio in Linux guests of ours and of QEMU, in turn, on images of the same content: operations a
+second, and what one costs the host in all, guest included.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Literal
 
+from benchmarks._guests import Job, compare, ours, program_files, qemu
 from benchmarks.harness import CACHE, Bench, Goal, Measure, Row
 from virtio_queue import BlockPump, Queue
 from virtio_queue.constants import F_EVENT_IDX
@@ -32,6 +36,11 @@ LOADS = (
     ("4 KiB random, depth 32", 4 * KIB, 32, 400_000, 0.7),
     ("1 MiB sequential, depth 1", MIB, 1, 3000, 0.95),
     ("1 MiB sequential, depth 32", MIB, 32, 3000, 0.95),
+)
+GUEST_SECONDS = 3
+GUEST_LOADS = (
+    ("4 KiB random, depth 32", "--rw=randread --bs=4k --iodepth=32", 4),
+    ("1 MiB sequential, depth 4", "--rw=read --bs=1m --iodepth=4", 1024),
 )
 ENGINES: tuple[Literal["sync", "io_uring"], ...] = ("sync", "io_uring")
 
@@ -52,6 +61,54 @@ def rows(bench: Bench) -> Iterator[Row]:
                     floor=_floor(program, engine, file.name, load),
                     goal=() if share is None else Goal.floor_rate(share),
                 )  # fmt: skip
+    yield from _in_guests(bench)
+
+
+def _in_guests(bench: Bench) -> Iterator[Row]:
+    """A disk of ours and one of QEMU's under fio."""
+    from vmm_reference.image import debian_kernel
+    from vmm_reference.image.disk import build_disk
+    from vmm_reference.image.initramfs import guest_initramfs
+
+    kernel = debian_kernel("cloud")
+    tools = build_disk(None, size=192 << 20, files=program_files("fio"))
+    ready = "mkdir -p /fio && mount -o ro /dev/vda /fio"
+    drive, device = "-drive if=none,format=raw", "-device virtio-blk-pci,romfile="
+    options = f"{drive},file=tools2.img,id=t,readonly=on {device},drive=t "
+    options += f"{drive},file=qemu.img,id=d {device},drive=d"
+    yield from compare(
+        bench,
+        [
+            (
+                ours("--drive tools.img,ro --drive ours.img", ready=ready),
+                qemu(bench, options, ready=ready),
+            )
+        ],
+        [_fio(*load) for load in GUEST_LOADS],
+        setup=f"cp {kernel.vmlinuz} vmlinuz; cp {guest_initramfs(kernel)} initrd; "
+        f"cp --sparse=always {tools} tools.img; cp --sparse=always tools.img tools2.img; "
+        f"head -c {FILE_SIZE} /dev/urandom >ours.img; cp ours.img qemu.img",
+    )
+
+
+def _fio(name: str, options: str, kib: int) -> Job:
+    """A job of fio for a while; its terse output has KiB and operations a second of the reads."""
+    command = (
+        "/fio/lib/ld-linux-x86-64.so.2 --library-path /fio/lib /fio/fio --thread --name=job "
+        "--output-format=terse --filename=/dev/vdb --direct=1 --ioengine=libaio --time_based "
+        f"--runtime={GUEST_SECONDS} {options}"
+    )
+
+    def fields(printed: str) -> list[str]:
+        return next(line for line in printed.splitlines() if line.startswith("3;")).split(";")
+
+    return Job(
+        f"guest: {name}",
+        command,
+        operations=lambda printed: int(fields(printed)[5]) / kib,
+        unit="op/s",
+        rate=lambda printed, _seconds: float(fields(printed)[7]),
+    )
 
 
 def _figure(*command: str | Path, fds: tuple[int, ...] = ()) -> float:

@@ -1,0 +1,106 @@
+"""Jobs in running guests of several VMMs, one at a time: `alternate.py SPECIFICATION`.
+
+The specification is a JSON object:
+
+    setup    shell text, run first in the folder where all of this happens
+    vmms     command of each VMM by its name; its console is on the standard streams
+    ready    shell text for the guest of each, once it has a shell
+    jobs     shell text by name; what it prints is the result
+    rounds   how often each job is run in each guest
+
+Only the guest whose turn it is runs; the processes of the others are stopped. Prints a JSON object
+a line for each run: vmm, job, round, seconds, the CPU seconds of the VMM's process with its guest,
+and what the job printed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+PATIENCE = 240.0
+TICK = os.sysconf("SC_CLK_TCK")
+
+
+class Guest:
+    """A VMM whose guest has a shell on its console."""
+
+    def __init__(self, command: str) -> None:
+        self.process = subprocess.Popen(
+            ["/bin/sh", "-c", f"exec {command}"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        self.text = ""
+
+    def send(self, text: str) -> None:
+        """Type at the console."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(text.encode())
+        self.process.stdin.flush()
+
+    def expect(self, pattern: str) -> re.Match[str]:
+        """Wait for a pattern; what is before it is gone then."""
+        assert self.process.stdout is not None
+        fd = self.process.stdout.fileno()
+        deadline = time.monotonic() + PATIENCE
+        while not (match := re.search(pattern, self.text)):
+            ready, _, _ = select.select([fd], [], [], max(deadline - time.monotonic(), 0))
+            data = os.read(fd, 1 << 16) if ready else b""
+            if not data:
+                raise RuntimeError(f"{pattern!r} does not come: {self.text[-1000:]!r}")
+            self.text += data.decode(errors="replace").replace("\r", "")
+        self.text = self.text[match.end() :]
+        return match
+
+    def tell(self, command: str) -> str:
+        """Run a command; it has to succeed. Returns what it printed."""
+        self.send(f"{command}\necho end-$?-end\n")
+        match = self.expect(r"(?s)(.*?)end-(\d+)-end\n")
+        if match[2] != "0":
+            raise RuntimeError(f"{command!r} exits with {match[2]}: {match[1][-1000:]}")
+        return match[1]
+
+    def cpu(self) -> float:
+        """Seconds of all the process's threads, in the host and in the guest."""
+        words = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(words[11]) + int(words[12])) / TICK
+
+
+def main() -> None:
+    """See the module."""
+    wanted = json.loads(sys.argv[1])
+    os.chdir(tempfile.mkdtemp(dir="/dev/shm"))
+    subprocess.run(["/bin/sh", "-ec", wanted["setup"]], check=True, stdout=sys.stderr)
+    guests = {}
+    for name, command in wanted["vmms"].items():
+        guest = guests[name] = Guest(command)
+        guest.expect(r"guest:\S*# ")
+        guest.send("stty -echo; PS1=\n")
+        guest.tell("true")
+        guest.tell(wanted["ready"][name])
+        guest.process.send_signal(signal.SIGSTOP)
+    for turn in range(wanted["rounds"]):
+        for job, command in wanted["jobs"].items():
+            for name, guest in guests.items():
+                guest.process.send_signal(signal.SIGCONT)
+                before, start = guest.cpu(), time.monotonic()
+                printed = guest.tell(command)
+                seconds, spent = time.monotonic() - start, guest.cpu() - before
+                guest.process.send_signal(signal.SIGSTOP)
+                print(json.dumps({"vmm": name, "job": job, "round": turn, "seconds": seconds,
+                                  "cpu": spent, "printed": printed}), flush=True)  # fmt: skip
+    for guest in guests.values():
+        guest.process.kill()
+        guest.process.wait()
+
+
+if __name__ == "__main__":
+    main()
