@@ -36,10 +36,9 @@ class Host:
         assert self._machine is not None
         return self._machine
 
-    def run(self, disk: str, devices: list[str], fields: dict[str, Any]) -> None:
+    def run(self, devices: list[str], fields: dict[str, Any]) -> None:
         """Start a machine, and wait for its shell."""
-        other = [parse_device(text) for text in devices]
-        config = MachineConfig(drives=[Drive.parse(disk)], devices=other, **fields)
+        config = MachineConfig(devices=[parse_device(text) for text in devices], **fields)
         self._machine = Machine(config)
         self._machine.start()
         self.machine.console.expect(r"guest:", PATIENCE)
@@ -49,7 +48,7 @@ class Host:
     def restore(self, folder: str, how: str, devices: list[str], track: bool) -> None:
         """Let a machine go on from a snapshot."""
         other = [parse_device(text) for text in devices]
-        self._machine = Machine.restore(folder, how, devices=other, track=track)
+        self._machine = Machine.restore(folder, how, drives=[], devices=other, track=track)
         self._machine.start()
 
     def snapshot(self, folder: str, base: str | None, track: bool) -> None:
@@ -59,7 +58,7 @@ class Host:
     def wait_for(self, address: str, devices: list[str]) -> str:
         """Be ready for a machine; where."""
         other = [parse_device(text) for text in devices]
-        self._incoming = Incoming(address, devices=other)
+        self._incoming = Incoming(address, drives=[], devices=other)
         return self._incoming.address
 
     def receive(self) -> None:

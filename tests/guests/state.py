@@ -88,6 +88,7 @@ class Remote:
         self.folder.mkdir()
         vhost = ",vhost" if kind == "kernel" else ""
         self.devices = [
+            f"drive,{RUN}/first.img{',engine=sync' if vhost else ',engine=python'}",
             f"net,tap0,mac=02:00:00:00:00:02{vhost}",
             f"vsock,{'vhost' if vhost else self.folder / 'v.sock'},cid={CID[name]}",
             f"console,pty agent=socket:{self.folder}/agent.sock",
@@ -249,14 +250,13 @@ def main(kernel: str, initrd: str, transport: str, kind: str, steps: str) -> Non
         listener.bind((socket.VMADDR_CID_ANY, 52))
         listener.listen()
         echo(listener)
-    engine = ",engine=sync" if kind == "kernel" else ""
     fields = {
         "kernel": kernel, "initrd": initrd, "cpus": 2, "memory": "192M",
         "transport": transport, "shared_memory": "hand-over" in steps,
         "cmdline": "console=ttyS0 panic=-1 quiet mitigations=off",
         **({"max_cpus": 4} if transport == "pci" else {}),
     }  # fmt: skip
-    here("run", f"{RUN}/first.img{engine}", here.devices, fields)
+    here("run", here.devices, fields)
     here("tell", f"ip link set eth0 up && ip addr add {GUEST}/24 dev eth0")
     here("tell", "port=$(basename $(ls -d /sys/class/virtio-ports/vport*p1)); "
          "[ -e /dev/$port ] || mknod /dev/$port c $(tr : ' ' </sys/class/virtio-ports/$port/dev); "

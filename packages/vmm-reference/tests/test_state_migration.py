@@ -154,6 +154,31 @@ def test_the_end_is_that_of_an_uninterrupted_twin(
         assert finished(machine, output) == twin
 
 
+@pytest.mark.parametrize("first", ["tcp", "post-copy", "local", "eager"])
+def test_memory_stays_shared(
+    config: Callable[..., MachineConfig],
+    twin: tuple[Remains, bytes],
+    tmp_path: Path,
+    first: str,
+) -> None:
+    """A machine that came over a link, or back from a snapshot, can be handed over."""
+    with ExitStack() as stack:
+        machine = stack.enter_context(Machine(config(COMPUTE, shared_memory=True)))
+        if first == "eager":
+            machine.pause()
+            machine.snapshot(tmp_path / "a")
+            output = bytes(machine.console._output)
+            machine.close()
+            machine = stack.enter_context(Machine.restore(tmp_path / "a", "eager"))
+        else:
+            moved = hop(machine, tmp_path, tmp_path, WAYS[first])
+            output = bytes(machine.console._output)
+            machine = stack.enter_context(moved.machine)
+        last = stack.enter_context(hop(machine, tmp_path, tmp_path, WAYS["local"]).machine)
+        output += bytes(machine.console._output)
+        assert finished(last, output) == twin
+
+
 def test_a_paused_machine_moves_and_stays_paused_nowhere_else(
     config: Callable[..., MachineConfig], twin: tuple[Remains, bytes], tmp_path: Path
 ) -> None:

@@ -9,6 +9,7 @@ parent's threads, so a process with either can be no template; it is refused.
 from __future__ import annotations
 
 import gc
+import importlib
 import os
 import sys
 import traceback
@@ -16,11 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from vm_memory._values import evolve
 from vmm_reference.config import MachineConfig
 from vmm_reference.cpu.compat import refuse_other_cpu
+from vmm_reference.devices import factory
 from vmm_reference.errors import HostError
 from vmm_reference.machine import Machine
 
+from .format import prepare
 from .snapshot import Restore, open_snapshot
 
 if TYPE_CHECKING:
@@ -30,6 +34,13 @@ if TYPE_CHECKING:
 
 
 __all__ = ["Template", "identity"]
+
+# What a machine imports only when it is made, or restored.
+_NEEDED = (
+    "kvm_ioctls._hints", "kvm_ioctls.state.msrs", "virtio_queue._device_saving",
+    "virtio_queue._saving", "vmm_reference.backends.console", "vmm_reference.board",
+)  # fmt: skip
+_STATES = ("kvm_ioctls.state", "virtio_queue.state", "vmm_reference.devices.states")
 
 
 def identity(config: MachineConfig, number: int) -> dict[str, Any]:
@@ -69,7 +80,7 @@ class Template:
             self._restored.discard()
             raise
         self.config = self._restored.config
-        _warm()
+        _warm(self.config)
         gc.collect()
         gc.freeze()  # so that the collector of a clone writes to none of this
 
@@ -93,7 +104,7 @@ class Template:
         status = 1
         try:
             fields = identity(self.config, number)
-            config = attrs.evolve(self.config, **fields)
+            config = evolve(self.config, **fields)
             self._restored.config = config
             machine = Machine(config)
             machine._restored = self._restored
@@ -137,7 +148,13 @@ def refuse_used_process() -> None:
         raise HostError("template", f"this process has {threads} threads", hint)
 
 
-def _warm() -> None:
-    """Import what a machine needs, which its clones then share."""
-    import vmm_reference.backends.console
-    import vmm_reference.board  # noqa: F401
+def _warm(config: MachineConfig) -> None:
+    """Import what a machine needs, and learn to read its states: its clones share that."""
+    for name in _NEEDED:
+        importlib.import_module(name)
+    for device in config.named_devices().values():
+        factory(device.kind)
+    for module in _STATES:
+        for kind in vars(importlib.import_module(module)).values():
+            if isinstance(kind, type) and attrs.has(kind):
+                prepare(kind)

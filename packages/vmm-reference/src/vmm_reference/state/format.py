@@ -34,7 +34,7 @@ from vmm_reference.errors import VmmError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["MAX_SIZE", "FormatError", "decode", "encode", "encode_fields", "fields"]
+__all__ = ["MAX_SIZE", "FormatError", "decode", "encode", "encode_fields", "fields", "prepare"]
 
 MAX_SIZE = 64 << 20
 """Bytes that a written state may have."""
@@ -101,6 +101,13 @@ def decode(data: bytes, kind: type[T], name: str) -> T:
     plain = _plain(data, name)
     value: T = _form(kind).read(plain, name)
     return value
+
+
+def prepare(kind: type) -> None:
+    """Learn how states of a class are read, before the first of them is."""
+    form = _form(kind)
+    if isinstance(form, _State):
+        form._known()
 
 
 def fields(data: bytes, name: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import threading
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from vm_memory import GuestAddress, GuestMemory, sharing
+from vm_memory import Anonymous, GuestAddress, GuestMemory, Memfd, sharing
 from vmm_reference.config import MachineConfig
 from vmm_reference.cpu.compat import refuse_other_cpu
 from vmm_reference.errors import HostError
@@ -432,7 +432,8 @@ class Incoming:
         if offer.local:
             memory = sharing.receive(link.socket, dirty_page_size=4096)
         else:
-            memory = GuestMemory.from_ranges(regions, dirty_page_size=4096)
+            backing = Memfd() if config.shared_memory else Anonymous()
+            memory = GuestMemory.from_ranges(regions, backing=backing, dirty_page_size=4096)
         try:
             if [(region.guest_address, region.size) for region in memory.regions] != regions:
                 raise FormatError("offer.memory", regions, "is not what came with it")

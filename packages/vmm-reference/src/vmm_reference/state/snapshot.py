@@ -17,11 +17,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-import attrs
-
 from kvm_ioctls import KvmError
 from kvm_ioctls.state import VcpuState, VmState
-from vm_memory import FilePrivate, GuestAddress, GuestMemory
+from vm_memory import Anonymous, FilePrivate, GuestAddress, GuestMemory, Memfd
+from vm_memory._values import evolve
 from vm_memory.userfault import Filler
 from vmm_reference.config import MachineConfig
 from vmm_reference.errors import HostError
@@ -186,7 +185,7 @@ def start_clock(board: Board) -> None:
     """Let the guest's clock go on from there, and tell the guest that it was stopped."""
     if board.clock is None:
         return
-    board.vm.set_clock(attrs.evolve(board.clock, flags=0))
+    board.vm.set_clock(evolve(board.clock, flags=0))
     board.clock = None
     for vcpu in board.vm.vcpus:
         try:
@@ -298,7 +297,7 @@ def open_snapshot(
         digests = None
         if how is Restore.EAGER or track:
             digests = top.state("digests", MemoryDigests)
-        memory, filler = _memory(sources, how, digests)
+        memory, filler = _memory(sources, how, digests, shared=config.shared_memory)
         stack.callback(memory.close)
         if filler is not None:
             stack.callback(filler.close)
@@ -336,7 +335,7 @@ def _same_regions(sources: list[Source]) -> None:
 
 
 def _memory(
-    sources: list[Source], how: Restore, digests: MemoryDigests | None
+    sources: list[Source], how: Restore, digests: MemoryDigests | None, *, shared: bool = False
 ) -> tuple[GuestMemory, Filler | None]:
     ranges = [(GuestAddress(r.guest_address), r.size) for r in sources[0].state.regions]
     if how is Restore.COPY_ON_WRITE:
@@ -344,7 +343,8 @@ def _memory(
         memory = GuestMemory.from_ranges(ranges, backing=backing, dirty_page_size=pages.PAGE)
         pages.load(memory, sources[1:])
     else:
-        memory = GuestMemory.from_ranges(ranges, dirty_page_size=pages.PAGE)
+        given = Memfd() if shared and how is Restore.EAGER else Anonymous()
+        memory = GuestMemory.from_ranges(ranges, backing=given, dirty_page_size=pages.PAGE)
         if how is Restore.EAGER:
             pages.load(memory, sources, digests)
         else:
