@@ -174,8 +174,12 @@ int main(int argc, char **argv)
         return 0;
     }
     int file = open(argv[3], O_RDONLY);
-    uint8_t *data = mmap(NULL, depth * bytes, PROT_READ | PROT_WRITE,
-                         MAP_SHARED | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
+    /* Of the same kind as a guest's, page for page. */
+    int memory = (int)syscall(__NR_memfd_create, "floor", 0);
+    if (memory < 0 || ftruncate(memory, (off_t)(depth * bytes)) < 0)
+        die("memfd");
+    uint8_t *data = mmap(NULL, depth * bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE,
+                         memory, 0);
     if (file < 0 || data == MAP_FAILED)
         die(argv[3]);
     double start = now();
