@@ -212,7 +212,7 @@ def test_single_step() -> None:
 
 
 def test_hardware_breakpoints() -> None:
-    """An instruction and a store are watched; the exit says which of them it was."""
+    """An instruction is watched, and the exit says by which; what cannot be watched is refused."""
     with Guest("nop; nop; nop; movb $1, 0x7000; nop; hlt") as guest:
         guest.vcpu.set_guest_debug(hardware_breakpoints=[HardwareBreakpoint(CODE + 2)])
         seen = guest.run()
