@@ -209,8 +209,13 @@ def job(vmms: Sequence[Vmm], files: Mapping[str, Path], rounds: int) -> str:
     return "\n".join(lines)
 
 
-def place(bench: Bench) -> tuple[str, object]:
-    """Where to boot: a name to print, and an object whose `run` runs a command there."""
+def place(bench: Bench, modules: Sequence[str] = ()) -> tuple[str, object]:
+    """Where to boot: a name to print, and an object whose `run` runs a command there.
+
+    Args:
+        bench: is told of a lab that had to be started again.
+        modules: of the lab's kernel.
+    """
     tests = str(HERE.parent / "tests")
     if tests not in sys.path:
         sys.path.append(tests)
@@ -220,7 +225,7 @@ def place(bench: Bench) -> tuple[str, object]:
 
     if runs_linux():
         return "this machine's own KVM", Direct()
-    return "the lab", Lab(report=bench.note)
+    return "the lab", Lab(report=bench.note, modules=modules)
 
 
 def kernel_files() -> dict[str, Path]:

@@ -4,16 +4,19 @@ A restore is measured from the call, in a process that has made one before, to t
 the guest sends: two exits after its first instruction. The floor makes every ioctl that ours made,
 recorded from ours, in bare C with the memory mapped, read, or supplied in the same way; it proves
 no digests. Memory holds random bytes in the share that the row's name says; the file is in the
-page cache.
+page cache. Clones and migrations (`_moves`) are measured behind that.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
+import statistics
 import struct
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -21,6 +24,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks import _moves
+from benchmarks.guest.clones import private
 from benchmarks.harness import CACHE, Bench, Goal, Row, Skip
 from kvm_ioctls import Kvm, Vcpu, Vm
 from kvm_ioctls._fd import Descriptor
@@ -43,6 +48,17 @@ FLOOD = """
     jz 2b
     movw $0x3f8, %dx
     outb %al, %dx
+    jmp 1b
+"""
+# Answers each byte with a dot.
+ANSWER = """
+1:  movw $0x3fd, %dx
+    inb %dx, %al
+    testb $1, %al
+    jz 1b
+    movw $0x3f8, %dx
+    inb %dx, %al
+    PUT '.'
     jmp 1b
 """
 
@@ -77,6 +93,44 @@ def rows(bench: Bench) -> Iterator[Row]:
                     goal=Goal.floor_plus(5) if way == "copy-on-write" else (),
                 )  # fmt: skip
             shutil.rmtree(folder / "snapshot")
+        yield from clones(bench, folder)
+    yield from _moves.rows(bench)
+
+
+def clones(bench: Bench, folder: Path) -> Iterator[Row]:
+    """Machines of one snapshot: from a template, and each as a process of its own."""
+    kernel = folder / "kernel"
+    kernel.write_bytes(tiny_kernel(ANSWER))
+    with Machine(MachineConfig(kernel=str(kernel), memory=128 * MIB)) as machine:
+        machine.snapshot(folder / "snapshot")
+    fan_out, forked, fresh = [], [], []
+    for _ in range(bench.rounds + 1):
+        command = [sys.executable, str(HERE / "guest" / "clones.py"), str(folder / "snapshot")]
+        done = subprocess.run([*command, "25"], capture_output=True, check=True, timeout=100)
+        found = json.loads(done.stdout)
+        fan_out.append(found["fan_out"])
+        forked.append(statistics.median(found["private"]))
+        fresh.append(alone(folder / "snapshot"))
+    yield Row.of("25 clones, from the first fork to the last's answer", "ms", ours=fan_out[1:])
+    yield Row.of("private memory of a clone, forked", "MiB", ours=forked[1:], goal=Goal.at_most(5))
+    yield Row.of(
+        "private memory of a clone, a fresh process", "MiB", ours=fresh[1:], goal=Goal.at_most(25)
+    )
+
+
+def alone(folder: Path) -> float:
+    """What `vmm restore` keeps for itself while its guest is idle."""
+    command = [sys.executable, "-m", "vmm_reference", "restore", str(folder)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(b"x")
+        process.stdin.flush()
+        process.stdout.read(1)
+        time.sleep(0.2)
+        found = private(process.pid)
+        process.kill()
+    return found
 
 
 def machine_of(folder: Path, size: int) -> Machine:
