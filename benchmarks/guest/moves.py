@@ -94,7 +94,10 @@ class Ours:
         there = self._vmm("--incoming", "tcp:127.0.0.1:0",
                           "--device", f"net,tap{self._count % 2},mac={MAC}")  # fmt: skip
         assert there.stderr is not None
-        address = there.stderr.readline().decode().split()[-1]
+        said = there.stderr.readline().decode()
+        address = said.split()[-1]
+        if not address.startswith("tcp:"):
+            raise RuntimeError(f"{said}{there.stderr.read().decode()}")
         options = {"address": address, "downtime": limit / 1e3}
         report = next(line["result"] for line in self._stream(api, "PUT", "/migration", options)
                   if "result" in line)  # fmt: skip

@@ -6,7 +6,8 @@ import select
 import threading
 from typing import TYPE_CHECKING
 
-from .stream import LIMIT, PAGE, Pace, Pages, Ranges, batches, compressor, read_table, send_pages
+from .ranges import Ranges
+from .stream import LIMIT, PAGE, Pace, Pages, batches, compressor, read_table, send_pages
 from .wire import Kind, Link, LinkLost, ProtocolError
 
 if TYPE_CHECKING:

@@ -25,7 +25,8 @@ from .format import encode, encode_fields
 from .handover import Action, Event, Message, Side, Source, Step, Word
 from .memory import MemoryState
 from .moving import MigrationError, Offer, Options, Progress, Report, Round
-from .stream import Pace, Pages, Ranges, Sender, table
+from .ranges import Ranges, joined, total, without
+from .stream import Pace, Pages, Sender, table
 from .throttle import Throttle
 from .wire import WORDS, Address, Kind, Link, LinkLost, ProtocolError, Role, connect
 
@@ -229,9 +230,9 @@ class Outgoing:
             while True:
                 self._check()
                 ranges = board.ram.dirty()
-                left = _total(ranges)
+                left = total(ranges)
                 last = self._rounds[-1]
-                carried = max(_total(found), 1) / max(last.seconds, 1e-6)
+                carried = max(total(found), 1) / max(last.seconds, 1e-6)
                 rate = left / max(last.seconds, 1e-6)
                 self._tell("memory", left, carried)
                 if left <= carried * options.downtime:
@@ -248,7 +249,7 @@ class Outgoing:
                 if options.auto_converge and len(self._rounds) > 1 and rate > carried / 2:
                     throttle.more()
                 found = [(int(at), n) for at, n in data_ranges(board.memory, within=ranges)]
-                self._round(found, _without(ranges, found), throttle.percent, rate)
+                self._round(found, without(ranges, found), throttle.percent, rate)
 
     def _late(self) -> str:
         limit = self._options.timeout
@@ -263,11 +264,11 @@ class Outgoing:
         start, before = time.monotonic(), self._sender.sent
         self._sender.send(found, zeros)
         self._check()
-        count = (_total(found) + _total(zeros)) // _PAGE
+        count = (total(found) + total(zeros)) // _PAGE
         seconds = time.monotonic() - start
         sent = self._sender.sent - before
         self._rounds.append(
-            Round(count, _total(zeros) // _PAGE, sent, seconds, dirty_rate, throttle)
+            Round(count, total(zeros) // _PAGE, sent, seconds, dirty_rate, throttle)
         )
 
     def _check(self) -> None:
@@ -291,20 +292,20 @@ class Outgoing:
         except RuntimeError:
             raise _Cancelled("the machine has ended meanwhile") from None
         self._mark("memory")
-        self._tell("paused", _total(self._missing), 0.0)
+        self._tell("paused", total(self._missing), 0.0)
 
     def _send_states(self) -> None:
         """What is left of memory, or which of it is left, and all states."""
         assert self._link is not None
         if not self._options.local:
             last = self._board.ram.dirty()
-            self._missing = _joined(self._missing, last)
+            self._missing = joined(self._missing, last)
             if self._split:
                 self._part("missing", table(self._missing))
             else:
                 memory = self._board.memory
                 found = [(int(at), n) for at, n in data_ranges(memory, within=self._missing)]
-                self._round(found, _without(self._missing, found), 0)
+                self._round(found, without(self._missing, found), 0)
         self._mark("states")
         for name, state in self._board.save():
             self._part(name, encode(state))
@@ -474,36 +475,3 @@ class Outgoing:
             took("start", "runs"),
             took("runs", "end") if self._split else 0.0,
         )
-
-
-def _total(ranges: Ranges) -> int:
-    return sum(length for _, length in ranges)
-
-
-def _joined(*several: Ranges) -> Ranges:
-    """What lies in any of them, sorted and coalesced."""
-    found: Ranges = []
-    for address, length in sorted(piece for ranges in several for piece in ranges):
-        if found and address <= (end := sum(found[-1])):
-            found[-1] = (found[-1][0], max(end, address + length) - found[-1][0])
-        else:
-            found.append((address, length))
-    return found
-
-
-def _without(ranges: Ranges, others: Ranges) -> Ranges:
-    """What of sorted ranges lies in none of the others, which are sorted and within them."""
-    found, waiting = [], iter(others)
-    other = next(waiting, None)
-    for start, length in ranges:
-        address, end = start, start + length
-        while other is not None and other[0] < end:
-            if other[0] > address:
-                found.append((address, other[0] - address))
-            address = min(sum(other), end)
-            if sum(other) > end:
-                break
-            other = next(waiting, None)
-        if address < end:
-            found.append((address, end - address))
-    return found

@@ -38,7 +38,8 @@ from vm_memory.errors import MappingError
 from vm_memory.userfault import PageFault, Removal, Userfault
 
 from .door import Door
-from .stream import LIMIT, PAGE, Ranges, batches, read_head, table, unpack
+from .ranges import Ranges
+from .stream import LIMIT, PAGE, batches, read_head, table, unpack
 from .wire import Kind, Link, LinkLost, ProtocolError, Role, Tls
 
 __all__ = ["Missing", "main"]

@@ -16,7 +16,8 @@ from vm_memory import Advice, GuestAddress
 from vm_memory.userfault import Userfault
 from vmm_reference.errors import HostError
 
-from .stream import PAGE, Ranges, read_table
+from .ranges import Ranges
+from .stream import PAGE, read_table
 from .wire import ProtocolError
 
 if TYPE_CHECKING:

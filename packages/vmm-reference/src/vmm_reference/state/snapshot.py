@@ -29,10 +29,9 @@ from . import memory as pages
 from .folder import Difference, SnapshotReader, SnapshotWriter
 from .format import FormatError
 from .memory import MemoryDigests, MemoryState, Source
+from .ranges import joined
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from vmm_reference.board import Board
 
 __all__ = ["Restore", "Restored", "merge", "open_snapshot", "verify"]
@@ -133,7 +132,7 @@ class Saving:
         if not self._track:
             board.ram.log_dirty_pages(on=False)
         regions = pages.describe(board.memory)
-        ranges = None if self._ranges is None else tuple(_joined(self._ranges))
+        ranges = None if self._ranges is None else tuple(joined(self._ranges))
         writer = self._writer
         writer.add_table("config", self._config.to_mapping())
         writer.add("memory", MemoryState(regions, ranges))
@@ -166,19 +165,6 @@ class Saving:
         self._digests = pages.store(self._board.memory, self._writer.memory, self._digests, ranges)
         if self._ranges is not None:
             self._ranges.update(ranges)
-
-
-def _joined(ranges: set[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """Ranges sorted, and those that meet or overlap as one."""
-    start = end = -1
-    for address, length in sorted(ranges):
-        if address > end:
-            if end > start:
-                yield start, end - start
-            start, end = address, address
-        end = max(end, address + length)
-    if end > start:
-        yield start, end - start
 
 
 def start_clock(board: Board) -> None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import zstandard
 
+from .ranges import Ranges
 from .wire import MAX_PAGES, Kind, Link, LinkLost, ProtocolError
 
 if TYPE_CHECKING:
@@ -25,12 +26,9 @@ if TYPE_CHECKING:
 
     from .wire import Frame
 
-__all__ = ["PAGE", "Pace", "Pages", "Ranges", "Sender", "batches", "receive_pages"]
+__all__ = ["PAGE", "Pace", "Pages", "Sender", "batches", "receive_pages"]
 
 PAGE = 4096
-Ranges = list[tuple[int, int]]
-"""Guest address and length of each piece."""
-
 _RANGE = struct.Struct("<QQ")
 _MOST_RANGES = 512  # with each header well within the 1024 buffers of a system call
 LIMIT = MAX_PAGES + _MOST_RANGES * _RANGE.size
