@@ -117,6 +117,8 @@ def add_chipset(wiring: Wiring, bus: PciBus | None) -> None:
     from .devices import pm1, pm_timer
     from .outcome import Outcome
 
+    # Ticks that come late, as after a pause, are lost: made up, they would swamp firmware.
+    wiring.vm.reinject_control(False)
     blocks = pm1.Pm1(lambda: wiring.end(Outcome.POWER_OFF))
     wiring.ports.add(pm1.PORT, pm1.SIZE, blocks)
     wiring.keep(blocks, "pm1")
