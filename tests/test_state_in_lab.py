@@ -37,9 +37,7 @@ def initrd(kernels: dict[str, Kernel], tmp_path_factory: pytest.TempPathFactory)
     [
         ("mmio", "user", ["pause", "on-demand"]),
         ("pci", "kernel", ["copy-on-write"]),
-        ("pci", "user", ["post-copy"]),
-        ("mmio", "kernel", ["pre-copy"]),
-        ("mmio", "user", ["hand-over"]),
+        *(pytest.param("mmio", "user", [move], marks=pytest.mark.soak) for move in MOVES),
         *(
             pytest.param(transport, kind, steps * 7, marks=pytest.mark.soak)
             for transport, kind in (("mmio", "user"), ("pci", "kernel"))
