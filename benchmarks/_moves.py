@@ -33,12 +33,16 @@ def rows(bench: Bench) -> Iterator[Row]:
     kernel = debian_kernel("cloud")
     initrd = guest_initramfs(kernel, modules=("virtio_net",), files={"bin/load": program})
     where, booter = place(bench, modules=("tun", "bridge"))
+    from lab.errors import LabError  # `place` has made it known where
+
     bench.note(f"migrations in {where}, of a guest that writes 16 MiB again and again")
     command = [sys.executable, str(HERE / "guest" / "moves.py"), str(kernel.vmlinuz), str(initrd)]
     try:
         done = booter.run(  # type: ignore[attr-defined]  # Lab and Direct share no base
-            ["unshare", "--net", *command, str(bench.rounds)], timeout=60 + 60 * bench.rounds
+            ["unshare", "--net", *command, str(bench.rounds)], timeout=60 + 30 * bench.rounds
         )
+    except LabError as error:
+        raise Skip(str(error)) from error
     finally:
         if hasattr(booter, "stop"):
             booter.stop()

@@ -73,7 +73,7 @@ class Ours:
         self._count = 0
         self._process = self._vmm(
             "--kernel", kernel, "--initrd", initrd, "--cpus", "2", "--memory", f"{MEMORY}M",
-            "--cmdline", CMDLINE, "--transport", "pci", "--device", f"net,tap0,mac={MAC}",
+            "--cmdline", CMDLINE, "--device", f"net,tap0,mac={MAC}",
         )  # fmt: skip
         speak(self._process, START)
 
