@@ -1,0 +1,83 @@
+"""Stock kernels on their disks, of every engine, and on a file as memory, on both transports."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from lab.direct import Direct
+from lab.lab import Lab
+
+from vmm_reference.image.disk import build_disk
+from vmm_reference.image.initramfs import guest_initramfs
+from vmm_reference.image.kernels import Kernel
+
+pytestmark = [pytest.mark.linux, pytest.mark.timeout(900)]
+
+SCRIPT = Path(__file__).parent / "guests" / "disks.py"
+
+
+@pytest.fixture(scope="module")
+def tools(share: Path) -> Path:
+    """A disk with fio and all its libraries."""
+    program = shutil.which("fio")
+    assert program is not None, "fio is not here: apt-get install fio"
+    listed = subprocess.run(["ldd", program], check=True, capture_output=True, text=True).stdout
+    paths = re.findall(r"(/\S+) \(0x", listed)
+    files: dict[str, Path | bytes] = {f"lib/{Path(path).name}": Path(path) for path in paths}
+    files["fio"] = Path(program)
+    return build_disk(share / "tools.img", size=192 << 20, files=files)
+
+
+@pytest.fixture(scope="module")
+def pmem(share: Path) -> Path:
+    """A file system whose blocks are pages, as direct access wants them."""
+    path = share / "pmem.img"
+    subprocess.run(
+        ["/sbin/mkfs.ext4", "-q", "-b", "4096", "-O", "^has_journal", path, "32M"], check=True
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def initrd(kernels: dict[str, Kernel]) -> Path:
+    """An initial file system with the drivers of persistent memory."""
+    return guest_initramfs(kernels["cloud"], modules=("virtio_pmem", "nd_pmem"))
+
+
+@pytest.mark.parametrize(
+    ("transport", "size"),
+    [
+        ("pci", "2m"),
+        ("mmio", "2m"),
+        pytest.param("pci", "14m", marks=pytest.mark.soak),
+        pytest.param("mmio", "14m", marks=pytest.mark.soak),
+    ],
+)
+def test_fio_verifies(
+    transport: str, size: str, linux: Lab | Direct, kernels: dict[str, Kernel],
+    initrd: Path, tools: Path, pmem: Path,
+) -> None:  # fmt: skip
+    """At random, many at once, of all sizes; again after a pause and after a reset."""
+    kernel = kernels["cloud"].vmlinuz
+    command: list[str | Path] = [
+        sys.executable, SCRIPT, kernel, initrd, tools, pmem, transport, size,
+    ]  # fmt: skip
+    done = linux.run(command, timeout=600)
+    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+    print(done.stderr, file=sys.stderr)
+    found = json.loads(done.stdout)
+    assert found.pop("serials") == ["python", "sync", "io_uring"]
+    assert found.pop("served by a thread of C") == [False, True, True]
+    assert found.pop("flushes")
+    assert found.pop("off")
+    good = {"python": 0, "sync": 0, "io_uring": 0}
+    good |= {f"{name} wrote": True for name in good} | {"memory": True}
+    for name in ("first", "after a pause", "after a reset"):
+        assert found.pop(name) == good, name
+    assert not found
