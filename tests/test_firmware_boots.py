@@ -81,8 +81,8 @@ USUAL_TIMER = "echo 200 >/sys/module/kvm/parameters/min_timer_period_us"
 
 
 @pytest.mark.soak  # where it is too slow all the same, the lab dies
-def test_ovmf_boots_the_same_disk_by_efi(linux: Lab | Direct, disk: Path) -> None:
-    """It loads GRUB from the EFI partition, and that Linux, which powers off."""
+def test_ovmf_comes_to_its_shell_and_boots_the_same_disk(linux: Lab | Direct, disk: Path) -> None:
+    """The shell answers on the serial port; with the disk it loads GRUB by EFI, and that Linux."""
     folder = fetch_package("ovmf").root / "usr/share/OVMF"
     if isinstance(linux, Lab):
         linux.run(["sh", "-c", SLOW_TIMER], timeout=60)
@@ -93,6 +93,7 @@ def test_ovmf_boots_the_same_disk_by_efi(linux: Lab | Direct, disk: Path) -> Non
         linux.run(["sh", "-c", USUAL_TIMER], timeout=60)
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
     found = json.loads(done.stdout)
+    assert found["shell"].startswith("UEFI v2.")
     assert found["off"]
     text = checked(found["output"], "efi")
     assert "efi: EFI v2." in text

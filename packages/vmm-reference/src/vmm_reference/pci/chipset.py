@@ -24,7 +24,7 @@ ISA_SLOT = 1
 
 _INTEL = 0x8086
 _HEADER_TYPE, _MULTIFUNCTION = 0x0E, 0x80
-_IO_SPACE = 0x0001  # of the command register
+_IO_SPACE, _BRIDGE = 0x0001, 0x0007  # of the command register; a bridge decodes and is master
 
 _PAM, _SMRAM = 0x59, 0x72  # host bridge: what is RAM below 1 MiB
 _PIRQ = 0x60  # ISA bridge: where interrupt pins go; nowhere, as they have lines of their own
@@ -61,6 +61,7 @@ def add_chipset(bus: PciBus) -> dict[str, ChipsetFunction]:
     host.config.let_write(_PAM, b"\xff" * 7)
     host.config.let_write(_SMRAM, b"\xff")
     isa = ChipsetFunction(0x7000, 0x060100)
+    isa.config.set_bytes(4, _BRIDGE.to_bytes(2, "little"))  # or OVMF finds no serial port behind it
     isa.config.set_bytes(_HEADER_TYPE, bytes([_MULTIFUNCTION]))
     isa.config.let_write(_PIRQ, b"\xff" * 4)
     power = ChipsetFunction(0x7113, 0x068000)
