@@ -211,6 +211,7 @@ def drain(fd: int) -> None:
 
 def main(kernel: str, initrd: str, rounds: str) -> None:
     """Go through all moves."""
+    ip("link", "set", "lo", "up")
     ip("link", "add", "br0", "type", "bridge")
     ip("addr", "add", f"{HOST}/24", "dev", "br0")
     ip("link", "set", "br0", "up")
