@@ -13,35 +13,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+from shell import PATIENCE, ready, tell, until
+
 from vmm_reference.config import Drive, MachineConfig
 from vmm_reference.deviceconfig import parse_device
 from vmm_reference.machine import Machine
 from vmm_reference.outcome import Outcome
 
-PATIENCE = 100.0
 MIB = 1 << 20
-
-
-def tell(machine: Machine, command: str) -> str:
-    """Run a command in the guest; it has to succeed. Returns what it printed."""
-    machine.console.send(f"{command}\necho end-$?-end\n")
-    match = machine.console.expect(r"(?s)^(.*)end-(\d+)-end", PATIENCE)
-    if match[2] != "0":
-        raise RuntimeError(f"{command!r} exits with {match[2]}: {match[1][-500:]}")
-    return match[1].strip()
-
-
-def until(machine: Machine, condition: str) -> bool:
-    """Wait for the guest to notice something by itself; it is never told to look."""
-    return tell(machine, f"n=0; until {condition} || [ $n = 300 ]; do n=$((n+1)); usleep 100000; "
-                f"done; {condition} && echo yes || echo no") == "yes"  # fmt: skip
-
-
-def ready(machine: Machine) -> None:
-    """Wait for the shell."""
-    machine.console.expect(r"guest:", PATIENCE)
-    machine.console.send("stty -echo; PS1=\n")
-    tell(machine, "true")
 
 
 def controlled(machine: Machine, images: list[Path]) -> dict[str, bool]:

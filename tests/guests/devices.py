@@ -19,15 +19,16 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import shell
+from shell import PATIENCE
+
 from vmm_reference.config import MachineConfig
 from vmm_reference.deviceconfig import parse_device
 from vmm_reference.machine import Machine
-from vmm_reference.outcome import Outcome
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-PATIENCE = 100.0
 SIZE = 1 << 19  # bytes of a transfer
 HOST, GUEST = "192.0.2.1", "192.0.2.2"
 CID = 5
@@ -82,17 +83,11 @@ class Guest:
             )
         )
         self.machine.start()
-        self.machine.console.expect(r"guest:", PATIENCE)
-        self.machine.console.send("stty -echo; PS1=\n")
-        self.tell("true")
+        shell.ready(self.machine)
 
     def tell(self, command: str) -> str:
         """Run a command in the guest; it has to succeed. Returns what it printed."""
-        self.machine.console.send(f"{command}; echo end-$?-end\n")
-        match = self.machine.console.expect(r"(?s)(.*)end-(\d+)-end", PATIENCE)
-        if match[2] != "0":
-            raise RuntimeError(f"{command!r} exits with {match[2]}: {match[1][-500:]}")
-        return match[1].strip()
+        return shell.tell(self.machine, command)
 
     def start(self, command: str) -> None:
         """Begin a command, without waiting for its end."""
@@ -105,9 +100,7 @@ class Guest:
         self.machine.resume()
 
     def power_off(self) -> None:
-        self.machine.console.send("poweroff -f\n")
-        if self.machine.wait(PATIENCE) is not Outcome.POWER_OFF:
-            raise RuntimeError(f"the guest ended by {self.machine.outcome}")
+        shell.power_off(self.machine)
         self.machine.close()
 
 

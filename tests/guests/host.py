@@ -14,13 +14,13 @@ import traceback
 from typing import Any
 
 import attrs
+import shell
+from shell import PATIENCE
 
 from vmm_reference.config import Drive, MachineConfig
 from vmm_reference.deviceconfig import parse_device
 from vmm_reference.machine import Machine
 from vmm_reference.state.incoming import Incoming
-
-PATIENCE = 200.0
 
 
 class Host:
@@ -41,9 +41,7 @@ class Host:
         config = MachineConfig(devices=[parse_device(text) for text in devices], **fields)
         self._machine = Machine(config)
         self._machine.start()
-        self.machine.console.expect(r"guest:", PATIENCE)
-        self.machine.console.send("stty -echo; PS1=\n")
-        self.tell("true")
+        shell.ready(self.machine)
 
     def restore(self, folder: str, how: str, devices: list[str], track: bool) -> None:
         """Let a machine go on from a snapshot."""
@@ -78,11 +76,7 @@ class Host:
 
     def tell(self, command: str) -> str:
         """Run a command in the guest; it has to succeed. Returns what it printed."""
-        self.machine.console.send(f"{command}\necho end-$?-end\n")
-        match = self.machine.console.expect(r"(?s)(.*)end-(\d+)-end", PATIENCE)
-        if match[2] != "0":
-            raise RuntimeError(f"{command!r} exits with {match[2]}: {match[1][-500:]}")
-        return match[1].strip()
+        return shell.tell(self.machine, command)
 
     def pause(self) -> None:
         """Let the guest stand still."""

@@ -12,30 +12,15 @@ import sys
 import time
 from typing import Any
 
+from shell import PATIENCE, ready, tell
+
 from vm_memory.looking import data_ranges
 from vmm_reference.config import MachineConfig
 from vmm_reference.devices.mem import Memory
 from vmm_reference.machine import Machine
 from vmm_reference.outcome import Outcome
 
-PATIENCE = 100.0
 MIB = 1 << 20
-
-
-def tell(machine: Machine, command: str) -> str:
-    """Run a command in the guest; it has to succeed. Returns what it printed."""
-    machine.console.send(f"{command}\necho end-$?-end\n")
-    match = machine.console.expect(r"(?s)^(.*)end-(\d+)-end", PATIENCE)
-    if match[2] != "0":
-        raise RuntimeError(f"{command!r} exits with {match[2]}: {match[1][-500:]}")
-    return match[1].strip()
-
-
-def ready(machine: Machine) -> None:
-    """Wait for the shell."""
-    machine.console.expect(r"guest:", PATIENCE)
-    machine.console.send("stty -echo; PS1=\n")
-    tell(machine, "true")
 
 
 def total(machine: Machine) -> int:

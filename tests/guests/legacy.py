@@ -13,24 +13,16 @@ import sys
 import time
 from typing import Any
 
+from shell import PATIENCE, ready, tell
+
 from vmm_reference.config import MachineConfig
 from vmm_reference.deviceconfig import parse_device
 from vmm_reference.devices.keyboard import KEYS
 from vmm_reference.machine import Machine
 from vmm_reference.outcome import Outcome
 
-PATIENCE = 100.0
 EVENT = struct.Struct("<16xHHi")  # struct input_event
 EV_KEY = 1
-
-
-def tell(machine: Machine, command: str) -> str:
-    """Run a command in the guest; it has to succeed. Returns what it printed."""
-    machine.console.send(f"{command}\necho end-$?-end\n")
-    match = machine.console.expect(r"(?s)^(.*)end-(\d+)-end", PATIENCE)
-    if match[2] != "0":
-        raise RuntimeError(f"{command!r} exits with {match[2]}: {match[1][-500:]}")
-    return match[1].strip()
 
 
 def typed(machine: Machine, *keys: str) -> list[tuple[str, int]]:
@@ -63,9 +55,8 @@ def main(kernel: str, initrd: str, memory: str = "") -> None:
         cmdline="console=ttyS0 quiet panic=-1 mitigations=off",
     )  # fmt: skip
     with Machine(config) as machine:
-        machine.console.expect(r"guest:", PATIENCE)
-        machine.console.send("stty -echo; PS1=\n")
-        tell(machine, "true; modprobe -q evdev")
+        ready(machine)
+        tell(machine, "modprobe -q evdev; true")
         tell(machine, "n=0; until ls /dev/input/event* || [ $n = 50 ]; do n=$((n+1)); "
              "usleep 100000; done")  # fmt: skip
         found["keyboard"] = tell(machine, "grep Name /proc/bus/input/devices")

@@ -14,34 +14,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+from shell import PATIENCE, ready, tell, until
+
 from vmm_reference.config import Drive, MachineConfig
 from vmm_reference.machine import Machine
 from vmm_reference.outcome import Outcome
 
-PATIENCE = 200.0
 MIB = 1 << 20
-
-
-def tell(machine: Machine, command: str) -> str:
-    """Run a command in the guest; it has to succeed. Returns what it printed."""
-    machine.console.send(f"{command}\necho end-$?-end\n")
-    match = machine.console.expect(r"(?s)^(.*)end-(\d+)-end", PATIENCE)
-    if match[2] != "0":
-        raise RuntimeError(f"{command!r} exits with {match[2]}: {match[1][-500:]}")
-    return match[1].strip()
-
-
-def until(machine: Machine, condition: str) -> bool:
-    """Wait for the guest to notice something by itself; it is never told to look."""
-    return tell(machine, f"n=0; until {condition} || [ $n = 300 ]; do n=$((n+1)); usleep 100000; "
-                f"done; {condition} && echo yes || echo no") == "yes"  # fmt: skip
-
-
-def ready(machine: Machine) -> None:
-    """Wait for the shell."""
-    machine.console.expect(r"# \x1b?", PATIENCE)
-    machine.console.send("stty -echo; PS1=\n")
-    tell(machine, "true")
+PROMPT = r"# \x1b?"  # the root disk's shell says nothing else
 
 
 def same(machine: Machine, disk: str) -> bool:
@@ -70,7 +50,7 @@ def main(kernel: str, initrd: str, root: str) -> None:
         memory="256M", cmdline="console=ttyS0 quiet panic=-1 root=/dev/vda",
     )  # fmt: skip
     with Machine(config) as machine:
-        ready(machine)
+        ready(machine, PROMPT)
         found["root"] = tell(machine, "readlink -f /sys/block/vda/device")
         found["msix"] = int(tell(machine, "grep -c 'PCI-MSI.*virtio' /proc/interrupts"))
         found["name"] = machine.plug(Drive(str(second), serial="second", queues=2))
@@ -120,7 +100,7 @@ def main(kernel: str, initrd: str, root: str) -> None:
         deadline = time.monotonic() + PATIENCE
         while not machine.resets and time.monotonic() < deadline:
             time.sleep(0.1)
-        ready(machine)
+        ready(machine, PROMPT)
         found["resets"] = machine.resets
         found["cpus after a reset"] = tell(machine, "nproc")
         machine.plug(Drive(str(second)))

@@ -15,6 +15,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import shell
+
 from virtio_queue.constants import F_EVENT_IDX, F_INDIRECT_DESC, F_RING_PACKED
 from vmm_reference.config import Drive, MachineConfig
 from vmm_reference.devices import rng
@@ -22,7 +24,6 @@ from vmm_reference.devices.blk import model as blk
 from vmm_reference.devices.blk.model import Block
 from vmm_reference.devices.rng import Rng
 from vmm_reference.machine import Machine
-from vmm_reference.outcome import Outcome
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from vm_memory import GuestMemory
     from vmm_reference.devices.blk.model import Backend
 
-PATIENCE = 200.0
 TRANSPORT = sys.argv[6]
 PAGES, MANY = 32, 512  # of a disk that are copied in a round, two requests each
 BLOCKS = 70  # of entropy that are read in a round, one by one
@@ -150,10 +150,7 @@ class Guest:
 
     def __enter__(self) -> Guest:
         self.machine.start()
-        self.machine.console.expect(r"guest:", PATIENCE)
-        # A terminal's echo costs an exit a character.
-        self.machine.console.send("stty -echo; PS1=\n")
-        self.tell("true")
+        shell.ready(self.machine)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -161,17 +158,11 @@ class Guest:
 
     def tell(self, command: str) -> str:
         """Run a command in the guest; it has to succeed. Returns what it printed."""
-        self.machine.console.send(f"{command}; echo end-$?-end\n")
-        match = self.machine.console.expect(r"(?s)(.*)end-(\d+)-end", PATIENCE)
-        if match[2] != "0":
-            raise RuntimeError(f"{command!r} exits with {match[2]}: {match[1][-500:]}")
-        return match[1]
+        return shell.tell(self.machine, command)
 
     def power_off(self) -> None:
         """End the guest as it wants to be ended."""
-        self.machine.console.send("poweroff -f\n")
-        if self.machine.wait(PATIENCE) is not Outcome.POWER_OFF:
-            raise RuntimeError(f"the guest ended by {self.machine.outcome}")
+        shell.power_off(self.machine)
 
     def findings(self, wishes: list[Wish], devices: list[Any]) -> list[dict[str, Any]]:
         """What became of each ring."""

@@ -1,0 +1,45 @@
+"""A guest's shell on its serial console, for the scripts beside this file."""
+
+from __future__ import annotations
+
+from vmm_reference.machine import Machine
+from vmm_reference.outcome import Outcome
+
+__all__ = ["PATIENCE", "power_off", "ready", "tell", "until"]
+
+PATIENCE = 200.0
+"""Seconds after which nothing more is expected of a guest."""
+
+
+def ready(machine: Machine, prompt: str = "guest:") -> None:
+    """Wait for the shell, and have it print nothing by itself: an echo costs exits."""
+    machine.console.expect(prompt, PATIENCE)
+    machine.console.send("stty -echo; PS1=\n")
+    tell(machine, "true")
+
+
+def tell(machine: Machine, command: str) -> str:
+    """Run a command; it has to succeed. Returns what it printed."""
+    machine.console.send(f"{command}\necho end-$?-end\n")
+    # Anchored, since every other place where the text could begin would be tried as well.
+    match = machine.console.expect(r"(?s)^(.*)end-(\d+)-end", PATIENCE)
+    if match[2] != "0":
+        raise RuntimeError(f"{command!r} exits with {match[2]}: {match[1][-500:]}")
+    return match[1].strip()
+
+
+def until(machine: Machine, condition: str) -> bool:
+    """Wait for the guest to notice something by itself; it is never told to look."""
+    return tell(machine, f"n=0; until {condition} || [ $n = 300 ]; do n=$((n+1)); usleep 100000; "
+                f"done; {condition} && echo yes || echo no") == "yes"  # fmt: skip
+
+
+def power_off(machine: Machine) -> None:
+    """End the guest as it wants to be ended.
+
+    Raises:
+        RuntimeError: it ended otherwise.
+    """
+    machine.console.send("poweroff -f\n")
+    if machine.wait(PATIENCE) is not Outcome.POWER_OFF:
+        raise RuntimeError(f"the guest ended by {machine.outcome}")
