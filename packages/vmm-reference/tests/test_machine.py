@@ -149,6 +149,35 @@ def test_a_guest_that_polls_prints_without_python(kernel: Callable[[str], str]) 
     assert machine.console.output.endswith("xq")
 
 
+def test_a_search_for_pci_where_there_is_none_finds_nothing(kernel: Callable[[str], str]) -> None:
+    """All ones, whatever is asked for and how wide; and it is counted like any port of nobody."""
+    source = """
+        movl $100, %ecx
+    1:  movw $0xcf8, %dx
+        movl $0x80000008, %eax
+        outl %eax, %dx
+        movw $0xcfc, %dx
+        xorl %eax, %eax
+        inl %dx, %eax
+        cmpl $-1, %eax
+        jne 2f
+        movw $0xcfe, %dx
+        xorl %eax, %eax
+        inw %dx, %ax
+        cmpw $-1, %ax
+        jne 2f
+        loop 1b
+        PUT 'n'
+    2:  PUT '.'
+    3:  jmp 3b
+    """
+    with Machine(MachineConfig(kernel=kernel(source))) as machine:
+        machine.console.expect(r"n?\.", 60)
+        assert machine.console.output == "n."
+        counters = machine.metrics()["bus"]
+        assert (counters["unclaimed_reads"], counters["unclaimed_writes"]) == (200, 100)
+
+
 def test_a_reset_is_a_new_machine_with_the_same_console(kernel: Callable[[str], str]) -> None:
     """The restarted guest finds fresh memory; output goes on where it was."""
     # A flag in memory would survive a jump to the kernel's start; it must not survive a reset.

@@ -416,10 +416,13 @@ class Board:
 
     def metrics(self) -> dict[str, dict[str, int]]:
         """Counters of all devices by name."""
+        reads, writes = self.legacy.absent()
         found = {
             "bus": {
-                "unclaimed_reads": self.ports.unclaimed_reads + self.mmio.unclaimed_reads,
-                "unclaimed_writes": self.ports.unclaimed_writes + self.mmio.unclaimed_writes,
+                "unclaimed_reads": reads + self.ports.unclaimed_reads + self.mmio.unclaimed_reads,
+                "unclaimed_writes": (
+                    writes + self.ports.unclaimed_writes + self.mmio.unclaimed_writes
+                ),
             },
             **self.legacy.metrics(),
         }

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
-    from kvm_ioctls.hot import PostedWrite
+    from kvm_ioctls.hot import Declaration, PostedWrite
 
     from .board import Board
     from .config import MachineConfig
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 __all__ = ["LegacyDevices"]
 
 _KEYBOARD_IRQ, _MOUSE_IRQ = 1, 12
+_PCI_PORTS, _PCI_PORTS_SIZE = 0xCF8, 8
 _KEPT = 1024  # bytes that a guest may send to the console before Python sees the first of them
 _GATHER = 0.004  # seconds after which it sees them at the latest
 
@@ -75,6 +76,13 @@ class LegacyDevices:
             self.hot.post(layout.SERIAL_PORT + DATA, pio=True, size=1),
         )
         board.loop.add(self._wake, READ, self._woken)
+        self._absent: tuple[Declaration, ...] = ()
+        if config.transport != "pci" and config.firmware is None:
+            # A kernel looks there for each device that there could be: nobody, without Python.
+            self._absent = (
+                self.hot.answer(_PCI_PORTS, bytes([0xFF] * _PCI_PORTS_SIZE), pio=True),
+                self.hot.ignore(_PCI_PORTS, _PCI_PORTS_SIZE, pio=True),
+            )
         self._rtc_deadline: float | None = None
         self._rtc = Rtc(
             time.time,
@@ -126,6 +134,11 @@ class LegacyDevices:
             "power": self.power,
             "pvpanic": self._pvpanic,
         }
+
+    def absent(self) -> tuple[int, int]:
+        """How many reads and writes of ports that nobody has the buses did not see."""
+        reads, writes = [declaration.count for declaration in self._absent] or (0, 0)
+        return reads, writes
 
     def metrics(self) -> dict[str, dict[str, int]]:
         """Counters by the devices' names; `served` are accesses that Python did not see."""
