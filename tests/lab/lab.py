@@ -169,7 +169,11 @@ class Lab:
         self._listened = 0.0
 
     def __enter__(self) -> Lab:
-        self.start()
+        try:
+            self.start()
+        except BaseException:
+            self.stop()  # or its CPU would be taken for as long as somebody has this object
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
