@@ -302,6 +302,14 @@ def test_memory_kernel_arguments_and_modules_are_options(room: None) -> None:
     assert "/dev/vhost-net\n" in shown
 
 
+def test_a_lab_that_cannot_boot_gives_its_cpu_back(room: None) -> None:
+    """Whoever keeps the object, for example in a traceback, keeps no CPU from other labs."""
+    lab = Lab(append="rdinit=/no/such/init")
+    with pytest.raises(LabError, match="does not start"), lab:
+        pass
+    assert lab.cpu is None
+
+
 def test_a_lab_that_stands_still_is_started_again_and_its_job_run_again(
     room: None, tmp_path: Path
 ) -> None:
