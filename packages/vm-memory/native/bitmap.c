@@ -167,59 +167,100 @@ static inline unsigned run_end(uint64_t bits, uint64_t *rest)
     return carried ? (unsigned)__builtin_ctzll(carried) : 64;
 }
 
-/* Where dirty pages lie at random, what costs is not memory but branches that nobody can predict,
- * and waiting for each exchange. So a block is done in three passes: note, without a branch, which
- * words are not 0; take these one behind the other; and only then turn them into ranges. */
-uint64_t vmm_bitmap_harvest(struct vmm_bitmap *bitmap, uint64_t first, uint64_t end, int take,
-                            uint64_t *ranges, uint64_t capacity, uint64_t *next)
+/* A place to write ranges at, and where the last one ended, for what adjoins it. */
+struct ranges {
+    uint64_t *to;
+    uint64_t behind;
+    uint32_t shift;
+};
+
+/* The runs of a word, whatever they are. */
+static void put_runs(struct ranges *ranges, uint64_t position, uint64_t bits)
 {
-    uint64_t total = (bitmap->bits + 63) / 64, count = 0, behind = UINT64_MAX, word = first;
+    while (bits != 0) {
+        uint64_t rest, start = position + (unsigned)__builtin_ctzll(bits);
+        uint64_t stop = position + run_end(bits, &rest);
+        if (start == ranges->behind) {
+            ranges->to[-1] += (stop - start) << ranges->shift;
+        } else {
+            *ranges->to++ = start << ranges->shift;
+            *ranges->to++ = (stop - start) << ranges->shift;
+        }
+        ranges->behind = stop;
+        bits = rest;
+    }
+}
+
+#define LOWEST 1ULL
+#define HIGHEST (1ULL << 63)
+
+/* Take the words of a block that are not 0, and turn them into ranges.
+ *
+ * Where dirty pages lie at random, single bits as a rule, what costs is the exchange of each word
+ * and branches that nobody can predict. So single bits have a way of their own, which writes two
+ * ranges whatever there is and then counts those that are: a word of one bit and one of two take the
+ * same way. It is short enough to run while the processor does the next exchange. */
+static void put_words(struct ranges *ranges, uint64_t *words, uint64_t word, const uint16_t *which,
+                      unsigned found, int take)
+{
+    uint64_t *to = ranges->to, page = 1ULL << ranges->shift;
+    uint32_t shift = ranges->shift;
+    for (unsigned i = 0; i < found; i++) {
+        uint64_t *from = &words[word + which[i]], position = 64 * (word + which[i]);
+        __builtin_prefetch(from + BLOCK, 1); /* it may lie past the end: that is no access */
+        uint64_t bits = take ? __atomic_exchange_n(from, 0, __ATOMIC_SEQ_CST)
+                             : __atomic_load_n(from, __ATOMIC_ACQUIRE);
+        /* Runs, what may adjoin another word's, and what somebody else took meanwhile. */
+        if (bits == 0 || (bits & (bits >> 1 | HIGHEST | LOWEST)) != 0) {
+            ranges->to = to;
+            put_runs(ranges, position, bits);
+            to = ranges->to;
+            continue;
+        }
+        uint64_t rest = bits & (bits - 1), more = rest != 0;
+        __asm__("" : "+r"(more)); /* a number to add, which compilers would make a branch again */
+        to[0] = (position + (unsigned)__builtin_ctzll(bits)) << shift;
+        to[1] = page;
+        to[2] = (position + (unsigned)__builtin_ctzll(rest | HIGHEST)) << shift;
+        to[3] = page;
+        to += 2 + 2 * more;
+        for (rest &= rest - 1; rest != 0; rest &= rest - 1) {
+            *to++ = (position + (unsigned)__builtin_ctzll(rest)) << shift;
+            *to++ = page;
+        }
+    }
+    ranges->to = to;
+}
+
+uint64_t vmm_bitmap_harvest(struct vmm_bitmap *bitmap, uint64_t first, uint64_t end, int take,
+                            uint64_t *pairs, uint64_t capacity, uint64_t *next)
+{
+    uint64_t total = (bitmap->bits + 63) / 64, word = first;
     uint64_t *words = bitmap->words;
-    uint32_t shift = bitmap->page_shift;
+    struct ranges ranges = {pairs, UINT64_MAX, bitmap->page_shift};
     if (end > total)
         end = total;
     while ((word = skip(words, word, end)) < end) {
-        uint64_t room = (capacity - count) / 32; /* a word has 32 runs at most */
+        /* A word has 32 runs at most. */
+        uint64_t room = (capacity - (uint64_t)(ranges.to - pairs) / 2) / 32;
         uint64_t block = end - word < BLOCK ? end - word : BLOCK;
         if (room < block)
             block = room;
         if (block == 0)
             break;
         uint16_t which[BLOCK];
-        uint64_t taken[BLOCK];
         unsigned found = 0;
-        for (unsigned i = 0; i < block; i++) {
+        for (unsigned i = 0; i < block; i++) { /* without a branch */
             which[found] = (uint16_t)i;
             found += __atomic_load_n(&words[word + i], __ATOMIC_RELAXED) != 0;
         }
-        for (unsigned i = 0; i < found; i++) {
-            uint64_t *from = &words[word + which[i]];
-            taken[i] = take ? __atomic_exchange_n(from, 0, __ATOMIC_SEQ_CST)
-                            : __atomic_load_n(from, __ATOMIC_ACQUIRE);
-        }
-        for (unsigned i = 0; i < found; i++) {
-            uint64_t bits = taken[i], position = 64 * (word + which[i]), rest;
-            if (bits == 0)
-                continue; /* somebody else took it meanwhile */
-            do {
-                uint64_t start = position + (unsigned)__builtin_ctzll(bits);
-                uint64_t stop = position + run_end(bits, &rest);
-                if (start == behind) {
-                    ranges[2 * count - 1] += (stop - start) << shift;
-                } else {
-                    ranges[2 * count] = start << shift;
-                    ranges[2 * count + 1] = (stop - start) << shift;
-                    count++;
-                }
-                behind = stop;
-                bits = rest;
-            } while (bits != 0);
-        }
+        put_words(&ranges, words, word, which, found, take);
         word += block;
     }
+    uint64_t count = (uint64_t)(ranges.to - pairs) / 2;
     /* The last page may be a part of one. */
-    if (count != 0 && bitmap->size - ranges[2 * count - 2] < ranges[2 * count - 1])
-        ranges[2 * count - 1] = bitmap->size - ranges[2 * count - 2];
+    if (count != 0 && bitmap->size - pairs[2 * count - 2] < pairs[2 * count - 1])
+        pairs[2 * count - 1] = bitmap->size - pairs[2 * count - 2];
     *next = word;
     return count;
 }

@@ -78,8 +78,6 @@ void vmm_table_set(struct vmm_table *table, uint32_t index, uint64_t guest_addre
 /* transfer.c */
 int64_t vmm_transfer(struct vmm_table *table, uint64_t address, uint64_t length, int fd,
                      int64_t offset, int out, int exact, int *error);
-int64_t vmm_pread(int fd, uint64_t host, size_t length, int64_t offset);
-int64_t vmm_pwrite(int fd, uint64_t host, size_t length, int64_t offset);
 
 /* owner.c */
 int vmm_own(uint64_t list, void *thing, int kind, size_t length);
@@ -119,7 +117,6 @@ void vmm_filler_free(struct vmm_filler *filler);
 /* scan.c */
 void vmm_fill(uint64_t host, int value, size_t length);
 void vmm_copy(uint64_t target, uint64_t source, size_t length);
-void vmm_copy_out(void *target, uint64_t source, size_t length);
 int64_t vmm_find(uint64_t host, size_t length, const void *needle, size_t needle_length);
 size_t vmm_zero_run(uint64_t host, size_t length, size_t page, int *zero);
 size_t vmm_equal_run(uint64_t one, uint64_t other, size_t length, size_t page, int *equal);

@@ -14,11 +14,6 @@ void vmm_copy(uint64_t target, uint64_t source, size_t length)
     memmove((void *)target, (const void *)source, length);
 }
 
-void vmm_copy_out(void *target, uint64_t source, size_t length)
-{
-    memmove(target, (const void *)source, length); /* the target may be guest memory, too */
-}
-
 int64_t vmm_find(uint64_t host, size_t length, const void *needle, size_t needle_length)
 {
     const uint8_t *found = memmem((const void *)host, length, needle, needle_length);

@@ -77,13 +77,3 @@ int64_t vmm_transfer(struct vmm_table *table, uint64_t address, uint64_t length,
     }
     return (int64_t)done;
 }
-
-int64_t vmm_pread(int fd, uint64_t host, size_t length, int64_t offset)
-{
-    return pread(fd, (void *)host, length, offset);
-}
-
-int64_t vmm_pwrite(int fd, uint64_t host, size_t length, int64_t offset)
-{
-    return pwrite(fd, (const void *)host, length, offset);
-}

@@ -148,8 +148,6 @@ int64_t vmm_table_find(const struct vmm_table *table, uint64_t address);
  * done; *error is 0 or the errno of the call that stopped it. `offset` < 0: the file's position. */
 int64_t vmm_transfer(struct vmm_table *table, uint64_t address, uint64_t length, int fd,
                      int64_t offset, int out, int exact, int *error);
-int64_t vmm_pread(int fd, uint64_t host, size_t length, int64_t offset);
-int64_t vmm_pwrite(int fd, uint64_t host, size_t length, int64_t offset);
 
 /* --- owner.c ---
  * Append a Python object that owns one reference to the list with this id(). 0, or -1 when Python
@@ -209,7 +207,6 @@ void vmm_filler_free(struct vmm_filler *filler);
 /* --- scan.c --- */
 void vmm_fill(uint64_t host, int value, size_t length);
 void vmm_copy(uint64_t target, uint64_t source, size_t length);
-void vmm_copy_out(void *target, uint64_t source, size_t length);
 /* The offset of the first occurrence, or -1. */
 int64_t vmm_find(uint64_t host, size_t length, const void *needle, size_t needle_length);
 /* How many bytes from the start are alike page by page: all zero, or none all zero. */

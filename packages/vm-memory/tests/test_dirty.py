@@ -193,6 +193,63 @@ def test_no_mark_is_lost_between_threads() -> None:
     assert seen == set(range(4096))
 
 
+def test_a_mark_is_taken_once_whoever_harvests() -> None:
+    """Of two harvesters that race with the marks and each other, one takes each mark made once."""
+    pages = 1 << 16
+    bitmap = DirtyBitmap(pages, 1)
+    taken: list[tuple[int, int]] = []
+    done = threading.Event()
+
+    def harvest() -> None:
+        last = False
+        while not last:
+            last = done.is_set()
+            for batch in bitmap.batches(capacity=34):
+                taken.extend(zip(batch[::2].tolist(), batch[1::2].tolist(), strict=True))
+
+    def mark(step: int, start: int, length: int) -> None:
+        for offset in range(start, pages, step):
+            bitmap.mark(offset, length)
+
+    harvesters = [threading.Thread(target=harvest) for _ in range(2)]
+    # Of each word single bits, both of its ends, runs, and a run that reaches into the next one.
+    markers = [
+        threading.Thread(target=mark, args=(64, start, length))
+        for start, length in ((0, 1), (3, 1), (5, 1), (9, 1), (20, 30), (55, 1), (62, 2))
+    ]
+    markers.append(threading.Thread(target=mark, args=(128, 57, 4)))
+    for thread in harvesters + markers:
+        thread.start()
+    for thread in markers:
+        thread.join()
+    done.set()
+    for thread in harvesters:
+        thread.join()
+    seen = sorted(page for offset, length in taken for page in range(offset, offset + length))
+    words = {0, 3, 5, 9, *range(20, 50), 55, 62, 63}
+    assert seen == [
+        page for page in range(pages) if page % 64 in words or page % 128 in range(57, 61)
+    ]
+    assert bitmap.count() == 0
+
+
+WORDS = st.sampled_from(
+    [0, 1, 1 << 63, 1 << 40, 0x21 << 30, 0x15 << 9, 3 << 62, 7 << 20, (1 << 64) - 1]
+)
+
+
+@given(st.lists(WORDS, min_size=1, max_size=20), st.booleans())
+def test_words_of_single_bits_and_runs_side_by_side(words: list[int], clear: bool) -> None:
+    """Single bits have a way of their own; beside runs and at the ends of words it is the same."""
+    data = b"".join([word.to_bytes(8, "little") for word in words])
+    bitmap = DirtyBitmap(64 * len(words) * 8, 8)
+    bitmap.merge(data, 0, 8)
+    pages = {i for i in range(8 * len(data)) if data[i // 8] >> i % 8 & 1}
+    found = bitmap.harvest() if clear else bitmap.ranges()
+    assert found == runs(pages, 8, bitmap.size)
+    assert bitmap.count() == (0 if clear else len(pages))
+
+
 def tracked() -> GuestMemory:
     """Two adjacent regions of four pages each, clean."""
     return GuestMemory.from_ranges([(A(0), 0x4000), (A(0x4000), 0x4000)], dirty_page_size=4096)

@@ -147,6 +147,41 @@ def test_any_writable_buffer_can_be_filled(size: int) -> None:
             memory.read_into(A(0), wrong)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("size", [64, 3 << 20])
+def test_a_buffer_with_gaps_can_be_filled(size: int) -> None:
+    """Every second byte of a buffer is a buffer too; what lies between stays."""
+    memory = GuestMemory.from_ranges([(A(0), 12 << 20)])
+    content = bytes(range(256)) * (size // 64)
+    memory.write(A(0), content)
+    target = bytearray(2 * size)
+    memory.read_into(A(0), memoryview(target)[::2])
+    assert target[::2] == content[:size]
+    assert not any(target[1::2])
+
+
+def test_what_a_mapping_has_behind_a_region_is_not_read() -> None:
+    """A region may end within its last page: reading, loading and storing end there too."""
+    memory = GuestMemory.from_ranges([(A(0), 0x1008)])
+    memory.regions[0].mapping.view(0x2000)[0x1000:] = b"x" * 0x1000
+    memory.read_into(A(0x1000), bytearray(8))
+    with tempfile.TemporaryFile() as file:
+        file.write(bytes(100))
+        file.flush()
+        for length in (9, 0x1000, 0x1001, 1 << 62):
+            for address in (A(0x1000), A(1 << 63), A((1 << 64) - 1)):
+                with pytest.raises(MemoryAccessError):
+                    memory.read_exact_from_file(address, file, length, 0)
+                with pytest.raises(MemoryAccessError):
+                    memory.write_all_to_file(address, file, length, 0)
+        for length in (9, 0x1000, 0x1001):
+            target = bytearray(length)
+            with pytest.raises(MemoryAccessError):
+                memory.read_into(A(0x1000), target)
+            assert not any(target)
+        assert memory.regions[0].mapping.view(0x2000)[0x1000:] == b"x" * 0x1000
+        assert os.fstat(file.fileno()).st_size == 100
+
+
 def test_a_signal_does_not_end_an_exact_transfer(memory: GuestMemory) -> None:
     """After EINTR Python's handler runs, and the transfer goes on."""
     reader, writer = os.pipe()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vm_memory._native import ffi, lib
+from vm_memory._native import lib
 from vm_memory.errors import InvalidValueError
 from vm_memory.permissions import Permissions
 
@@ -20,13 +20,7 @@ __all__ = ["ByteAccess"]
 
 _fill = lib.vmm_fill
 _copy = lib.vmm_copy
-_copy_out = lib.vmm_copy_out
-_from_buffer = ffi.from_buffer
 _READ = Permissions.READ
-
-# From here on, 0.1 ms, a copy is worth a C call, which lets other Python threads run meanwhile. One
-# of 1 MiB leaves little of the interpreter in the processor's caches: each step after it costs.
-_LONG = 2 << 20
 
 
 class ByteAccess:
@@ -96,37 +90,19 @@ class ByteAccess:
             MemoryAccessError: when the range is not all memory; the buffer is unchanged then.
             BackingLostError: when pages of it are lost.
         """
-        if type(buffer) is memoryview:
-            length = len(buffer)
-            region = self._recent
-            offset = address - region.guest_address
-            end = offset + length
-            if 0 <= offset <= end <= region.size:
-                if length >= _LONG:
-                    if buffer.nbytes == length and buffer.c_contiguous:
-                        target = _from_buffer(buffer, require_writable=True)
-                        return _copy_out(target, region.host_address + offset, length)
-                else:
-                    try:
-                        buffer[:] = region.buffer[offset:end]
-                    except (TypeError, ValueError, NotImplementedError):
-                        pass  # not a flat buffer of bytes: below it is made one
-                    else:
-                        return None
+        region = self._recent
+        if region._copy_out(address - region.guest_address, region.size, buffer):
+            return
         view = _flat(buffer)
         length = len(view)
         pieces = self._pieces(address, length)
         done = 0
         for region, start, count in pieces:
-            if count >= _LONG:
-                part = view if count == length else view[done : done + count]
-                target = ffi.from_buffer(part, require_writable=True)
-                _copy_out(target, region.host_address + start, count)
-            else:
-                view[done : done + count] = region.buffer[start : start + count]
+            part = view if count == length else view[done : done + count]
+            if not region._copy_out(start, region.size, part):
+                part[:] = region.buffer[start : start + count]  # with gaps, or not writable
             done += count
         self._check_lost(address, length, pieces)
-        return None
 
     def read_partial(self, address: GuestAddress, length: int) -> bytes:
         """Up to `length` bytes: what there is in front of the first hole.

@@ -51,6 +51,11 @@ class _Nowhere:
     dirty = None
     mapping: Mapping  # never asked for
 
+    @staticmethod
+    def _copy_out(offset: int, size: int, buffer: object, /) -> bool:
+        del offset, size, buffer
+        return False
+
 
 NOWHERE: Final = _Nowhere()
 

@@ -41,9 +41,10 @@ class Mapping:
         page: bytes of one of its pages.
         inherited: whether a child of fork has it.
         overlaid: whether pages were replaced by those of a file.
+        owner: what keeps the C structure, and moves bytes to and from the memory.
     """
 
-    __slots__ = ("_owner", "address", "flags", "handle", "inherited", "length", "overlaid", "page")
+    __slots__ = ("address", "flags", "handle", "inherited", "length", "overlaid", "owner", "page")
 
     def __init__(
         self,
@@ -70,7 +71,7 @@ class Mapping:
         if not handle:
             raise refused(f"mmap of {length:#x} bytes", error[0], page)
         self.handle: CData = handle
-        self._owner = own(handle, MAPPING, length)
+        self.owner = own(handle, MAPPING, length)
         self.address = int(ffi.cast("uintptr_t", handle.base))
         self.length = length
         self.flags = flags
@@ -97,7 +98,7 @@ class Mapping:
             raise MappingError(f"adopting {length:#x} bytes", ENOMEM)
         mapping = cls.__new__(cls)
         mapping.handle = handle
-        mapping._owner = own(handle, MAPPING, length)
+        mapping.owner = own(handle, MAPPING, length)
         mapping.address = address
         mapping.length = length
         mapping.flags = flags
@@ -127,7 +128,7 @@ class Mapping:
 
     def view(self, length: int) -> memoryview:
         """The first `length` bytes, writable. The view keeps the mapping alive."""
-        return memoryview(self._owner)[:length]
+        return memoryview(self.owner)[:length]
 
     def watch(self) -> None:
         """Turn the loss of pages into something that `lost` tells, instead of a dead process.

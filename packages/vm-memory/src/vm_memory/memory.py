@@ -14,7 +14,6 @@ Rules that hold for every access:
 from __future__ import annotations
 
 from vm_memory._map import NOWHERE, MemoryMap
-from vm_memory._native import lib
 from vm_memory._records import RecordAccess
 
 TYPE_CHECKING = False
@@ -27,9 +26,6 @@ if TYPE_CHECKING:
     from vm_memory.transfer import File
 
 __all__ = ["GuestMemory"]
-
-_pread = lib.vmm_pread
-_pwrite = lib.vmm_pwrite
 
 # What the kernel moves in one call, and a transfer at a place of its own may be done again.
 _ONE_CALL = 1 << 30
@@ -100,15 +96,11 @@ class GuestMemory(MemoryMap, RecordAccess):
         ):
             # One piece at a place of its own: what this leaves undone is done again below.
             fd = file if isinstance(file, int) else file.fileno()
-            try:
-                count = _pread(fd, region.host_address + start, length, offset)
-            except OverflowError:
-                pass  # what is wrong is found out and told below
-            else:
-                if region.dirty is not None and count > 0:
-                    region.dirty.mark(start, count)
-                if count == length:
-                    return
+            count = region.mapping.owner.pread(start, length, fd, offset)
+            if region.dirty is not None and count > 0:
+                region.dirty.mark(start, count)
+            if count == length:
+                return
         from vm_memory.transfer import transfer
 
         self._pieces(address, length)
@@ -150,13 +142,9 @@ class GuestMemory(MemoryMap, RecordAccess):
         ):
             # One piece at a place of its own: what this leaves undone is done again below.
             fd = file if isinstance(file, int) else file.fileno()
-            try:
-                count = _pwrite(fd, region.host_address + start, length, offset)
-            except OverflowError:
-                pass  # what is wrong is found out and told below
-            else:
-                if count == length:
-                    return
+            count = region.mapping.owner.pwrite(start, length, fd, offset)
+            if count == length:
+                return
         from vm_memory.transfer import transfer
 
         self._pieces(address, length)

@@ -42,6 +42,7 @@ class GuestRegion:
 
     __slots__ = (
         "__weakref__",
+        "_copy_out",
         "backing",
         "buffer",
         "dirty",
@@ -83,6 +84,7 @@ class GuestRegion:
         self.mapping = mapping
         self.host_address = mapping.address
         self.buffer = mapping.view(size)
+        self._copy_out = mapping.owner.copy_out  # bound once, as the typed views below
         self.backing = backing
         self.file_offset = file_offset
         self.dirty = dirty
