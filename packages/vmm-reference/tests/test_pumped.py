@@ -93,10 +93,11 @@ class Slot:
         """One request, and what comes back: data and status."""
         pieces = [struct.pack("<IIQ", kind, 0, sector)] + [data] * bool(data)
         ring = self.driver.queues[queue]
-        head = ring.add(pieces, [room, 1] if room else [1])
+        head = ring.add(pieces, [room, 1] if room else [1], publish=False)
         buffers = list(ring.outstanding[head].writable)
         for address, length in buffers:
             self.memory.write(GuestAddress(address), b"\xee" * length)
+        ring.publish()  # a pump that is awake looks without a kick
         self.driver.kick(queue)
         while True:
             ring.reap()
