@@ -18,6 +18,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from .changes import DOWN, UP, Changes
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["DOWN", "EJECT", "PORT", "PRESENT", "SIZE", "UP", "Cpus"]
 
 PORT, SIZE = 0x620, 64
-UP, DOWN, EJECT, PRESENT = 0, 1, 2, 32
+EJECT, PRESENT = 2, 32
 
 
 class Cpus:
@@ -52,23 +54,20 @@ class Cpus:
     ) -> None:
         self.present = set(range(count))
         self._most = most
-        self._notify, self._ejected = notify, ejected
-        self._up: list[int] = []
-        self._down: list[int] = []
+        self._ejected = ejected
+        self._changes = Changes(notify)
         self.refused = 0
 
     def plug(self, number: int) -> None:
         """A processor comes; nothing happens where it is there already."""
         if number not in self.present:
             self.present.add(number)
-            self._up.append(number)
-            self._notify()
+            self._changes.come(number)
 
     def ask_for(self, number: int) -> None:
         """A processor is to be given up; the guest may take its time, or never do it."""
-        if number in self.present and number not in self._down:
-            self._down.append(number)
-            self._notify()
+        if number in self.present:
+            self._changes.ask_for(number)
 
     def read(self, offset: int, length: int) -> bytes:
         """Bytes at rising offsets."""
@@ -82,8 +81,7 @@ class Cpus:
                 self.refused += 1
             elif at == EJECT:
                 self.present.remove(number)
-                self._up = [other for other in self._up if other != number]
-                self._down = [other for other in self._down if other != number]
+                self._changes.forget(number)
                 self._ejected(number)
 
     def metrics(self) -> dict[str, int]:
@@ -94,7 +92,8 @@ class Cpus:
         """Who is there, and what the guest has not looked at yet."""
         from .states import CpusState
 
-        return CpusState(tuple(sorted(self.present)), tuple(self._up), tuple(self._down))
+        present, changes = tuple(sorted(self.present)), self._changes
+        return CpusState(present, tuple(changes.up), tuple(changes.down))
 
     def restore(self, state: CpusState) -> None:
         """Take over what was saved; what the guest has not looked at is told again.
@@ -110,17 +109,11 @@ class Cpus:
                 rule = f"must be from 0 to {self._most - 1}"
                 raise StateError(f"CpusState.{name}", numbers, rule)
         self.present = set(state.present)
-        self._up, self._down = list(state.up), list(state.down)
-        if self._up or self._down:
-            self._notify()
+        self._changes.restore(state.up, state.down)
 
     def _read(self, offset: int) -> int:
         if offset in (UP, DOWN):
-            waiting = self._up if offset == UP else self._down
-            number = waiting.pop(0) + 1 if waiting else 0
-            if waiting:
-                self._notify()  # one at a time
-            return number
+            return self._changes.take(offset)
         if PRESENT <= offset < SIZE:
             first = 8 * (offset - PRESENT)
             return sum(1 << bit for bit in range(8) if first + bit in self.present)

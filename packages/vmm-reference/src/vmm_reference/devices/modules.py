@@ -24,6 +24,8 @@ from __future__ import annotations
 from struct import pack
 from typing import TYPE_CHECKING
 
+from .changes import DOWN, UP, Changes
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
@@ -33,7 +35,7 @@ __all__ = ["DOWN", "EJECT", "PORT", "SIZE", "SLOT", "SLOTS", "SLOT_SIZE", "UP", 
 
 SLOTS = 16
 PORT, SIZE = 0x6C0, 32 + 32 * SLOTS
-UP, DOWN, EJECT, SLOT, SLOT_SIZE = 0, 1, 2, 32, 32
+EJECT, SLOT, SLOT_SIZE = 2, 32, 32
 
 SUCCESS, IN_PROGRESS = 0, 0x84  # of a status (table 6.46)
 
@@ -63,23 +65,20 @@ class Modules:
         told: Callable[[int, int, int], object] = lambda _slot, _event, _status: None,
     ) -> None:
         self.present = dict(present)
-        self._notify, self._ejected, self._told = notify, ejected, told
-        self._up: list[int] = []
-        self._down: list[int] = []
+        self._ejected, self._told = ejected, told
+        self._changes = Changes(notify)
         self._sources = bytearray(SLOTS)
         self.refused = self.failed = 0
 
     def plug(self, slot: int, address: int, size: int) -> None:
         """A module comes into an empty slot."""
         self.present[slot] = address, size
-        self._up.append(slot)
-        self._notify()
+        self._changes.come(slot)
 
     def ask_for(self, slot: int) -> None:
         """A module is to be given up; the guest may take its time, or never do it."""
-        if slot in self.present and slot not in self._down:
-            self._down.append(slot)
-            self._notify()
+        if slot in self.present:
+            self._changes.ask_for(slot)
 
     def read(self, offset: int, length: int) -> bytes:
         """Bytes at rising offsets."""
@@ -109,7 +108,7 @@ class Modules:
         from .states import ModulesState
 
         slots = tuple((slot, *where) for slot, where in sorted(self.present.items()))
-        return ModulesState(slots, tuple(self._up), tuple(self._down))
+        return ModulesState(slots, tuple(self._changes.up), tuple(self._changes.down))
 
     def restore(self, state: ModulesState) -> None:
         """Take over what was saved; what the guest has not looked at is told again.
@@ -122,22 +121,15 @@ class Modules:
         own = self.save().present
         if state.present != own:
             raise StateError("ModulesState.present", state.present, f"must be {own}")
-        self._up, self._down = list(state.up), list(state.down)
-        if self._up or self._down:
-            self._notify()
+        self._changes.restore(state.up, state.down)
 
     def _forget(self, slot: int) -> tuple[int, int]:
-        self._up = [other for other in self._up if other != slot]
-        self._down = [other for other in self._down if other != slot]
+        self._changes.forget(slot)
         return self.present.pop(slot)
 
     def _read(self, offset: int) -> int:
         if offset in (UP, DOWN):
-            waiting = self._up if offset == UP else self._down
-            number = waiting.pop(0) + 1 if waiting else 0
-            if waiting:
-                self._notify()  # one at a time
-            return number
+            return self._changes.take(offset)
         slot, register = divmod(offset - SLOT, SLOT_SIZE)
         if offset < SLOT or slot not in self.present:
             return 0
