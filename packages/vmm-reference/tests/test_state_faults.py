@@ -4,7 +4,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -24,7 +23,7 @@ from vmm_reference.state.incoming import Incoming
 from vmm_reference.state.moving import MigrationError
 from vmm_reference.state.pager import Missing
 from vmm_reference.state.postcopy import PostCopy
-from vmm_reference.state.testing import PIECES, Remains
+from vmm_reference.state.testing import PIECES, Remains, side
 from vmm_reference.state.wire import Address, Kind, LinkLost, ProtocolError, Role
 
 pytestmark = pytest.mark.kvm
@@ -176,39 +175,13 @@ def test_a_pager_that_dies_is_replaced(
             assert (Remains.of(there), output + bytes(there.console._output)) == twin
 
 
-SIDE = """
-import os, signal, sys, threading
-from vmm_reference import Machine, MachineConfig
-from vmm_reference.state.incoming import Incoming
-from vmm_reference.state.wire import Kind, Link
-role, kernel, address, number = sys.argv[1:4] + [int(sys.argv[4])]
-real, count = Link.send_parts, 0
-def send(link, kind, *rest, **named):
-    global count
-    if link.role == 0:
-        count += 1
-        if count > number:
-            os.kill(os.getpid(), signal.SIGKILL)
-    real(link, kind, *rest, **named)
-Link.send_parts = send
-if role == "source":
-    with Machine(MachineConfig(kernel=kernel, memory="32M", on_reset="exit")) as machine:
-        machine.migrate(address)
-else:
-    with Incoming(address) as incoming:
-        print(incoming.address, flush=True)
-        with incoming.receive() as machine:
-            machine.wait()
-"""
-
-
 def test_the_death_of_the_source_at_each_step(config: Callable[..., MachineConfig]) -> None:
     """The destination forgets what it has not whole; what it has whole waits, and is resolved."""
     resolved = moved = 0
     for number in range(100):
         with Incoming("tcp:127.0.0.1:0") as incoming:
-            arguments = ["source", str(config().kernel), incoming.address, str(number)]
-            done = subprocess.run([sys.executable, "-c", SIDE, *arguments], timeout=60, check=False)
+            command = side("source", incoming.address, Role.CONTROL, number, config().kernel)
+            done = subprocess.run(command, timeout=60, check=False)
             if done.returncode == 0:
                 incoming.receive(30).close()
                 break
@@ -237,8 +210,7 @@ def test_the_death_of_the_destination_at_each_step(config: Callable[..., Machine
     """The machine runs on, or stands still, whole, until somebody says that the other is dead."""
     resolved = 0
     for number in range(100):
-        arguments = ["destination", "-", "tcp:127.0.0.1:0", str(number)]
-        command = [sys.executable, "-c", SIDE, *arguments]
+        command = side("destination", "tcp:127.0.0.1:0", Role.CONTROL, number)
         with (
             subprocess.Popen(command, stdout=subprocess.PIPE) as process,
             Machine(config()) as machine,

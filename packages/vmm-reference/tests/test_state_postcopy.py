@@ -1,5 +1,6 @@
 """Machines that run before their memory is there: deaths, cuts, and a page process that errs."""
 
+import os
 import subprocess
 import sys
 import threading
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from vm_memory import GuestAddress, GuestMemory
 from vmm_reference.config import MachineConfig
 from vmm_reference.errors import HostError
 from vmm_reference.machine import Machine
@@ -18,53 +20,12 @@ from vmm_reference.state import postcopy
 from vmm_reference.state.handover import Destination, Source
 from vmm_reference.state.incoming import Incoming
 from vmm_reference.state.moving import MigrationError
-from vmm_reference.state.testing import PIECES
-from vmm_reference.state.wire import Kind, Link, LinkLost
+from vmm_reference.state.postcopy import PostCopy
+from vmm_reference.state.stream import table
+from vmm_reference.state.testing import PIECES, side
+from vmm_reference.state.wire import Address, Kind, Link, LinkLost, Listener, Role
 
 pytestmark = pytest.mark.kvm
-
-# A side in a process of its own, which dies instead of sending the frame of a number on links of a
-# role; the destination can read all memory first, on a thread that holds the interpreter's lock.
-SIDE = """
-import hashlib, os, signal, sys, threading
-from vmm_reference import Machine, MachineConfig
-from vmm_reference.state.incoming import Incoming
-from vmm_reference.state.wire import Link
-what, kernel, address, link_role, number = *sys.argv[1:4], int(sys.argv[4]), int(sys.argv[5])
-real, count = Link.send_parts, 0
-def send(link, kind, *rest, **named):
-    global count
-    if link.role == link_role:
-        count += 1
-        if count > number:
-            os.kill(os.getpid(), signal.SIGKILL)
-    real(link, kind, *rest, **named)
-Link.send_parts = send
-if what == "source":
-    with Machine(MachineConfig(kernel=kernel, memory="32M", on_reset="exit")) as machine:
-        machine.migrate(address, post_copy=0)
-else:
-    incoming = Incoming(address)
-    print(incoming.address, flush=True)
-    with incoming.receive() as machine:
-        if what == "reader":
-            read = b"".join(bytes(region.buffer) for region in machine._board.memory.regions)
-            print("read", len(read), flush=True)
-        machine.console.send("g" * int(os.environ["PIECES"]))
-        print(machine.wait().value, flush=True)
-        incoming.close()
-"""
-CONTROL, FAULTS = 0, 2
-
-
-def side(*arguments: object) -> list[str]:
-    """The command of a side."""
-    return [sys.executable, "-c", SIDE, *map(str, arguments)]
-
-
-@pytest.fixture(autouse=True)
-def pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PIECES", str(PIECES))
 
 
 def settled(incoming: Incoming) -> Destination:
@@ -80,18 +41,17 @@ def settled(incoming: Incoming) -> Destination:
 
 
 @pytest.mark.parametrize(
-    ("role", "numbers"), [(CONTROL, range(0, 100, 2)), (CONTROL, range(1, 100, 2)),
-                          (FAULTS, (1, 2, 9, 40))],
-)  # fmt: skip
+    ("role", "numbers"), [(Role.CONTROL, range(100)), (Role.FAULTS, (1, 2, 9, 40))]
+)
 def test_the_death_of_the_source_at_each_step(
-    config: Callable[..., MachineConfig], role: int, numbers: range
+    config: Callable[..., MachineConfig], role: Role, numbers: range
 ) -> None:
     """A machine that lacks pages is lost, and ends in an outcome that says so."""
     lost, kernel = 0, config().kernel
     for number in numbers:
         with ExitStack() as stack:
             incoming = stack.enter_context(Incoming("tcp:127.0.0.1:0"))
-            command = side("source", kernel, incoming.address, role, number)
+            command = side("split-source", incoming.address, role, number, kernel)
             done = subprocess.run(command, timeout=60, check=False)
             if done.returncode == 0:
                 incoming.receive(30).close()
@@ -118,15 +78,15 @@ def test_the_death_of_the_source_at_each_step(
                 assert there.wait(60) is Outcome.POWER_OFF
             else:
                 assert phase is Destination.ABSENT
-    assert lost or role == CONTROL
+    assert lost or role is Role.CONTROL
 
 
 def test_the_death_of_the_destination_at_each_step(config: Callable[..., MachineConfig]) -> None:
     """Before the decision the machine runs on here; once it ran there, it is lost, and says so."""
     lost = ran_on = 0
-    for role, numbers in ((CONTROL, range(100)), (FAULTS, range(3))):
+    for role, numbers in ((Role.CONTROL, range(100)), (Role.FAULTS, range(3))):
         for number in numbers:
-            command = side("destination", "-", "tcp:127.0.0.1:0", role, number)
+            command = side("destination", "tcp:127.0.0.1:0", role, number)
             with (
                 subprocess.Popen(command, stdout=subprocess.PIPE) as process,
                 Machine(config()) as machine,
@@ -180,7 +140,7 @@ def test_a_vmm_that_stands_still_at_a_missing_page_is_recovered(
     config: Callable[..., MachineConfig],
 ) -> None:
     """Its thread waits for the page with the interpreter's lock: it can't even accept the link."""
-    command = side("reader", "-", "tcp:127.0.0.1:0", CONTROL, 1000)
+    command = side("reader", "tcp:127.0.0.1:0", Role.CONTROL, 1000)
     with (
         subprocess.Popen(command, stdout=subprocess.PIPE) as process,
         Machine(config()) as machine,
@@ -212,6 +172,45 @@ def test_a_machine_that_waits_for_a_page_can_be_stopped(
             assert there.wait(30) is Outcome.STOPPED
         machine.recover()  # nobody there needs the pages any more
         assert machine.outcome is Outcome.MIGRATED
+
+
+def test_the_end_of_a_machine_waits_until_its_memory_is_marked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two threads come to end it at once, where its source is lost: nobody sees it whole."""
+    order: list[str] = []
+    entered, release = threading.Event(), threading.Event()
+
+    def lose(mapping: Any) -> None:
+        entered.set()
+        release.wait(30)
+        real(mapping)
+        order.append("lost")
+
+    def end() -> None:
+        pages.end()
+        order.append("ended")
+
+    wake = os.eventfd(0)
+    listener = Listener(Address.parse("tcp:127.0.0.1:0"), None)
+    with GuestMemory.from_ranges([(GuestAddress(0), 1 << 20)], dirty_page_size=4096) as memory:
+        kind = type(memory.regions[0].mapping)
+        real = kind.lose
+        monkeypatch.setattr(kind, "lose", lose)
+        pages = PostCopy(memory, 1, listener, None, wake, lambda sock: sock.close())
+        pages.begin(table([(0, 4096)]))
+        threads = [threading.Thread(target=pages.close), threading.Thread(target=end)]
+        threads[0].start()
+        assert entered.wait(30)
+        threads[1].start()
+        threads[1].join(0.2)
+        release.set()
+        for thread in threads:
+            thread.join()
+        assert order == ["lost", "ended"]
+        assert memory.lost_regions
+    listener.close()
+    os.close(wake)
 
 
 NONSENSE = {

@@ -15,7 +15,7 @@ from kvm_ioctls import Kvm
 from .board import Board
 from .control import Control
 from .errors import ConfigError
-from .loop import Loop
+from .loop import READ, Loop
 from .outcome import Outcome
 from .transfer import Transfer
 
@@ -137,6 +137,13 @@ class Machine(Control, Transfer):
         """Pass what comes from the input's descriptor through `keys` first. Before `start`."""
         if self._input is not None:
             self._input.keys = keys
+
+    def on_readable(self, fd: int, callback: Callable[[int], None]) -> None:
+        """Call `callback(events)` on the I/O thread whenever `fd` can be read, once that runs.
+
+        The descriptor stays the caller's, to be closed when the machine is.
+        """
+        self._loop.call_soon(lambda: self._loop.add(fd, READ, callback))
 
     def start(self) -> None:
         """Power on. What can't be had is an error, and nothing is left behind."""

@@ -12,12 +12,16 @@ import click
 
 from vmm_reference.state.clone import Template
 
+from .run import Signals
+
 if TYPE_CHECKING:
-    from types import FrameType
+    from collections.abc import Iterator
 
     from vmm_reference.machine import Machine
 
 __all__ = ["clone"]
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)
 
 
 @click.command()
@@ -35,35 +39,43 @@ def clone(folder: str, count: int, run_folder: str) -> int:
     out = Path(run_folder)
     out.mkdir(parents=True, exist_ok=True)
     children: dict[int, int] = {}
-
-    def end(_number: int, _frame: FrameType | None) -> None:
-        for child in children:
-            os.kill(child, signal.SIGTERM)
-
-    with Template(folder) as template:
-        for number in range(count):
-            children[template.fork(number, partial(_run, out, number))] = number
-        click.echo(f"{count} clones run, with logs and control sockets in {out}", err=True)
-        before = [(n, signal.signal(n, end)) for n in (signal.SIGINT, signal.SIGTERM)]
-        worst = 0
-        while children:
-            child, status = os.wait()
-            number = children.pop(child)
-            code = os.waitstatus_to_exitcode(status)
-            if code:
-                click.echo(f"clone {number} ended with status {code}", err=True)
-            worst = max(worst, code if code >= 0 else 128 - code)
-        for signum, handler in before:
-            signal.signal(signum, handler)
+    worst = 0
+    # They are waited for, not handled: one that comes before the wait is not missed.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        with Template(folder) as template:
+            for number in range(count):
+                children[template.fork(number, partial(_run, out, number))] = number
+            click.echo(f"{count} clones run, with logs and control sockets in {out}", err=True)
+            while children:
+                if signal.sigwait(_SIGNALS) != signal.SIGCHLD:
+                    for child in children:
+                        os.kill(child, signal.SIGTERM)
+                for number, code in _ended(children):
+                    if code:
+                        click.echo(f"clone {number} ended with status {code}", err=True)
+                    worst = max(worst, code if code >= 0 else 128 - code)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return worst
+
+
+def _ended(children: dict[int, int]) -> Iterator[tuple[int, int]]:
+    """Take those that have ended out of the children: their numbers and statuses."""
+    while children:
+        child, status = os.waitpid(-1, os.WNOHANG)
+        if not child:
+            return
+        yield children.pop(child), os.waitstatus_to_exitcode(status)
 
 
 def _run(out: Path, number: int, machine: Machine) -> int:
     from vmm_reference.api.server import Control, Server
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent tells
-    signal.signal(signal.SIGTERM, lambda _number, _frame: machine.stop())
-    with machine, Server(str(out / f"{number}.sock"), Control(machine)):
-        outcome = machine.wait()
-        (out / f"{number}.log").write_text(machine.console.output)
+    with Signals(machine, lambda _: machine.stop(), signal.SIGTERM):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+        with machine, Server(str(out / f"{number}.sock"), Control(machine)):
+            outcome = machine.wait()
+            (out / f"{number}.log").write_text(machine.console.output)
     return outcome.status

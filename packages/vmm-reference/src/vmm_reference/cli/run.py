@@ -17,10 +17,11 @@ from vmm_reference.outcome import Outcome
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from types import FrameType
+    from collections.abc import Callable
+    from types import FrameType, TracebackType
     from typing import Any
 
-__all__ = ["configuration", "run", "run_on_terminal"]
+__all__ = ["Signals", "configuration", "run", "run_on_terminal"]
 
 # What the command line may say: an option's name, and the field that it gives.
 _VALUES = {
@@ -119,6 +120,52 @@ def _initrd_for(kernel: str) -> str | None:
     return str(guest_initramfs(found)) if found.modules is not None else None
 
 
+class Signals:
+    """Listens to signals for as long as the context lasts, on the main thread.
+
+    Python runs a signal's handler when the main thread next comes to a bytecode. A signal that
+    another thread gets, or that comes just before the main thread begins to wait, is not noticed
+    until that wait ends, which for a machine may be never. The interpreter's wake-up descriptor
+    gets it in any case, so that is what the machine's I/O thread listens to.
+
+    Args:
+        machine: on whose I/O thread they are told, once it runs.
+        told: called there with the number of each.
+        numbers: which.
+    """
+
+    def __init__(self, machine: Machine, told: Callable[[int], None], *numbers: int) -> None:
+        self._machine, self._told, self._numbers = machine, told, numbers
+
+    def __enter__(self) -> Signals:
+        self._reader, self._writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._wakeup = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        self._before = {number: signal.signal(number, _note) for number in self._numbers}
+        self._machine.on_readable(self._reader, self._read)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._wakeup)
+        os.close(self._writer)
+        os.close(self._reader)
+
+    def _read(self, _events: int) -> None:
+        for number in os.read(self._reader, 64):
+            if number in self._before:
+                self._told(number)
+
+
+def _note(_number: int, _frame: FrameType | None) -> None:
+    """In the place of what the signal would do by itself."""
+
+
 def run_on_terminal(machine: Machine, api_socket: str | None = None) -> int:
     """Run a machine with its console on the standard streams, until it ends.
 
@@ -133,21 +180,24 @@ def run_on_terminal(machine: Machine, api_socket: str | None = None) -> int:
         The exit status: the outcome's, or 128 and the number of the signal.
     """
     caught: list[int] = []
+    again: list[Callable[[], None]] = []  # what a shell may have undone while this stood still
 
-    def stop(number: int, _frame: FrameType | None) -> None:
+    def told(number: int) -> None:
+        if number == signal.SIGCONT:
+            for action in again:
+                action()
+            return
         caught.append(number)
         machine.stop(Outcome.STOPPED)
 
     with ExitStack() as stack:
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            stack.callback(signal.signal, number, signal.signal(number, stop))
+        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCONT)
+        stack.enter_context(Signals(machine, told, *numbers))
         if os.isatty(0):
             from vmm_reference.backends.terminal import Escape, RawTerminal
 
-            terminal = stack.enter_context(RawTerminal(0))
+            again.append(stack.enter_context(RawTerminal(0)).set_raw)
             machine.filter_input(Escape(lambda: machine.stop(Outcome.QUIT)).filter)
-            previous = signal.signal(signal.SIGCONT, lambda _number, _frame: terminal.set_raw())
-            stack.callback(signal.signal, signal.SIGCONT, previous)
         stack.enter_context(machine)
         gc.freeze()
         gc.enable()

@@ -112,26 +112,26 @@ class PostCopy:
 
     def end(self) -> None:
         """The machine has ended: nobody needs any more what is still missing."""
-        if not self._closed:
-            self.close()
+        if self.close():
             self.filled = True
             self._signal()
 
-    def close(self) -> None:
+    def close(self) -> bool:
         """End the process; whoever waits for a page gets zeros, and the memory is lost then.
 
-        Idempotent.
+        Idempotent, and from any thread: the memory is marked as lost when this returns, whoever
+        of several was the first. Returns whether this call was.
         """
         with self._lock:
             if self._closed:
-                return
+                return False
             self._closed = True
+            if self._userfault is not None and not self.filled:
+                for region in self._memory.regions:
+                    region.mapping.lose()
             with suppress(OSError):
                 self._socket.shutdown(socket.SHUT_RDWR)
         if self._userfault is not None:
-            if not self.filled:
-                for region in self._memory.regions:
-                    region.mapping.lose()
             self._userfault.close()
         self._listener.take_back()
         if self.filled:
@@ -140,6 +140,7 @@ class PostCopy:
                 region.advise(Advice.HUGEPAGE)
         self._thread.join()
         self._socket.close()
+        return True
 
     def __del__(self) -> None:
         os.close(self._wake)

@@ -1,9 +1,15 @@
-"""Helpers for tests of saved and moved machines: a guest whose end tells everything before it."""
+"""Helpers for tests of saved and moved machines: a guest whose end tells everything before it.
+
+Run as a module it is one side of a migration, in a process that dies at a step of it: see `side`.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING
+import os
+import signal
+import sys
+from typing import TYPE_CHECKING, Any
 
 import attrs
 
@@ -12,13 +18,16 @@ from vmm_reference.machine import Machine
 from vmm_reference.outcome import Outcome
 from vmm_reference.testing import tiny_kernel
 
+from .incoming import Incoming
+from .wire import Kind, Link, Role
+
 if TYPE_CHECKING:
     from pathlib import Path
 
     from kvm_ioctls.state import Regs
     from vm_memory import GuestMemory
 
-__all__ = ["COMPUTE", "PIECES", "Remains", "digest", "undisturbed"]
+__all__ = ["COMPUTE", "PIECES", "Remains", "digest", "side", "undisturbed"]
 
 # Writes pseudo-random words all over 4 MiB and reads some back; after each of 24 pieces tells the
 # host how far it is, and waits for a byte: so it ends when it is let, on a host of any speed.
@@ -93,3 +102,59 @@ def undisturbed(kernel: Path, source: str, pieces: int) -> tuple[Remains, bytes]
         if machine.wait(600) is not Outcome.POWER_OFF:
             raise RuntimeError(f"the guest ended in {machine.outcome}: {machine.detail}")
         return Remains.of(machine), bytes(machine.console._output)
+
+
+def side(what: str, address: str, role: Role, number: int, kernel: str | None = "") -> list[str]:
+    """The command of a side that dies instead of sending a frame.
+
+    Args:
+        what: `source` and `split-source` run `kernel` and move it, the second with post-copy from
+            the start; `destination` prints where it waits, lets the machine go on, and prints how
+            it ended; `reader` reads all of its memory first, on a thread that holds the
+            interpreter's lock.
+        address: where to.
+        role: of the links that are counted on.
+        number: of the frame on them that is not sent any more. Of the machine's parts, which come
+            in frames of their own, the first and the second count, as the rest are alike.
+        kernel: of a source.
+    """
+    command = [sys.executable, "-m", "vmm_reference.state.testing"]
+    return [*command, what, address, str(role.value), str(number), kernel or ""]
+
+
+def _die(role: int, number: int) -> None:
+    real = Link.send_parts
+    left, parts = number, 0
+
+    def send(link: Link, kind: Kind, *rest: Any, **named: Any) -> None:
+        nonlocal left, parts
+        parts += kind is Kind.PART
+        if link.role == role and not (kind is Kind.PART and parts > 2):
+            if not left:
+                os.kill(os.getpid(), signal.SIGKILL)
+            left -= 1
+        real(link, kind, *rest, **named)
+
+    Link.send_parts = send  # type: ignore[assignment, method-assign]
+
+
+def _main(what: str, address: str, role: str, number: str, kernel: str = "") -> None:
+    _die(int(role), int(number))
+    if what.endswith("source"):
+        with Machine(MachineConfig(kernel=kernel, memory="32M", on_reset="exit")) as machine:
+            machine.migrate(address, post_copy=0 if what == "split-source" else None)
+        return
+    incoming = Incoming(address)
+    print(incoming.address, flush=True)
+    with incoming.receive() as machine:
+        if what == "reader":
+            assert machine._board is not None
+            size = sum(len(bytes(region.buffer)) for region in machine._board.memory.regions)
+            print("read", size, flush=True)
+        machine.console.send("g" * PIECES)
+        print(machine.wait().value, flush=True)
+        incoming.close()
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])
