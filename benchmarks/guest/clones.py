@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -19,6 +20,9 @@ from vmm_reference.state.clone import Template
 
 if TYPE_CHECKING:
     from vmm_reference.machine import Machine
+
+
+re.compile(r"\.")  # what a clone waits for is no part of what it costs
 
 
 def private(process: int) -> float:

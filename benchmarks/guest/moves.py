@@ -104,6 +104,8 @@ class Ours:
         here.wait(PATIENCE)
         self._process = there
         return {"downtime": report["downtime"] * 1e3, "total": report["seconds"] * 1e3,
+                "parts": {name: round(report[name] * 1e3) for name in
+                          ("pause", "memory", "states", "restore", "start")},
                 "rounds": len(report["rounds"])}  # fmt: skip
 
     def close(self) -> None:

@@ -21,6 +21,8 @@ from .errors import ConfigError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from linux_loader import EntryState
     from vm_memory import GuestMemory
 
@@ -33,7 +35,7 @@ class Announcements:
     r"""What the devices have to tell by ACPI, until its tables are made.
 
     Attributes:
-        devices: terms of `vmm_reference.acpi.aml` for `\_SB`.
+        devices: each gives a term of `vmm_reference.acpi.aml` for `\_SB`.
         events: bits of `vmm_reference.devices.pm`'s events, and the method that each calls.
         tables: signature and body of further tables.
         boot_flags: of the FADT (table 5.11).
@@ -41,7 +43,7 @@ class Announcements:
     """
 
     def __init__(self) -> None:
-        self.devices: list[bytes] = []
+        self.devices: list[Callable[[], bytes]] = []
         self.events: list[tuple[int, str]] = []
         self.tables: list[tuple[bytes, bytes]] = []
         self.boot_flags = 0
@@ -52,7 +54,7 @@ class Announcements:
         return tables.build(
             cpus=config.cpus,
             max_cpus=config.max_cpus,
-            devices=self.devices,
+            devices=[term() for term in self.devices],
             events=self.events,
             more=self.tables,
             boot_flags=self.boot_flags,

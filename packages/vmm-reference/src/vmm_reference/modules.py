@@ -50,7 +50,7 @@ class Modules:
         for address, size in present.values():
             board.ram.show(address, size)
         board.ports.add(device.PORT, device.SIZE, self.registers)
-        board.announced.devices.append(acpi.memory_devices())
+        board.announced.devices.append(acpi.memory_devices)
         board.announced.events.append((pm.EVENT_MEMORY, acpi.NOTIFY_METHOD))
 
     def add(self, size: int) -> int:

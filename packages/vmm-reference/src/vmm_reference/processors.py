@@ -27,7 +27,7 @@ def add_processors(board: Board, count: int, most: int) -> Cpus:
 
     registers = Cpus(count, most, lambda: board.tell(pm.EVENT_CPU), ejected)
     board.ports.add(PORT, SIZE, registers)
-    board.announced.devices.append(cpus.processors(most))
+    board.announced.devices.append(lambda: cpus.processors(most))
     board.announced.events.append((pm.EVENT_CPU, cpus.NOTIFY_METHOD))
     return registers
 

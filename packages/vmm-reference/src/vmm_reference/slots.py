@@ -109,7 +109,8 @@ class MmioSlot(VirtioSlot):
             vm.ioeventfd(kick, window + QUEUE_NOTIFY, 4, datamatch=queue)
         self.transport = MmioTransport(device, self.kick)
         wiring.mmio.add(window, layout.VIRTIO_MMIO_SIZE, self.transport)
-        wiring.announce(virtio_mmio(index, window, layout.VIRTIO_MMIO_SIZE, self._gsi))
+        size = layout.VIRTIO_MMIO_SIZE
+        wiring.announce(lambda: virtio_mmio(index, window, size, self._gsi))
 
     @property
     def interrupt_word(self) -> CData:

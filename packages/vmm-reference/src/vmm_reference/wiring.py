@@ -133,8 +133,11 @@ class Wiring:
         vm = self.vm
         return lambda level: vm.irq_line(gsi, level)
 
-    def announce(self, term: bytes) -> None:
-        r"""Add a term of `vmm_reference.acpi.aml` to what the guest's ACPI has in `\_SB`."""
+    def announce(self, term: Callable[[], bytes]) -> None:
+        r"""Add a term of `vmm_reference.acpi.aml` to what the guest's ACPI has in `\_SB`.
+
+        Only a machine that boots needs it, so it is asked for when the tables are made.
+        """
         self._board.announced.devices.append(term)
 
     def table(self, signature: bytes, body: bytes) -> None:

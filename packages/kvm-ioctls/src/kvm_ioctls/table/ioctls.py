@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import cache
 from typing import NamedTuple
 
 from kvm_ioctls.table.structs import layout
@@ -227,9 +228,16 @@ def find(request: int) -> Ioctl | None:
     >>> find(0xAE80).name
     'KVM_RUN'
     """
-    rows = sorted(IOCTLS, key=lambda row: not row.on(HOST))  # where two share a number, ours speaks
+    return _by_number().get(request)
+
+
+@cache
+def _by_number() -> dict[int, Ioctl]:
+    """All rows by each machine's number; where two share one, that of this machine speaks."""
+    rows = sorted(IOCTLS, key=lambda row: not row.on(HOST))
+    found: dict[int, Ioctl] = {}
     for row in rows:
-        machines = MACHINES.values() if row.wrapped else ()
-        if request in {row.number(each) for each in machines if row.on(each)}:
-            return row
-    return None
+        for machine in MACHINES.values():
+            if row.wrapped and row.on(machine):
+                found.setdefault(row.number(machine), row)
+    return found

@@ -226,9 +226,18 @@ class Server:
     def __init__(self, path: str, control: Control) -> None:
         self._path = path
         handler = type("Handler", (_Handler,), {"control": control})
+        # It gets its name once it listens: who sees it is answered.
+        nameless = Path(path).with_name(f".{os.urandom(4).hex()}")
         old = os.umask(0o177)
         try:
-            self._server = _Listener(path, handler)
+            self._server = _Listener(str(nameless), handler)
+            try:
+                Path(path).hardlink_to(nameless)
+            except BaseException:
+                self._server.server_close()
+                raise
+            finally:
+                nameless.unlink()
         except OSError as error:
             hint = "remove it, if no VMM serves it" if Path(path).exists() else ""
             raise HostError(f"control socket {path}", error.strerror or error, hint) from error

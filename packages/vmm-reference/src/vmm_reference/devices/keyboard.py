@@ -301,7 +301,7 @@ def build(config: Keys, wiring: Wiring) -> Controls:
     controller.connect(keyboard)
     wiring.keep(keyboard)
     wiring.announce(
-        aml.device(
+        lambda: aml.device(
             "KBD",
             aml.name("_HID", aml.eisa_id("PNP0303")),
             aml.name(

@@ -88,7 +88,7 @@ def build(config: Generation, wiring: Wiring) -> VmGeneration:
     """The identifier, its place in ACPI, and its event."""
     place: GuestAddress = VM_GENERATION  # type: ignore[assignment]
     wiring.announce(
-        aml.device(
+        lambda: aml.device(
             "VGEN",
             aml.name("_HID", aml.string("VMGENCTR")),
             aml.name("_CID", aml.string("VM_Gen_Counter")),
@@ -96,7 +96,7 @@ def build(config: Generation, wiring: Wiring) -> VmGeneration:
             aml.name("ADDR", aml.package(aml.integer(VM_GENERATION), aml.integer(0))),
         )
     )
-    wiring.announce(aml.method(_NOTIFY, 0, aml.notify("VGEN", 0x80)))
+    wiring.announce(lambda: aml.method(_NOTIFY, 0, aml.notify("VGEN", 0x80)))
     wiring.on_event(pm.EVENT_GENERATION, _NOTIFY)
     generation = VmGeneration(
         lambda: os.urandom(LENGTH),

@@ -57,7 +57,7 @@ class PciRoot:
             bridge = pci.host_bridge(
                 memory64, range(2, 32), layout.firmware_pci_memory32(config.memory)
             )
-        board.announced.devices.append(bridge)
+        board.announced.devices.append(lambda: bridge)
         board.announced.events.append((pm.EVENT_PCI, pci.NOTIFY_METHOD))
         board.announced.tables.append((b"MCFG", pci.mcfg()))
 

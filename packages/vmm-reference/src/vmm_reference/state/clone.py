@@ -12,7 +12,6 @@ import gc
 import importlib
 import os
 import sys
-import traceback
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -37,7 +36,7 @@ __all__ = ["Template", "identity"]
 
 # What a machine imports only when it is made, or restored.
 _NEEDED = (
-    "kvm_ioctls._hints", "kvm_ioctls.state.msrs", "virtio_queue._device_saving",
+    "kvm_ioctls.exits.plain", "kvm_ioctls.state.msrs", "virtio_queue._device_saving",
     "virtio_queue._saving", "vmm_reference.backends.console", "vmm_reference.board",
 )  # fmt: skip
 _STATES = ("kvm_ioctls.state", "virtio_queue.state", "vmm_reference.devices.states")
@@ -73,7 +72,7 @@ class Template:
 
     def __init__(self, folder: str | os.PathLike[str], **overrides: Any) -> None:
         refuse_used_process()
-        self._restored = open_snapshot(folder, Restore.COPY_ON_WRITE, overrides)
+        self._restored = open_snapshot(folder, Restore.COPY_ON_WRITE, overrides, keep=True)
         try:
             refuse_other_cpu(self._restored.vcpus[0].cpuid)
         except BaseException:
@@ -103,13 +102,16 @@ class Template:
             return child
         status = 1
         try:
-            fields = identity(self.config, number)
-            config = evolve(self.config, **fields)
+            config, fields = self.config, identity(self.config, number)
+            if any(list(getattr(config, name)) != value for name, value in fields.items()):
+                config = evolve(config, **fields)  # only then: checking writes to many pages
             self._restored.config = config
             machine = Machine(config)
             machine._restored = self._restored
             status = run(machine)
         except BaseException:
+            import traceback
+
             traceback.print_exc()
         finally:
             sys.stdout.flush()

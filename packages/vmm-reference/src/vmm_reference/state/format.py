@@ -25,6 +25,7 @@ import enum
 import json
 import types
 import typing
+from itertools import repeat
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import attrs
@@ -32,9 +33,19 @@ import attrs
 from vmm_reference.errors import VmmError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
-__all__ = ["MAX_SIZE", "FormatError", "decode", "encode", "encode_fields", "fields", "prepare"]
+__all__ = [
+    "MAX_SIZE",
+    "FormatError",
+    "decode",
+    "encode",
+    "encode_fields",
+    "fields",
+    "parse",
+    "prepare",
+    "state",
+]
 
 MAX_SIZE = 64 << 20
 """Bytes that a written state may have."""
@@ -56,6 +67,11 @@ class FormatError(VmmError, ValueError):
         self.field = field
         self.value = value
         self.rule = rule
+
+    def within(self, outer: str) -> None:
+        """The field is one of `outer`."""
+        self.field = outer + self.field
+        self.args = (self.field, self.value, self.rule)
 
     def __str__(self) -> str:
         text = repr(self.value)
@@ -98,8 +114,16 @@ def decode(data: bytes, kind: type[T], name: str) -> T:
     Raises:
         FormatError: it is anything else. Validators of the class itself count as well.
     """
-    plain = _plain(data, name)
-    value: T = _form(kind).read(plain, name)
+    return state(parse(data, name), kind, name)
+
+
+def state(plain: object, kind: type[T], name: str) -> T:
+    """The state in what `parse` gave; arguments and errors as for `decode`."""
+    try:
+        value: T = _form(kind).read(plain)
+    except FormatError as error:
+        error.within(name)
+        raise
     return value
 
 
@@ -110,19 +134,23 @@ def prepare(kind: type) -> None:
         form._known()
 
 
-def fields(data: bytes, name: str) -> dict[str, Any]:
-    """The fields of a written state as plain JSON values, for who checks them elsewhere.
+def fields(plain: object, name: str) -> dict[str, Any]:
+    """What `parse` gave, as the fields of a state, for who checks them elsewhere.
 
     Raises:
         FormatError: these are no fields.
     """
-    plain = _plain(data, name)
     if not isinstance(plain, dict):
         raise FormatError(name, plain, "must be fields")
     return plain
 
 
-def _plain(data: bytes, name: str) -> object:
+def parse(data: bytes, name: str) -> object:
+    """A written state as plain JSON values; nothing is known yet of what they mean.
+
+    Raises:
+        FormatError: it is no JSON of the form that `encode` gives.
+    """
     if len(data) > MAX_SIZE:
         raise FormatError(name, len(data), f"bytes are too many; at most {MAX_SIZE}")
     try:
@@ -164,7 +192,10 @@ def _text(plain: object, depth: int) -> str:
 
 
 class _Form:
-    """How values of one declared type are written and read. Both check."""
+    """How values of one declared type are written and read. Both check.
+
+    An error names the field from the value on; who reads what holds the value adds where that is.
+    """
 
     __slots__ = ("kinds", "read", "write")
 
@@ -172,7 +203,7 @@ class _Form:
         self,
         kinds: tuple[type, ...],
         write: Callable[[Any], object],
-        read: Callable[[Any, str], Any],
+        read: Callable[[Any], Any],
     ) -> None:
         self.kinds = kinds  # of JSON, by which one of several forms is told
         self.write = write
@@ -185,9 +216,9 @@ def _exactly(kind: type, words: str) -> _Form:
             raise TypeError(f"{value!r} is not {words}")
         return value
 
-    def read(plain: object, path: str) -> object:
+    def read(plain: object) -> object:
         if type(plain) is not kind:
-            raise FormatError(path, plain, f"must be {words}")
+            raise FormatError("", plain, f"must be {words}")
         return plain
 
     return _Form((kind,), write, read)
@@ -199,7 +230,7 @@ def _write_bytes(value: object) -> str:
     return value.hex()
 
 
-def _read_bytes(plain: object, path: str) -> bytes:
+def _read_bytes(plain: object) -> bytes:
     if isinstance(plain, str):
         try:
             value = bytes.fromhex(plain)
@@ -208,7 +239,7 @@ def _read_bytes(plain: object, path: str) -> bytes:
         else:
             if value.hex() == plain:  # fromhex takes capitals and spaces, we do not
                 return value
-    raise FormatError(path, plain, "must be bytes as hexadecimal text in small letters")
+    raise FormatError("", plain, "must be bytes as hexadecimal text in small letters")
 
 
 _FORMS: dict[object, _Form] = {
@@ -243,28 +274,31 @@ def _make(kind: Any) -> _Form:
 
 
 def _tuple(items: tuple[Any, ...]) -> _Form:
-    same = _form(items[0]) if len(items) == 2 and items[1] is ... else None
-    forms = None if same is not None else [_form(item) for item in items]
+    """Any number of one type (`tuple[int, ...]`), or one of each that is named."""
+    each: Iterable[_Form]
+    if len(items) == 2 and items[1] is ...:
+        each, count = repeat(_form(items[0])), None
+    else:
+        each, count = [_form(item) for item in items], len(items)
 
     def write(value: object) -> list[object]:
-        if not isinstance(value, tuple) or (forms is not None and len(value) != len(forms)):
+        if not isinstance(value, tuple) or (count is not None and len(value) != count):
             raise TypeError(f"{value!r} is not a tuple of the declared length")
-        if same is not None:
-            return [same.write(item) for item in value]
-        assert forms is not None
-        return [form.write(item) for form, item in zip(forms, value, strict=True)]
+        return [form.write(item) for form, item in zip(each, value, strict=False)]
 
-    def read(plain: object, path: str) -> tuple[object, ...]:
+    def read(plain: object) -> tuple[object, ...]:
         if not isinstance(plain, list):
-            raise FormatError(path, plain, "must be a list")
-        if same is not None:
-            reader = same.read
-            return tuple([reader(item, f"{path}[{n}]") for n, item in enumerate(plain)])
-        assert forms is not None
-        if len(plain) != len(forms):
-            raise FormatError(path, plain, f"must have {len(forms)} items")
-        pairs = zip(forms, plain, strict=True)
-        return tuple([form.read(item, f"{path}[{n}]") for n, (form, item) in enumerate(pairs)])
+            raise FormatError("", plain, "must be a list")
+        if count is not None and len(plain) != count:
+            raise FormatError("", plain, f"must have {count} items")
+        found: list[object] = []
+        try:
+            for form, item in zip(each, plain, strict=False):
+                found.append(form.read(item))
+        except FormatError as error:
+            error.within(f"[{len(found)}]")
+            raise
+        return tuple(found)
 
     return _Form((list,), write, read)
 
@@ -278,11 +312,11 @@ def _mapping(key: Any, item: Any) -> _Form:
             raise TypeError(f"{value!r} is not a dict")
         return pairs.write(tuple(value.items()))
 
-    def read(plain: object, path: str) -> dict[object, object]:
-        rows = pairs.read(plain, path)
+    def read(plain: object) -> dict[object, object]:
+        rows = pairs.read(plain)
         found = dict(rows)
         if len(found) != len(rows):
-            raise FormatError(path, plain, "must not have a key twice")
+            raise FormatError("", plain, "must not have a key twice")
         return found
 
     return _Form((list,), write, read)
@@ -296,9 +330,9 @@ def _enumeration(kind: type[enum.Enum]) -> _Form:
             raise TypeError(f"{value!r} is not a {kind.__name__}")
         return value.name
 
-    def read(plain: object, path: str) -> enum.Enum:
+    def read(plain: object) -> enum.Enum:
         if not isinstance(plain, str) or plain not in by_name:
-            raise FormatError(path, plain, f"must be one of {', '.join(by_name)}")
+            raise FormatError("", plain, f"must be one of {', '.join(by_name)}")
         return by_name[plain]
 
     return _Form((str,), write, read)
@@ -332,18 +366,18 @@ def _union(members: tuple[Any, ...]) -> _Form:
                 continue
         raise TypeError(f"{value!r} is none of {members!r}")
 
-    def read(plain: object, path: str) -> object:
+    def read(plain: object) -> object:
         if states and isinstance(plain, dict):
             name = plain.get("class")
             state = states.get(name) if isinstance(name, str) else None
             if state is None:
-                raise FormatError(f"{path}.class", name, f"must be one of {', '.join(states)}")
-            return state.read({key: plain[key] for key in plain if key != "class"}, path)
+                raise FormatError(".class", name, f"must be one of {', '.join(states)}")
+            return state.read({key: plain[key] for key in plain if key != "class"})
         form = plains.get(type(plain))
         if form is None:
             known = ", ".join(kind.__name__ for kind in plains)
-            raise FormatError(path, plain, f"must be one of {known}")
-        return form.read(plain, path)
+            raise FormatError("", plain, f"must be one of {known}")
+        return form.read(plain)
 
     kinds = tuple(plains) + ((dict,) if states else ())
     return _Form(kinds, write, read)
@@ -387,37 +421,41 @@ class _State(_Form):
                 raise TypeError(f"{self.kind.__name__}.{name}: {error}") from None
         return plain
 
-    def _read(self, plain: object, path: str) -> object:
+    def _read(self, plain: object) -> object:
         fields = self._known()
         if not isinstance(plain, dict):
-            raise FormatError(path, plain, f"must be the fields of a {self.kind.__name__}")
+            raise FormatError("", plain, f"must be the fields of a {self.kind.__name__}")
         older = False
         if self._version is not None:
-            plain, older = self._current(plain, path)
+            plain, older = self._current(plain)
         arguments = {}
         for name, argument, form, needed in fields:
             if name in plain:
-                arguments[argument] = form.read(plain[name], f"{path}.{name}")
+                try:
+                    arguments[argument] = form.read(plain[name])
+                except FormatError as error:
+                    error.within(f".{name}")
+                    raise
             elif needed or not older:
-                raise FormatError(f"{path}.{name}", None, "is missing")
+                raise FormatError(f".{name}", None, "is missing")
         if len(arguments) != len(plain):
             names = {name for name, *_ in fields}
             unknown = next(key for key in plain if key not in names)
-            raise FormatError(f"{path}.{unknown}", plain[unknown], "is not known here")
+            raise FormatError(f".{unknown}", plain[unknown], "is not known here")
         try:
             return self.kind(**arguments)
         except (ValueError, TypeError, LookupError) as error:
-            raise FormatError(path, plain, f"can't be: {error}") from error
+            raise FormatError("", plain, f"can't be: {error}") from error
 
-    def _current(self, plain: dict[str, object], path: str) -> tuple[dict[str, object], bool]:
+    def _current(self, plain: dict[str, object]) -> tuple[dict[str, object], bool]:
         """The fields in the class's own version, and whether they were older."""
         assert self._version is not None
         version = plain.get("version")
         if type(version) is not int or version < 1:
-            raise FormatError(f"{path}.version", version, "must be a whole number from 1")
+            raise FormatError(".version", version, "must be a whole number from 1")
         if version > self._version:
             rule = f"was written by a newer release; this one reads up to {self._version}"
-            raise FormatError(f"{path}.version", version, rule)
+            raise FormatError(".version", version, rule)
         if version == self._version:
             return plain, False
         if self._upgrade is not None:
@@ -425,5 +463,5 @@ class _State(_Form):
                 plain = self._upgrade(version, dict(plain))
             except (ValueError, TypeError, LookupError) as error:
                 rule = f"can't be read as version {version}: {error}"
-                raise FormatError(path, plain, rule) from error
+                raise FormatError("", plain, rule) from error
         return plain | {"version": self._version}, True

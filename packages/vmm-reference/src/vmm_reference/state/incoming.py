@@ -24,7 +24,7 @@ from vmm_reference.machine import Machine
 from vmm_reference.outcome import Outcome
 
 from . import handover
-from .format import FormatError, decode, fields
+from .format import FormatError, decode, fields, parse
 from .handover import Action, Destination, Event, Message, Side, Step, Word
 from .moving import MAX_STREAMS, MigrationError, Offer
 from .postcopy import PostCopy
@@ -425,7 +425,8 @@ class Incoming:
         offer = decode(payload, Offer, "offer")
         if not 0 <= offer.streams <= MAX_STREAMS:
             raise FormatError("offer.streams", offer.streams, f"must be at most {MAX_STREAMS}")
-        table = fields(offer.config.encode(), "offer.config") | self._overrides
+        given = parse(offer.config.encode(), "offer.config")
+        table = fields(given, "offer.config") | self._overrides
         config = MachineConfig.from_mapping(table, "offer.config")
         refuse_other_cpu(offer.cpuid)
         regions = [(GuestAddress(r.guest_address), r.size) for r in offer.memory.regions]

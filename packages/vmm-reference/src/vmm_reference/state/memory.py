@@ -8,11 +8,14 @@ differences. Threads write, read and compute digests: none of that holds Python'
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import threading
 from bisect import bisect_right
-from typing import TYPE_CHECKING
+from contextlib import suppress
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import attrs
 
@@ -23,13 +26,20 @@ from .format import FormatError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
+    from types import TracebackType
+    from typing import Self
 
 __all__ = ["CHUNK", "MemoryDigests", "MemoryState", "RegionState", "Source", "load", "store"]
+
+T = TypeVar("T")
 
 CHUNK = 1 << 20
 PAGE = 4096
 _THREADS = 2
-_MANY = 64  # chunks; for less the disk is not asked before the end
+_BLOCK = 8 << 20  # bytes that are written at once, at most
+_LONG = 256 << 10  # bytes that are worth to go to the disk on their own
+_WINDOW = 64 << 20  # bytes that are looked through before anything of them is written
+_NONE: Any = object()
 _ZEROS = hashlib.sha256(bytes(CHUNK)).hexdigest()
 
 
@@ -134,34 +144,76 @@ def store(
     starts = [start for start, _, _ in chunks]
     os.ftruncate(fd, sum(region.size for region in regions))
     found = list(digests) if digests is not None else [""] * len(chunks)
+    begun = SimpleQueue[int | None]()
 
-    changed = list(_by_chunk(chunks, starts, data_ranges(memory) if ranges is None else ranges))
+    def pieces() -> Iterator[tuple[int, int, int]]:
+        told = -1
+        for piece in _pieces(regions, _full(memory) if ranges is None else ranges):
+            address, count, _ = piece
+            first = bisect_right(starts, address) - 1
+            last = bisect_right(starts, address + count - 1) - 1
+            for number in range(max(first, told + 1), last + 1):
+                begun.put(number)
+            told = last
+            yield piece
 
-    written = threading.Event()
+    def digest(number: int) -> None:
+        start, length, _ = chunks[number]
+        found[number] = _digest(memory, start, length)
 
-    def write(failed: list[BaseException]) -> None:
-        try:
-            for number, pieces in changed:
-                if failed:
-                    return
-                start, _, place = chunks[number]
-                for address, count in pieces:
-                    at = GuestAddress(address)
-                    memory.write_all_to_file(at, fd, count, place + address - start)
-        finally:
-            written.set()
+    with _File(memory, fd) as file:
+        write = _shared(file.write, pieces())
 
-    def flush(_failed: list[BaseException]) -> None:
-        while not written.wait(0.05):  # the disk works while there is more to write
-            os.fdatasync(fd)
+        def write_all(failed: list[BaseException]) -> None:
+            try:
+                write(failed)
+            finally:
+                begun.put(None)
 
-    def digest(item: tuple[int, object]) -> None:
-        start, length, _ = chunks[item[0]]
-        found[item[0]] = _digest(memory, start, length)
-
-    # One thread alone writes: two would wait for each other at the file's lock.
-    _all(digest, changed, write, *([flush] if len(changed) > _MANY else []))
+        _all(_shared(digest, iter(begun.get, None)), write_all)
     return found
+
+
+class _File:
+    """Writes memory to a file, long pieces directly to the disk; usable as a context manager.
+
+    That saves a copy of all, and leaves the host's page cache to others. What is short, and all
+    where the file system can't do it, goes through the cache.
+    """
+
+    def __init__(self, memory: GuestMemory, fd: int) -> None:
+        self._memory, self._fd = memory, fd
+        self._direct: int | None = None
+        with suppress(OSError):
+            flags = os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC
+            self._direct = os.open(f"/proc/self/fd/{fd}", flags)
+        self._able = self._direct is not None
+
+    def write(self, piece: tuple[int, int, int]) -> None:
+        """Guest address, length and place in the file; from any thread."""
+        address, count, place = GuestAddress(piece[0]), piece[1], piece[2]
+        if self._able and self._direct is not None and count >= _LONG:
+            try:
+                self._memory.write_all_to_file(address, self._direct, count, place)
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                self._able = False  # a page is not aligned enough for this disk
+            else:
+                return
+        self._memory.write_all_to_file(address, self._fd, count, place)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._direct is not None:
+            os.close(self._direct)
 
 
 def load(
@@ -208,36 +260,36 @@ def load(
             if digest != (wanted or _zeros(length)):
                 raise FormatError(f"memory at {start:#x}", digest, f"must be {wanted or 'zeros'}")
 
-    _all(work, range(len(chunks)))
+    _all(_shared(work, range(len(chunks))))
 
 
-def _chunks(regions: Iterable[RegionState]) -> Iterator[tuple[int, int, int]]:
+def _chunks(regions: Iterable[RegionState], size: int = CHUNK) -> Iterator[tuple[int, int, int]]:
     """Guest address, length and place in the file of each chunk."""
     for region in regions:
-        for start in range(0, region.size, CHUNK):
-            length = min(CHUNK, region.size - start)
+        for start in range(0, region.size, size):
+            length = min(size, region.size - start)
             yield region.guest_address + start, length, region.file_offset + start
 
 
-def _by_chunk(
-    chunks: list[tuple[int, int, int]], starts: list[int], ranges: Iterable[tuple[int, int]]
-) -> Iterator[tuple[int, list[tuple[int, int]]]]:
-    """Sorted ranges, cut at chunks' borders: number of each chunk that has any, and which."""
-    current, pieces = -1, list[tuple[int, int]]()
-    for first, count in ranges:
-        address, end = int(first), first + count
-        while address < end:
-            number = bisect_right(starts, address) - 1
-            start, length, _ = chunks[number]
+def _full(memory: GuestMemory) -> Iterator[tuple[int, int]]:
+    """The ranges that are not all zero; a little is looked at before the first is there."""
+    for start, length, _ in _chunks(describe(memory), _WINDOW):
+        yield from data_ranges(memory, within=[(start, length)])
+
+
+def _pieces(
+    regions: Iterable[RegionState], ranges: Iterable[tuple[int, int]]
+) -> Iterator[tuple[int, int, int]]:
+    """Sorted ranges, cut into blocks: guest address, length and place in the file of each."""
+    blocks = list(_chunks(regions, _BLOCK))
+    starts = [start for start, _, _ in blocks]
+    for address, count in ranges:
+        at, end = int(address), address + count
+        while at < end:
+            start, length, place = blocks[bisect_right(starts, at) - 1]
             until = min(end, start + length)
-            if number != current:
-                if pieces:
-                    yield current, pieces
-                current, pieces = number, []
-            pieces.append((address, until - address))
-            address = until
-    if pieces:
-        yield current, pieces
+            yield at, until - at, place + at - start
+            at = until
 
 
 def _clip(ranges: list[tuple[int, int]], start: int, length: int) -> Iterator[tuple[int, int]]:
@@ -279,25 +331,27 @@ def _zeros(length: int) -> str:
     return _ZEROS if length == CHUNK else hashlib.sha256(bytes(length)).hexdigest()
 
 
-def _all(
-    work: Callable[..., None],
-    items: Iterable[object],
-    *beside: Callable[[list[BaseException]], None],
-) -> None:
-    """Do all items on two threads, and each of `beside` on its own; the first error ends all.
-
-    `beside` are given the list that has the error then. It is raised in the end.
-    """
+def _shared(work: Callable[[T], None], items: Iterable[T]) -> Callable[[list[BaseException]], None]:
+    """A job for several threads at once: each does one item after another, until one has failed."""
     waiting, lock = iter(items), threading.Lock()
-    errors: list[BaseException] = []
 
     def work_off(failed: list[BaseException]) -> None:
         while not failed:
             with lock:
-                item = next(waiting, None)
-            if item is None:
+                item = next(waiting, _NONE)
+            if item is _NONE:
                 return
             work(item)
+
+    return work_off
+
+
+def _all(*jobs: Callable[[list[BaseException]], None]) -> None:
+    """Do each job on two threads, the first also on this one; the first error ends all.
+
+    They are given the list that has the error then. It is raised in the end.
+    """
+    errors: list[BaseException] = []
 
     def run(job: Callable[[list[BaseException]], None]) -> None:
         try:
@@ -305,11 +359,11 @@ def _all(
         except BaseException as error:
             errors.append(error)
 
-    jobs = [*beside, *[work_off] * (_THREADS - 1)]
-    threads = [threading.Thread(target=run, args=(job,)) for job in jobs]
+    first, *others = [job for job in jobs for _ in range(_THREADS)]
+    threads = [threading.Thread(target=run, args=(job,)) for job in others]
     for thread in threads:
         thread.start()
-    run(work_off)
+    run(first)
     for thread in threads:
         thread.join()
     if errors:

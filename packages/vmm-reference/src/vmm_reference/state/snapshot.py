@@ -17,7 +17,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from kvm_ioctls import KvmError
 from kvm_ioctls.state import VcpuState, VmState
 from vm_memory import Anonymous, FilePrivate, GuestAddress, GuestMemory, Memfd
 from vm_memory._values import evolve
@@ -38,7 +37,7 @@ __all__ = ["Restore", "Restored", "merge", "open_snapshot", "verify"]
 
 T = TypeVar("T")
 
-_EINVAL = 22
+_SYSTEM_TIME = 0x4B564D01  # MSR_KVM_SYSTEM_TIME_NEW (Documentation/virt/kvm/x86/msr.rst)
 
 
 class Restore(enum.Enum):
@@ -174,11 +173,8 @@ def start_clock(board: Board) -> None:
     board.vm.set_clock(evolve(board.clock, flags=0))
     board.clock = None
     for vcpu in board.vm.vcpus:
-        try:
+        if vcpu.get_msrs([_SYSTEM_TIME]).values.get(_SYSTEM_TIME, 0) & 1:  # the guest uses kvmclock
             vcpu.kvmclock_ctrl()
-        except KvmError as error:
-            if error.errno != _EINVAL:  # the guest has no kvmclock
-                raise
 
 
 class States(Protocol):
@@ -260,6 +256,7 @@ def open_snapshot(
     overrides: dict[str, Any],
     *,
     track: bool = False,
+    keep: bool = False,
 ) -> Restored:
     """Read a snapshot up to the point where KVM is needed.
 
@@ -268,6 +265,7 @@ def open_snapshot(
         how: memory comes back.
         overrides: fields of the machine's configuration that are to be others now.
         track: whether a difference to it may be asked for later.
+        keep: read all states now, for several machines that go on from it in forks.
 
     Raises:
         FormatError: something in it is not what was written, or unknown.
@@ -277,6 +275,8 @@ def open_snapshot(
     with ExitStack() as stack:
         readers = _chain(stack, folder)
         top = readers[-1]
+        if keep:
+            top.keep()
         config = _config(top, overrides)
         sources = [Source(reader.memory, reader.state("memory", MemoryState)) for reader in readers]
         _same_regions(sources)
