@@ -59,10 +59,9 @@ def test_linux_goes_on_in_another_vmm(
         ["unshare", "--net", "--mount", *script, transport, kind, ",".join(steps)],
         timeout=300 + 60 * len(steps),
     )
-    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-30000:]}"
     print(done.stderr, file=sys.stderr)
-    *found, end = json.loads(done.stdout)
-    assert end == {"off": "power-off"}
+    found = json.loads(done.stdout)
     assert [finding["step"] for finding in found] == steps
     used = ["rng", "rtc", "terminal", "port", "balloon"] + ["hotplug"] * (transport == "pci")
     for finding in found:

@@ -16,6 +16,7 @@ from typing import Any
 import attrs
 import shell
 from shell import PATIENCE
+from standstill import explained
 
 from vmm_reference.config import Drive, MachineConfig
 from vmm_reference.deviceconfig import parse_device
@@ -109,18 +110,18 @@ class Host:
 
     def unplug(self, name: str) -> None:
         """Take it away."""
-        self.machine.unplug(name, PATIENCE)
+        with explained(self.machine, f"unplug {name}"):
+            self.machine.unplug(name, PATIENCE)
 
     def set_cpus(self, count: int) -> None:
         """Change the number of processors."""
-        self.machine.set_cpus(count, PATIENCE)
+        with explained(self.machine, f"{count} processors"):
+            self.machine.set_cpus(count, PATIENCE)
 
-    def power_off(self) -> str:
-        """Let the guest end; the outcome."""
-        self.machine.console.send("poweroff -f\n")
-        outcome = self.machine.wait(PATIENCE).value
+    def power_off(self) -> None:
+        """Let the guest end."""
+        shell.power_off(self.machine)
         self.close()
-        return outcome
 
     def close(self) -> None:
         """End what runs here."""

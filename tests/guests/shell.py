@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from standstill import explained
+
 from vmm_reference.machine import Machine
 from vmm_reference.outcome import Outcome
 
@@ -22,7 +24,8 @@ def tell(machine: Machine, command: str) -> str:
     """Run a command; it has to succeed. Returns what it printed."""
     machine.console.send(f"{command}\necho end-$?-end\n")
     # Anchored, since every other place where the text could begin would be tried as well.
-    match = machine.console.expect(r"(?s)^(.*)end-(\d+)-end", PATIENCE)
+    with explained(machine, command):
+        match = machine.console.expect(r"(?s)^(.*)end-(\d+)-end", PATIENCE)
     if match[2] != "0":
         raise RuntimeError(f"{command!r} exits with {match[2]}: {match[1][-500:]}")
     return match[1].strip()
@@ -41,5 +44,7 @@ def power_off(machine: Machine) -> None:
         RuntimeError: it ended otherwise.
     """
     machine.console.send("poweroff -f\n")
-    if machine.wait(PATIENCE) is not Outcome.POWER_OFF:
-        raise RuntimeError(f"the guest ended by {machine.outcome}")
+    with explained(machine, "power-off"):
+        outcome = machine.wait(PATIENCE)
+    if outcome is not Outcome.POWER_OFF:
+        raise RuntimeError(f"the guest ended by {outcome}: {machine.detail}")

@@ -16,16 +16,19 @@ import json
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
+from standstill import GUEST_OPTIONS
+
 HERE = Path(__file__).parent
 PATIENCE = 200.0
 HOST, GUEST = "192.0.2.1", "192.0.2.2"
 LINK = {"a": "198.51.100.1", "b": "198.51.100.2"}  # between the VMMs
-RUN = Path("/tmp/state")  # sockets and images live on no file system of the host's
+RUN = Path(tempfile.mkdtemp(prefix="state-"))  # images, sockets and snapshots
 CID = {"a": 5, "b": 5}
 MOVES: dict[str, dict[str, Any]] = {
     "pre-copy": {"downtime": 0.3, "streams": 2},
@@ -239,7 +242,6 @@ def move(here: Remote, there: Remote, step: str, number: int, base: str | None) 
 
 def main(kernel: str, initrd: str, transport: str, kind: str, steps: str) -> None:
     """Go through all steps."""
-    RUN.mkdir()
     build_network()
     for name in ("first", "second"):
         (RUN / f"{name}.img").write_bytes(bytes(8 << 20))
@@ -253,7 +255,7 @@ def main(kernel: str, initrd: str, transport: str, kind: str, steps: str) -> Non
     fields = {
         "kernel": kernel, "initrd": initrd, "cpus": 2, "memory": "192M",
         "transport": transport, "shared_memory": "hand-over" in steps,
-        "cmdline": "console=ttyS0 panic=-1 quiet mitigations=off",
+        "cmdline": f"console=ttyS0 panic=-1 quiet mitigations=off {GUEST_OPTIONS}",
         **({"max_cpus": 4} if transport == "pci" else {}),
     }  # fmt: skip
     here("run", here.devices, fields)
@@ -277,7 +279,7 @@ def main(kernel: str, initrd: str, transport: str, kind: str, steps: str) -> Non
         finding |= {"report": report, "moved": moved, "seconds": time.monotonic() - start}
         print(finding, file=sys.stderr, flush=True)
         findings.append(finding)
-    findings.append({"off": here("power_off")})
+    here("power_off")
     for host in (here, there):
         host.close()
     print(json.dumps(findings))
