@@ -214,6 +214,21 @@ def test_vcpus_that_never_started_do_not_hold_up_the_end(
         assert machine.wait(30) is Outcome.POWER_OFF
 
 
+def test_an_end_that_fails_is_told_all_the_same(
+    kernel: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who waits for the machine learns what went wrong, instead of waiting for ever."""
+    with Machine(MachineConfig(kernel=kernel("PUT 's'; 1: hlt; jmp 1b"))) as machine:
+        machine.console.expect("s", 30)
+        board = machine._board
+        assert board is not None
+        with monkeypatch.context() as patch:
+            patch.setattr(board, "stop", lambda: os.close(-1))
+            machine.stop()
+            assert machine.wait(30) is Outcome.HOST_FAILURE
+        assert "Bad file descriptor" in machine.detail
+
+
 def test_a_full_pipe_stops_the_guests_output_and_nothing_else(
     kernel: Callable[[str], str],
 ) -> None:

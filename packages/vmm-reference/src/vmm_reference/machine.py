@@ -359,7 +359,10 @@ class Machine(Control, Transfer):
         if self._board is None or self._ending is None:
             return
         outcome, detail = self._ending
-        self._board.stop()
+        try:
+            self._board.stop()
+        except Exception as error:  # nobody would ever learn that it has ended
+            outcome, detail = Outcome.HOST_FAILURE, f"{type(error).__name__}: {error}"
         asked, self._reset_asked = self._reset_asked, False
         if outcome is Outcome.RESET and (asked or self.config.on_reset == "restart"):
             if self._plug_pulled is not None:
