@@ -57,7 +57,7 @@ def test_linux_goes_on_in_another_vmm(
     script = [sys.executable, str(GUESTS / "state.py"), str(kernels["cloud"].vmlinuz), str(initrd)]
     done = linux.run(
         ["unshare", "--net", "--mount", *script, transport, kind, ",".join(steps)],
-        timeout=300 + 60 * len(steps),
+        timeout=600 + 60 * len(steps),
     )
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-30000:]}"
     print(done.stderr, file=sys.stderr)

@@ -6,8 +6,10 @@ RESULT}` or `{"error": TEXT}`.
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
+import signal
 import sys
 import time
 import traceback
@@ -134,6 +136,7 @@ class Host:
 
 def main() -> None:
     """Until the input ends."""
+    faulthandler.register(signal.SIGUSR1)  # where it hangs, for who asks
     host = Host()
     for line in sys.stdin:
         method, *arguments = json.loads(line)

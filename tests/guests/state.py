@@ -13,6 +13,8 @@ Prints a JSON array of findings.
 from __future__ import annotations
 
 import json
+import select
+import signal
 import socket
 import subprocess
 import sys
@@ -20,7 +22,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from standstill import GUEST_OPTIONS
 
@@ -85,8 +87,12 @@ def echo(listener: socket.socket) -> None:
 class Remote:
     """A `host.Host` in its process and its network namespace."""
 
+    everyone: ClassVar[list[Remote]] = []
+
     def __init__(self, name: str, transport: str, kind: str) -> None:
+        self.everyone.append(self)
         self.name = name
+        self._asked = ""
         self.folder = RUN / name
         self.folder.mkdir()
         vhost = ",vhost" if kind == "kernel" else ""
@@ -116,17 +122,28 @@ class Remote:
     def begin(self, method: str, *arguments: object) -> None:
         """Ask for something."""
         assert self._process.stdin is not None
+        self._asked = method
         self._process.stdin.write(json.dumps([method, *arguments]) + "\n")
         self._process.stdin.flush()
 
     def end(self) -> Any:
         """The answer to what was asked for."""
         assert self._process.stdout is not None
+        if not select.select([self._process.stdout], [], [], 1.5 * PATIENCE)[0]:
+            for host in self.everyone:
+                host.say_where()
+            raise RuntimeError(f"{self.name} does not answer to {self._asked}")
         line = self._process.stdout.readline()
         answer = json.loads(line) if line else {"error": "it died"}
         if "error" in answer:
             raise RuntimeError(f"{self.name}: {answer['error']}")
         return answer["done"]
+
+    def say_where(self) -> None:
+        """Have it print the stacks of all its threads."""
+        print(f"{self.name} was asked for {self._asked}", file=sys.stderr, flush=True)
+        self._process.send_signal(signal.SIGUSR1)
+        time.sleep(2)
 
     def close(self) -> None:
         """End it."""
