@@ -28,8 +28,13 @@ def test_memory_of_linux_grows_and_shrinks(
     done = linux.run([sys.executable, SCRIPT, kernel, initrd, transport], timeout=600)
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
     assert json.loads(done.stdout) == {
+        "announced": [
+            "Node 0 PXM 0 [mem 0x100000000-0x11fffffff] hotplug",
+            "Node 1 PXM 1 [mem 0x140000000-0x17fffffff] hotplug",
+        ],
         "module came": True,
         "memory came": True,
+        "on its node": True,
         "used": True,
         "same after a restore": True,
         "as much after a restore": True,

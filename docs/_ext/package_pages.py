@@ -56,7 +56,7 @@ class Documents(SphinxDirective):
     def run(self) -> list[nodes.Node]:
         """Include the documents in the order of their names."""
         result: list[nodes.Node] = []
-        for file in sorted((PACKAGES / self.arguments[0] / "docs").glob("*.md")):
+        for file in sorted((PACKAGES / self.arguments[0] / "docs").rglob("*.md")):
             self.env.note_dependency(str(file))
             result += self.parse_text_to_nodes(file.read_text(), allow_section_headings=True)
         return result

@@ -51,16 +51,20 @@ def main(kernel: str, initrd: str, transport: str) -> None:
     found: dict[str, Any] = {}
     config = MachineConfig(
         kernel=kernel, initrd=initrd, transport=transport, memory="192M", max_memory="704M",
-        devices=[Memory("1G")],
+        devices=[Memory("1G", node=1)],
         cmdline="console=ttyS0 quiet panic=-1 mitigations=off memhp_default_state=online_movable",
     )  # fmt: skip
     with Machine(config) as machine:
         ready(machine)
         base = total(machine)
+        words = tell(machine, "dmesg | grep 'SRAT.*hotplug' | sed 's/.*SRAT: //'")
+        found["announced"] = words.splitlines()
         slot = machine.add_memory("128M")
         found["module came"] = grown(machine, base, 128)
         machine.resize_memory("256M", timeout=PATIENCE)
         found["memory came"] = grown(machine, base, 384)
+        node = "awk '/MemTotal/ {print $4}' /sys/devices/system/node/node1/meminfo"
+        found["on its node"] = 240 <= int(tell(machine, node)) // 1024 <= 256
         # File pages go to movable memory, which is what has come.
         tell(machine, "dd if=/dev/urandom of=/x bs=1M count=24 2>/dev/null")
         digest = tell(machine, "sha256sum /x")

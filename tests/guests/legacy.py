@@ -17,7 +17,7 @@ from shell import PATIENCE, ready, tell
 
 from vmm_reference.config import MachineConfig
 from vmm_reference.deviceconfig import parse_device
-from vmm_reference.devices.keyboard import KEYS
+from vmm_reference.devices.scan_codes import KEYS
 from vmm_reference.machine import Machine
 from vmm_reference.outcome import Outcome
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from vmm_reference import layout
 from vmm_reference.acpi import aml, cpus, modules, pci, tables
+from vmm_reference.acpi.srat import srat
 from vmm_reference.devices import pm, pvpanic
 
 BASE = layout.ACPI_TABLES
@@ -291,6 +292,29 @@ def test_memory_modules_are_sound_aml(tmp_path: Path) -> None:
     for name in ("_MIN", "_MAX", "_LEN"):
         assert re.search(rf"CreateQWordField \(RANG, .*{name}, ", text)
     assert text.count("Method (_OST, 3") == 16
+
+
+RAM = [(0, 0xA0000), (1 << 20, 3 << 30), (4 << 30, 1 << 30)]
+AREAS = [(8 << 30, 4 << 30, 0), (16 << 30, 1 << 30, 5)]
+
+
+@needs_iasl
+@pytest.mark.parametrize("count", [1, 300])
+def test_memory_that_may_come_is_told_with_its_node(tmp_path: Path, count: int) -> None:
+    """By iasl's reading: who is where, and which memory is hot-pluggable."""
+    blob = tables.build(cpus=count, more=[(b"SRAT", srat(count, RAM, AREAS))])
+    text = disassembled(tmp_path / "srat.aml", found(blob)["SRAT"])
+
+    def numbers(name: str) -> list[int]:
+        return [int(word, 16) for word in re.findall(rf"{name} : ([0-9A-F]+)\n", text)]
+
+    assert numbers("Base Address") == [start for start, *_ in (*RAM, *AREAS)]
+    assert numbers("Address Length") == [size for _, size, *_ in (*RAM, *AREAS)]
+    assert numbers("Hot Pluggable") == [0] * len(RAM) + [1] * len(AREAS)
+    assert numbers("Enabled") == [1] * (count + len(RAM) + len(AREAS))
+    assert numbers("Proximity Domain")[-5:] == [0, 0, 0, 0, 5]
+    assert numbers("Apic ID") == list(range(count))
+    assert text.count("[Processor Local x2APIC Affinity]") == max(count - 255, 0)
 
 
 def test_fixed_hardware_is_told_where_there_is_firmware() -> None:

@@ -98,3 +98,5 @@ def test_the_timer_counts_and_wraps_at_24_bits(steps: list[float]) -> None:
         timer.write(0, b"\xff\xff\xff\xff")
         restored.restore(timer.save())
         assert restored.read(0, 4) == timer.read(0, 4)
+    count = len(steps)
+    assert timer.metrics() == {"timer_reads": 5 * count, "timer_refused_writes": count}

@@ -86,8 +86,8 @@ def test_devices_come_and_go(
         machine.snapshot(tmp_path / "snapshot")
         machine.reset()
         machine.console.expect("s", 30)
-        own = {"bus", "serial", "rtc", "i8042", "power", "pci-hotplug"}
-        assert set(machine.metrics()) == own | {"rng0", "drive0", "spare"}
+        own = {"bus", "serial", "rtc", "i8042", "system-control", "power", "pvpanic"}
+        assert set(machine.metrics()) == {"pci-hotplug"} | own | {"rng0", "drive0", "spare"}
         assert machine.metrics()["pci-hotplug"] == {"ejections": 0}
         assert machine.plug(Drive(images[1])) == "drive1"
         machine.console.expect("U", 30)
@@ -123,7 +123,7 @@ def test_what_can_not_be_plugged_changes_nothing(
             with pytest.raises(ConfigError):
                 machine.plug(device)
         assert machine.config == before
-        assert len(machine.metrics()) == 37
+        assert len(machine.metrics()) == 39
     with pytest.raises(HostError, match="does not run"):
         machine.plug(Entropy())
 

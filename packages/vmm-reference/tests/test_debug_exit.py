@@ -19,9 +19,11 @@ from vmm_reference.testing import tiny_kernel
 )
 def test_a_write_is_the_end(data: bytes, value: int) -> None:
     ends: list[int] = []
-    DebugExit(ends.append).write(0, data)
+    device = DebugExit(ends.append)
+    device.write(0, data)
     assert ends == [value]
-    assert DebugExit(ends.append).read(1, 3) == bytes(3)
+    assert device.read(1, 3) == bytes(3)
+    assert device.metrics() == {"exits": 1, "reads": 1}
 
 
 @pytest.mark.kvm

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import attrs
 import pytest
 
+from vmm_reference.board import Board
 from vmm_reference.config import Drive, MachineConfig
 from vmm_reference.deviceconfig import (
     DeviceConfig,
@@ -18,6 +21,8 @@ from vmm_reference.deviceconfig import (
 from vmm_reference.devices import REGISTRY, config_class, factory
 from vmm_reference.devices.rng import Entropy
 from vmm_reference.errors import ConfigError
+from vmm_reference.machine import Machine
+from vmm_reference.testing import every_device
 
 
 @pytest.mark.parametrize("kind", REGISTRY)
@@ -106,3 +111,83 @@ def test_a_table_that_is_no_device_is_named(table: object, field: str) -> None:
     with pytest.raises(ConfigError) as caught:
         device_from_mapping(table, "devices[0]")
     assert caught.value.field == field
+
+
+# What every device has to have.
+
+STATELESS = {"debug-console", "debug-exit"}
+"""Kinds that have nothing to save: each access is for itself."""
+
+
+@pytest.fixture(params=["mmio", "pci"])
+def full(
+    request: pytest.FixtureRequest, config: Callable[..., MachineConfig], tmp_path: Path
+) -> Iterator[Machine]:
+    """A machine with everything that there is."""
+    wanted = config(
+        "1: hlt; jmp 1b", transport=request.param, devices=every_device(tmp_path),
+        max_cpus=4, max_memory="160M",
+    )  # fmt: skip
+    with Machine(wanted) as machine:
+        yield machine
+
+
+def board_of(machine: Machine) -> Board:
+    assert machine._board is not None
+    return machine._board
+
+
+@pytest.mark.kvm
+def test_every_device_counts_what_it_does(full: Machine) -> None:
+    """Each has counters with names of their own, and so has each part of the machine."""
+    counters = full.metrics()
+    names = [*board_of(full).legacy.parts(), "cpus", "modules", *full.config.named_devices()]
+    common = {"refused", "needs_reset"}
+    for name in names:
+        own = {key: value for key, value in counters[name].items() if key not in common}
+        assert own or "refused" in counters[name], name
+        assert all(type(value) is int for value in own.values()), name
+
+
+@pytest.mark.kvm
+def test_every_device_is_saved_and_restored(full: Machine) -> None:
+    """Each part takes what it gave, and gives the same again."""
+    board = board_of(full)
+    full.pause()
+    parts = board.parts()
+    for name, device in full.config.named_devices().items():
+        kept = [part for part in parts if part == name or part.startswith(f"{name}-")]
+        assert bool(kept) is (device.kind not in STATELESS), name
+    before = {name: part.save() for name, part in parts.items()}
+    for name in before.keys() - {"vmgenid0"}:  # which is to become another one
+        parts[name].restore(before[name])
+    after = {name: part.save() for name, part in parts.items()}
+    for name in before.keys() - {"rtc", "power"}:  # time passes; the generation device has told
+        assert after[name] == before[name], name
+    full.resume()
+
+
+@pytest.mark.kvm
+def test_a_reset_leaves_nothing_of_any_device(full: Machine) -> None:
+    """All parts are made anew, as they were when the machine was switched on."""
+    board = board_of(full)
+    full.pause()
+    before = {name: (part, part.save()) for name, part in board.parts().items()}
+    for name, (part, _) in before.items():
+        if hasattr(part, "write") and name not in ("power", "system-control", "i8042", "pvpanic"):
+            for offset in range(16):
+                part.write(offset, b"\0\0\0\0")
+    full.resume()
+    resets = full.resets
+    full.reset()
+    for _ in range(3000):
+        if full.resets > resets and full._board is not board:
+            break
+        time.sleep(0.01)
+    full.pause()
+    after = board_of(full).parts()
+    assert after.keys() == before.keys()
+    for name, (part, state) in before.items():
+        assert after[name] is not part, name
+        if name not in ("rtc", "vmgenid0"):
+            assert after[name].save() == state, name

@@ -236,6 +236,7 @@ def test_cmos_tells_memory_and_cpus(memory: int, cpus: int) -> None:
     assert low <= 3 << 30
     assert register(0x17, 0x18) == register(0x30, 0x31) == min((low >> 10) - 1024, 0xFFFF)
     assert (register(0x15, 0x16), register(0x5F)) == (640, cpus - 1)
+    assert register(0x2F, 0x2E) == sum(map(register, range(0x10, 0x2E)))
 
 
 @given(st.lists(st.one_of(st.binary(max_size=40_000), st.integers(0, 1 << 17)), max_size=30))

@@ -19,10 +19,13 @@ class Chip:
         self.array = bytearray([content]) * (BLOCK * BLOCKS)
         self.file = bytearray(self.array)
         self.shown = True
+        self.full = False
         self.flash = Flash(memoryview(self.array), self.changed, self.show)
 
-    def changed(self, offset: int, length: int) -> None:
-        self.file[offset : offset + length] = self.array[offset : offset + length]
+    def changed(self, offset: int, length: int) -> bool:
+        if not self.full:
+            self.file[offset : offset + length] = self.array[offset : offset + length]
+        return not self.full
 
     def show(self, whole: bool) -> None:
         assert whole != self.shown, "told twice"
@@ -96,6 +99,27 @@ def test_a_wrong_sequence_is_an_error_until_it_is_cleared() -> None:
     chip.send(5, 0x50)
     assert chip.flash.read(5, 1) == b"\x80"
     assert not any(chip.array)
+
+
+def test_what_can_not_be_kept_has_failed() -> None:
+    """As on a worn chip: the guest reads why, until it clears that; all of it is counted."""
+    chip = Chip()
+    chip.full = True
+    chip.send(5, 0x10, 0x00)
+    assert chip.flash.read(5, 1) == b"\x90"
+    chip.send(5, 0x50, 0x20, 0xD0)
+    assert chip.flash.read(5, 1) == b"\xa0"
+    chip.full = False
+    chip.send(5, 0x50, 0x40, 0x12)
+    assert chip.flash.read(5, 1) == b"\x80"
+    assert chip.file[5] == 0x12
+    chip.send(5, 0x20, 0x00, 0x77)
+    assert chip.flash.metrics() == {
+        "programmed_bytes": 2,
+        "erased_blocks": 1,
+        "refused_commands": 2,
+        "host_failures": 2,
+    }
 
 
 def test_a_saved_chip_goes_on_in_the_middle_of_a_command() -> None:

@@ -25,7 +25,7 @@ from vmm_reference.cpu.cpuid import topology
 from vmm_reference.deviceconfig import parse_device
 from vmm_reference.devices.cpus import Cpus
 from vmm_reference.devices.debug_console import DebugConsole
-from vmm_reference.devices.i8042 import I8042
+from vmm_reference.devices.i8042 import I8042, SystemControl
 from vmm_reference.devices.keyboard import Keyboard
 from vmm_reference.devices.modules import Modules
 from vmm_reference.devices.pm import PowerManagement
@@ -122,6 +122,7 @@ FLOODS: dict[str, tuple[Callable[[], Any], tuple[int, ...]]] = {
     "serial": (_serial, (0, 1, 2, 3, 4, 7)),
     "rtc": (_rtc, (0, 1, 2, 3)),
     "i8042": (_i8042, (0, 4)),
+    "system control": (lambda: SystemControl(lambda: None), (0,)),
     "power": (_power, (0, 1, 3)),
     "pvpanic": (lambda: Pvpanic(lambda _: None), (0,)),
     "debug console": (lambda: DebugConsole(lambda _: None), (0,)),

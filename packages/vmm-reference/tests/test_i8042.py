@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmm_reference.devices.i8042 import I8042
-from vmm_reference.devices.states import I8042State, StateError
+from vmm_reference.devices.i8042 import I8042, SystemControl
+from vmm_reference.devices.states import I8042State, StateError, SystemControlState
 
 DATA, COMMAND = 0, 4
 FULL, SYSTEM, AUX, TIMEOUT = 0x01, 0x04, 0x20, 0x40
@@ -145,3 +145,21 @@ def test_impossible_state_is_refused(field: str) -> None:
     """Registers have eight bits."""
     with pytest.raises(StateError, match=f"I8042State.{field}"):
         I8042State(**{**dict.fromkeys(FIELDS, 0), field: 256}, released=False)
+
+
+def test_the_fast_way_to_a20_and_reset() -> None:
+    """What is written to port 0x92 is read back; bit 0 resets, and is clear afterwards."""
+    resets: list[int] = []
+    port = SystemControl(lambda: resets.append(1))
+    assert port.read(0, 2) == b"\x02\xff"
+    port.write(0, b"\xf0")
+    assert (port.read(0, 1), resets) == (b"\xf0", [])
+    port.write(0, b"")
+    port.write(1, b"\xff")
+    twin = SystemControl(lambda: None)
+    twin.restore(port.save())
+    assert twin.read(0, 1) == b"\xf0"
+    port.write(0, b"\x03")
+    assert (port.read(0, 1), resets, port.metrics()) == (b"\x02", [1], {"resets": 1})
+    with pytest.raises(StateError, match=r"SystemControlState\.value"):
+        SystemControlState(256)

@@ -54,6 +54,16 @@ def test_pending_event_survives_restore() -> None:
     assert other.device.save() == power.device.save()
 
 
+def test_what_is_asked_for_in_vain_is_counted() -> None:
+    """Sleep states that are not there, and values that do not reset."""
+    power = Power()
+    for kind in range(8):
+        power.device.write(0, bytes([0x20 | kind << 2]))
+    power.device.write(2, b"\x02")
+    power.device.press_power_button()
+    assert power.device.metrics() == {"told": 1, "waiting": 1, "refused": 8}
+
+
 @given(st.lists(st.tuples(st.integers(0, 5), st.binary(max_size=8)), max_size=20))
 def test_nothing_raises(writes: list[tuple[int, bytes]]) -> None:
     """Any write at any offset is taken, and every read has its width."""

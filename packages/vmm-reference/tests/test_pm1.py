@@ -31,6 +31,7 @@ def test_only_s5_with_its_enable_bit_is_power_off() -> None:
         assert int.from_bytes(blocks.pm1.read(CONTROL, 2), "little") == kind << 10 | 1
     blocks.pm1.write(CONTROL + 1, b"\x34")
     assert blocks.offs == 2
+    assert blocks.pm1.metrics() == {"pm1_refused_sleeps": 7}
 
 
 def test_acpi_mode_is_the_only_one_and_nothing_has_happened() -> None:

@@ -7,14 +7,23 @@ from vmm_reference.devices.states import PvpanicState, StateError
 
 
 @pytest.mark.parametrize(
-    ("written", "events"),
-    [(b"\x01", [PANICKED]), (b"\x02", [CRASH_LOADED]), (b"\x03", [3]), (b"\xff", [3])],
+    ("written", "events", "counted"),
+    [
+        (b"\x01", [PANICKED], (1, 0, 0)),
+        (b"\x02", [CRASH_LOADED], (0, 1, 0)),
+        (b"\x03", [3], (1, 1, 0)),
+        (b"\xff", [3], (1, 1, 1)),
+    ],
 )
-def test_events_are_reported(written: bytes, events: list[int]) -> None:
+def test_events_are_reported(
+    written: bytes, events: list[int], counted: tuple[int, int, int]
+) -> None:
     """The bits that the guest writes are handed on, those that are not supported left out."""
     seen: list[int] = []
-    Pvpanic(seen.append).write(0, written)
+    device = Pvpanic(seen.append)
+    device.write(0, written)
     assert seen == events
+    assert tuple(device.metrics().values()) == counted
 
 
 @pytest.mark.parametrize(("offset", "data"), [(0, b"\x00"), (0, b"\xfc"), (1, b"\x01"), (0, b"")])

@@ -27,6 +27,7 @@ def test_it_changes_when_a_state_is_gone_on_from() -> None:
     second.restore(state)
     assert second.identifier != first.identifier
     assert told == [second.identifier] == seen[-1:]
+    assert (first.metrics(), second.metrics()) == ({"changes": 0}, {"changes": 1})
     # A source that repeats itself does not make a clone the same.
     numbers = iter([b"a" * 16, b"b" * 16])
     third = VmGeneration(lambda: next(numbers), seen.append, lambda: None)

@@ -67,6 +67,14 @@ def test_a_guest_that_hangs_is_reset(bench: Bench) -> None:
     assert (bench.ends, bench.dog.fired) == (1, True)
     bench.advance(100)
     assert bench.ends == 1
+    bench.set(LEFT, 1)
+    bench.dog.write(CONTROL, b"\1")
+    assert bench.dog.metrics() == {
+        "starts": 1,
+        "renewals": 10,
+        "expirations": 1,
+        "refused_writes": 2,
+    }
 
 
 def test_it_is_stopped(bench: Bench) -> None:

@@ -38,6 +38,7 @@ class Announcements:
         devices: each gives a term of `vmm_reference.acpi.aml` for `\_SB`.
         events: bits of `vmm_reference.devices.pm`'s events, and the method that each calls.
         tables: signature and body of further tables.
+        memory: address, size and node of memory that may come.
         boot_flags: of the FADT (table 5.11).
         fixed_hardware: whether there are PM1 blocks and a PM timer.
     """
@@ -46,17 +47,24 @@ class Announcements:
         self.devices: list[Callable[[], bytes]] = []
         self.events: list[tuple[int, str]] = []
         self.tables: list[tuple[bytes, bytes]] = []
+        self.memory: list[tuple[int, int, int]] = []
         self.boot_flags = 0
         self.fixed_hardware = False
 
     def build(self, config: MachineConfig, *, address: int) -> bytes:
         """All tables, as they lie from `address` on."""
+        more = list(self.tables)
+        if self.memory:
+            from .acpi.srat import srat
+
+            ram = layout.ram_ranges(config.memory)
+            more.append((b"SRAT", srat(config.max_cpus or config.cpus, ram, self.memory)))
         return tables.build(
             cpus=config.cpus,
             max_cpus=config.max_cpus,
             devices=[term() for term in self.devices],
             events=self.events,
-            more=self.tables,
+            more=more,
             boot_flags=self.boot_flags,
             fixed_hardware=self.fixed_hardware,
             address=address,

@@ -371,6 +371,11 @@ class MachineConfig:
                 ]
         return cls(**values)
 
+    def settled(self) -> MachineConfig:
+        """The same machine with what its devices leave to chance chosen."""
+        devices = tuple([device.settled() for device in self.devices])
+        return self if devices == tuple(self.devices) else evolve(self, devices=devices)
+
     def to_mapping(self) -> dict[str, Any]:
         """The table that `from_mapping` makes the same machine of: plain values alone."""
         table = {item.name: getattr(self, item.name) for item in fields(type(self))}

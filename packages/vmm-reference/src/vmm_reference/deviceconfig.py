@@ -65,6 +65,10 @@ class DeviceConfig:
         """What that memory is made of; None for the machine's own."""
         return None
 
+    def settled(self: D) -> D:
+        """The same device with what it leaves to chance chosen, for all resets to come."""
+        return self
+
     def cloned(self: D, number: int) -> D:
         """The same device for a copy of the machine, of a number from 0.
 

@@ -94,9 +94,12 @@ def add_flash(wiring: Wiring, path: str, address: int, *, restored: bool) -> Non
         memory.write(GuestAddress(address), os.pread(fd, region.size, 0))
     slot = next(s.slot for s in vm.slots if s.guest_phys_addr == address)
 
-    def changed(offset: int, length: int) -> None:
+    def changed(offset: int, length: int) -> bool:
         memory.mark_dirty(GuestAddress(address + offset), length)
-        os.pwrite(fd, array[offset : offset + length], offset)
+        try:
+            return os.pwrite(fd, array[offset : offset + length], offset) == length
+        except OSError:  # a full disk is the guest's to deal with, as a chip that fails is
+            return False
 
     def show(whole: bool) -> None:
         """In KVM's hands while it shows its array, in ours while it does not."""

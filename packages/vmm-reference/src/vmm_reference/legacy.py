@@ -15,7 +15,7 @@ from . import layout
 from .acpi import tables
 from .devices import pm
 from .devices.cmos import cmos
-from .devices.i8042 import I8042
+from .devices.i8042 import I8042, SYSTEM_CONTROL_PORT, SystemControl
 from .devices.pm import PowerManagement
 from .devices.pvpanic import Pvpanic
 from .devices.rtc import Rtc
@@ -37,6 +37,7 @@ __all__ = ["LegacyDevices"]
 
 _KEYBOARD_IRQ, _MOUSE_IRQ = 1, 12
 _PCI_PORTS, _PCI_PORTS_SIZE = 0xCF8, 8
+_DELAY_PORT = 0x80
 _KEPT = 1024  # bytes that a guest may send to the console before Python sees the first of them
 _GATHER = 0.004  # seconds after which it sees them at the latest
 
@@ -96,6 +97,10 @@ class LegacyDevices:
         )
         ports.add(0x60, 1, self.i8042)
         ports.add(0x64, 1, self.i8042, offset=4)
+        self._system_control = SystemControl(lambda: board.end(Outcome.RESET, ""))
+        ports.add(SYSTEM_CONTROL_PORT, 1, self._system_control)
+        # The port of power-on self tests: kernels write there to let time pass.
+        self._delay = self.hot.ignore(_DELAY_PORT, pio=True)
         self.power = PowerManagement(
             power_off=lambda: board.end(Outcome.POWER_OFF, ""),
             reset=lambda: board.end(Outcome.RESET, ""),
@@ -133,6 +138,7 @@ class LegacyDevices:
             "i8042": self.i8042,
             "power": self.power,
             "pvpanic": self._pvpanic,
+            "system-control": self._system_control,
         }
 
     def absent(self) -> tuple[int, int]:

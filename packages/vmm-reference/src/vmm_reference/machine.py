@@ -49,7 +49,7 @@ class Machine(Control, Transfer):
             default keeps it in memory as `console`.
 
     Attributes:
-        config: as given.
+        config: as given, with what it leaves to chance chosen, and what has changed since.
         outcome: how it ended, or None while it runs.
         detail: what there is to say about the outcome.
         timeline: seconds on the monotonic clock at which things happened: `start`, `loaded`,
@@ -324,6 +324,8 @@ class Machine(Control, Transfer):
 
     def _power_on(self, incoming: GuestMemory | None = None) -> None:
         restored, self._restored = self._restored, None
+        if restored is None and incoming is None:
+            self.config = self.config.settled()  # a reset changes nothing of it
         with Kvm() as kvm:
             self._board = Board(
                 self.config,

@@ -52,6 +52,7 @@ class Modules:
         board.ports.add(device.PORT, device.SIZE, self.registers)
         board.announced.devices.append(acpi.memory_devices)
         board.announced.events.append((pm.EVENT_MEMORY, acpi.NOTIFY_METHOD))
+        board.announced.memory.append((self._start, self._size, 0))
 
     def add(self, size: int) -> int:
         """Put a module into a free slot and tell the guest; returns the slot. On the loop.

@@ -11,14 +11,18 @@ from virtio_queue.device import VirtioDevice
 from virtio_queue.mmio import MmioTransport
 from virtio_queue.testing import Arena, MmioDriver
 from vm_memory import GuestAddress, GuestMemory
+from vmm_reference.deviceconfig import parse_device
+from vmm_reference.devices import REGISTRY
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from virtio_queue.testing import PackedDriver, SplitDriver, Used
+    from vmm_reference.deviceconfig import DeviceConfig
     from vmm_reference.loop import Loop
 
-__all__ = ["KERNEL_ADDRESS", "Bench", "tiny_kernel", "turn"]
+__all__ = ["KERNEL_ADDRESS", "Bench", "every_device", "tiny_kernel", "turn"]
 
 KERNEL_ADDRESS = 0x100000
 
@@ -32,6 +36,32 @@ def tiny_kernel(source: str) -> bytes:
     """
     code = assemble(_MACROS + source, bits=32, origin=KERNEL_ADDRESS)
     return build_elf([(KERNEL_ADDRESS, code)], entry=KERNEL_ADDRESS, notes=pvh_note(KERNEL_ADDRESS))
+
+
+def every_device(folder: Path) -> list[DeviceConfig]:
+    """A device of each kind that the registry has, with its files and sockets in a folder.
+
+    A test may ask of each what every device has to have: a new kind without an example here is an
+    error, and so found.
+    """
+    (folder / "disk").write_bytes(bytes(1 << 20))
+    (folder / "pmem").write_bytes(bytes(2 << 20))
+    examples = {
+        "balloon": "balloon",
+        "console": f"console,file:{folder}/console",
+        "debug-console": f"debug-console,{folder}/log",
+        "debug-exit": "debug-exit",
+        "drive": f"drive,{folder}/disk",
+        "keyboard": "keyboard",
+        "memory": "memory,128M",
+        "net": f"net,socket={folder}/net,peer={folder}/peer",
+        "pmem": f"pmem,{folder}/pmem",
+        "rng": "rng",
+        "vmgenid": "vmgenid",
+        "vsock": f"vsock,{folder}/vsock",
+        "watchdog": "watchdog",
+    }
+    return [parse_device(examples[kind]) for kind in REGISTRY]
 
 
 class Bench:

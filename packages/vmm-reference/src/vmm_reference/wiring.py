@@ -144,6 +144,10 @@ class Wiring:
         """Give the guest's ACPI another table, without its header."""
         self._board.announced.tables.append((signature, body))
 
+    def announce_memory(self, address: int, size: int, node: int) -> None:
+        """Tell the guest's ACPI that memory of a node may come there."""
+        self._board.announced.memory.append((address, size, node))
+
     def announce_fixed_hardware(self) -> None:
         """Tell the guest's ACPI of PM1 blocks and PM timer: it is not hardware-reduced then."""
         self._board.announced.fixed_hardware = True

@@ -43,6 +43,7 @@ _RSDP_SIZE, _FADT_SIZE = 36, 276
 
 _PCAT_COMPAT = 1  # MADT flag (table 5.44): the two 8259 are there
 _PIT_GSI = 2  # KVM wires the timer, IRQ 0 of the 8259, to this pin of the IOAPIC
+_REVISIONS = {b"SRAT": 3}  # of tables that others make, other than 1
 _FIRST_X2APIC = 255  # the broadcast identifier of xAPIC: from here on identifiers have 32 bits
 
 
@@ -64,7 +65,7 @@ def build(
         max_cpus: how many there may be later; then `devices` announce all processors.
         devices: terms that the DSDT has in `\_SB` beside the machine's own.
         events: bits of the event register, and the method that each of them calls.
-        more: signatures and bodies of further tables, of revision 1.
+        more: signatures and bodies of further tables.
         boot_flags: what a PC has beside VGA, which it has not (table 5.11).
         fixed_hardware: whether there are PM1 blocks and a PM timer; else ACPI is hardware-reduced.
         address: where the piece will lie, a multiple of 16 below 4 GiB.
@@ -89,7 +90,7 @@ def build(
     facs = append(_facs(), 64) if fixed_hardware else None
     fadt = append(_fadt(dsdt, boot_flags, facs))
     found = [fadt, append(_madt(cpus, max_cpus or cpus))]
-    found += [append(_table(signature, 1, body)) for signature, body in more]
+    found += [append(_table(s, _REVISIONS.get(s, 1), body)) for s, body in more]
     blob[:_RSDP_SIZE] = _rsdp(append(_table(b"XSDT", 1, pack(f"<{len(found)}Q", *found))))
     if len(blob) > VM_GENERATION - ACPI_TABLES:
         raise ValueError(

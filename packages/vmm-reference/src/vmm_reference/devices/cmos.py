@@ -9,7 +9,9 @@ __all__ = ["cmos"]
 _KIB, _64_KIB, _MIB = 1 << 10, 64 << 10, 1 << 20
 
 # Registers of the CMOS memory, as PCs and SeaBIOS have them: low byte first.
+_EQUIPMENT = 0x14  # a coprocessor, no diskette drive; the screen has a BIOS of its own, or is none
 _CONVENTIONAL, _EXTENDED, _EXTENDED_TOO = 0x15, 0x17, 0x30  # in KiB
+_SUMMED, _SUM = range(0x10, 0x2E), 0x2E  # which stands with its high byte first
 _ABOVE_16M, _ABOVE_4G = 0x34, 0x5B  # in 64 KiB
 _MORE_CPUS = 0x5F
 
@@ -29,6 +31,7 @@ def cmos(memory: int, cpus: int) -> dict[int, int]:
     low = min(memory, MMIO_GAP_START)
     extended = min((low - _MIB) // _KIB, 0xFFFF)
     words = {
+        _EQUIPMENT: (0x02, 1),
         _CONVENTIONAL: (640, 2),
         _EXTENDED: (extended, 2),
         _EXTENDED_TOO: (extended, 2),
@@ -36,8 +39,10 @@ def cmos(memory: int, cpus: int) -> dict[int, int]:
         _ABOVE_4G: ((memory - low) // _64_KIB, 3),
         _MORE_CPUS: (cpus - 1, 1),
     }
-    return {
+    found = {
         register + index: byte
         for register, (value, size) in words.items()
         for index, byte in enumerate(value.to_bytes(size, "little"))
     }
+    high, low = divmod(sum([found.get(index, 0) for index in _SUMMED]), 256)
+    return {**found, _SUM: high, _SUM + 1: low}

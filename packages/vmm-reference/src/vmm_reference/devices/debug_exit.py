@@ -29,6 +29,10 @@ class DebugExit:
     Args:
         ended: is given the value.
 
+    Attributes:
+        exits: how often a guest asked for the end; the first time counts.
+        reads: of a port that has nothing to tell.
+
     Example:
         >>> device = DebugExit(print)
         >>> device.write(0, b"\x10")
@@ -37,14 +41,21 @@ class DebugExit:
 
     def __init__(self, ended: Callable[[int], None]) -> None:
         self._ended = ended
+        self.exits = self.reads = 0
 
     def read(self, _offset: int, length: int) -> bytes:
         """Zeros."""
+        self.reads += 1
         return bytes(length)
 
     def write(self, _offset: int, data: bytes) -> None:
         """The end."""
+        self.exits += 1
         self._ended(int.from_bytes(data, "little"))
+
+    def metrics(self) -> dict[str, int]:
+        """Accesses."""
+        return {"exits": self.exits, "reads": self.reads}
 
 
 @attrs.frozen
@@ -71,5 +82,6 @@ def build(config: ExitPort, wiring: Wiring) -> None:
     from vmm_reference.outcome import Outcome
 
     device = DebugExit(lambda value: wiring.end(Outcome.DEBUG_EXIT, str(value)))
+    wiring.count(device.metrics)
     wiring.ports.add(config.port, SIZE, device)
     wiring.on_close(lambda: wiring.ports.remove(config.port))

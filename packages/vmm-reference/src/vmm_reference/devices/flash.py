@@ -35,14 +35,14 @@ class Flash:
 
     Args:
         array: what it holds; written here and nowhere else, a multiple of `BLOCK` bytes.
-        changed: told offset and length of each piece that was programmed or erased.
+        changed: told offset and length of each piece that was programmed or erased; whether it
+            could be kept, else the chip tells the guest that its command has failed.
         show: told whether reads find the array, each time that this changes.
 
     Example:
         >>> array = bytearray(b"\xff" * 4096)
-        >>> chip = Flash(memoryview(array), changed=print, show=lambda whole: None)
+        >>> chip = Flash(memoryview(array), changed=lambda *_: True, show=lambda whole: None)
         >>> chip.write(5, b"\x10"); chip.write(5, b"A"); chip.write(5, b"\xff")
-        5 1
         >>> chip.read(4, 2)
         b'\xffA'
     """
@@ -50,7 +50,7 @@ class Flash:
     def __init__(
         self,
         array: memoryview,
-        changed: Callable[[int, int], None],
+        changed: Callable[[int, int], bool],
         show: Callable[[bool], None],
     ) -> None:
         self._array = array
@@ -58,6 +58,7 @@ class Flash:
         self._show = show
         self._mode = READ_ARRAY
         self._status = READY
+        self.programmed = self.erased = self.refused = self.failures = 0
 
     def read(self, offset: int, length: int) -> bytes:
         """The array, the status register, identifiers or the CFI table, by the last command."""
@@ -74,6 +75,15 @@ class Flash:
         for value in data:
             self._cycle(offset, value)
             offset += 1
+
+    def metrics(self) -> dict[str, int]:
+        """Bytes programmed, blocks erased, commands that are none, and what could not be kept."""
+        return {
+            "programmed_bytes": self.programmed,
+            "erased_blocks": self.erased,
+            "refused_commands": self.refused,
+            "host_failures": self.failures,
+        }
 
     def save(self) -> FlashState:
         """What the next access would meet; the array is part of the machine's memory."""
@@ -93,22 +103,24 @@ class Flash:
             raise StateError("FlashState.mode", state.mode, f"must be one of {_MODES}")
         self._set_mode(state.mode)
         self._status = state.status | READY
-        self._changed(0, len(self._array))
+        self.failures += not self._changed(0, len(self._array))
 
     def _cycle(self, offset: int, value: int) -> None:
         if self._mode == PROGRAM:
             # Programming clears bits; only erasing sets them.
             self._array[offset] &= value
-            self._changed(offset, 1)
-            self._set_mode(READ_STATUS)
+            self.programmed += 1
+            self._keep(offset, 1, PROGRAM_ERROR)
         elif self._mode == ERASE:
             if value == CONFIRM:
                 start = offset & -BLOCK
                 self._array[start : start + BLOCK] = b"\xff" * BLOCK
-                self._changed(start, BLOCK)
+                self.erased += 1
+                self._keep(start, BLOCK, ERASE_ERROR)
             else:
+                self.refused += 1
                 self._status |= ERASE_ERROR | PROGRAM_ERROR  # a wrong sequence of commands
-            self._set_mode(READ_STATUS)
+                self._set_mode(READ_STATUS)
         elif value in (PROGRAM, PROGRAM_TOO):
             self._set_mode(PROGRAM)
         elif value == CLEAR_STATUS:
@@ -117,7 +129,14 @@ class Flash:
         elif value in _MODES:
             self._set_mode(value)
         else:  # what it does not know leaves the chip showing its array, as real ones do
+            self.refused += 1
             self._set_mode(READ_ARRAY)
+
+    def _keep(self, offset: int, length: int, error: int) -> None:
+        if not self._changed(offset, length):
+            self.failures += 1
+            self._status |= error
+        self._set_mode(READ_STATUS)
 
     def _set_mode(self, mode: int) -> None:
         before, self._mode = self._mode, mode

@@ -1,4 +1,4 @@
-"""The keyboard controller of a PC, ports 0x60 and 0x64 (Intel 8042 with IBM's firmware).
+"""The keyboard controller of a PC, ports 0x60 and 0x64 (Intel 8042 with IBM's firmware), and 0x92.
 
 It is there in any case, for what else hangs on it: the reset line of the processor, by which
 kernels reboot (`reboot=k`), and the self tests that tell software whether a controller exists. A
@@ -12,11 +12,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from .keyboard import Keyboard
-    from .states import I8042State
+    from .states import I8042State, SystemControlState
 
-__all__ = ["I8042", "SET_2"]
+__all__ = ["I8042", "SET_2", "SYSTEM_CONTROL_PORT", "SystemControl"]
 
 DATA, COMMAND = 0, 4  # offsets from port 0x60
+SYSTEM_CONTROL_PORT = 0x92
+_FAST_RESET, _FAST_A20 = 0x01, 0x02
 
 STATUS_OUTPUT, STATUS_SYSTEM, STATUS_COMMAND = 0x01, 0x04, 0x08
 STATUS_UNLOCKED, STATUS_AUX, STATUS_TIMEOUT = 0x10, 0x20, 0x40
@@ -56,7 +58,59 @@ SET_2 = bytes.fromhex(
     "47 4f 56 5e 08 10 18 20 28 30 38 40 48 50 57 6f"
     "13 19 39 51 53 5c 5f 62 63 64 65 67 68 6a 6d 6e"
 )
-_SET_1 = {code: number for number, code in enumerate(SET_2)} | {0x7F: 0x54}
+_SET_1 = {code: number for number, code in enumerate(SET_2)} | {0x7F: 0x54, 0x02: 0x41}
+
+
+class SystemControl:
+    r"""System control port A of the PS/2, 0x92: the fast way to the controller's two lines.
+
+    Bit 0 resets the machine when it is 1, bit 1 is the A20 line. The line has no effect: no guest
+    of this machine wraps at 1 MiB, as KVM has no such gate. What is written is read back, bit 0 as
+    0. (Port B, 0x61, with the timer's gate and the refresh bit, is KVM's own.)
+
+    Args:
+        reset: is called when the guest asks for a reset.
+
+    Attributes:
+        resets: how often it did.
+
+    Example:
+        >>> port = SystemControl(lambda: print("reset"))
+        >>> port.write(0, bytes([port.read(0, 1)[0] | 1]))
+        reset
+    """
+
+    def __init__(self, reset: Callable[[], None]) -> None:
+        self._reset = reset
+        self._value = _FAST_A20  # on from the start, as firmware leaves it
+        self.resets = 0
+
+    def read(self, offset: int, length: int) -> bytes:
+        """What was written."""
+        return bytes([0xFF if offset + n else self._value for n in range(length)])
+
+    def write(self, offset: int, data: bytes) -> None:
+        """The register."""
+        if offset or not data:
+            return
+        self._value = data[0] & ~_FAST_RESET
+        if data[0] & _FAST_RESET:
+            self.resets += 1
+            self._reset()
+
+    def metrics(self) -> dict[str, int]:
+        """Resets that the guest asked for."""
+        return {"resets": self.resets}
+
+    def save(self) -> SystemControlState:
+        """The register."""
+        from .states import SystemControlState
+
+        return SystemControlState(self._value)
+
+    def restore(self, state: SystemControlState) -> None:
+        """Become the register that `state` was saved from."""
+        self._value = state.value & ~_FAST_RESET
 
 
 class I8042:

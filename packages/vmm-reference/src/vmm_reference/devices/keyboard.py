@@ -1,11 +1,10 @@
 """An AT keyboard of 104 keys, with United States' legends, on the controller of `i8042`.
 
-It speaks scan code set 2, which the controller translates for those who want set 1. Commands are
-those of IBM's Personal System/2 Hardware Interface Technical Reference, keyboards. The host presses
-its keys; what the guest has not fetched waits in a buffer of 16 bytes, and a press that does not
-fit is refused, so that whoever types can wait (`Controls.type`).
-
-Not modelled: repetition of keys that are held down, scan code sets 1 and 3.
+It speaks the scan code sets 1 to 3 (`scan_codes`), set 2 at first, which the controller translates
+for those who want set 1. Commands are those of IBM's Personal System/2 Hardware Interface Technical
+Reference, keyboards. The host presses its keys; the last one that is held down repeats. What the
+guest has not fetched waits in a buffer of 16 bytes, and a press that does not fit is refused, so
+that whoever types can wait (`Controls.type`).
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from vmm_reference.acpi import aml
 from vmm_reference.deviceconfig import DeviceConfig
 from vmm_reference.errors import ConfigError
 
-from .i8042 import SET_2
+from .scan_codes import BREAKS, KEYS, REPEATS, SEQUENCES, TYPES_3, code_3, keys_of, scan_code
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -30,78 +29,20 @@ if TYPE_CHECKING:
 
     from .states import KeyboardState
 
-__all__ = ["BUFFER", "KEYS", "Controls", "Keyboard", "Keys", "build", "keys_of", "scan_code"]
+__all__ = ["BUFFER", "Controls", "Keyboard", "Keys", "build"]
 
 BUFFER = 16  # bytes
 
 SET_LEDS, ECHO, SCAN_CODE_SET, IDENTIFY, SET_TYPEMATIC = 0xED, 0xEE, 0xF0, 0xF2, 0xF3
-ENABLE, DISABLE, SET_DEFAULTS = 0xF4, 0xF5, 0xF6
-KEY_TYPES, RESEND, RESET = range(0xF7, 0xFE), 0xFE, 0xFF
+ENABLE, DISABLE, SET_DEFAULTS, RESEND, RESET = 0xF4, 0xF5, 0xF6, 0xFE, 0xFF
 WITH_DATA = (SET_LEDS, SCAN_CODE_SET, SET_TYPEMATIC)
+# Types of the keys in set 3: of all, and of those whose codes follow.
+TYPES_OF_ALL = {0xF7: REPEATS, 0xF8: BREAKS, 0xF9: 0, 0xFA: REPEATS | BREAKS}
+TYPES_OF_SOME = {0xFB: REPEATS, 0xFC: BREAKS, 0xFD: 0}
 ACKNOWLEDGE, PASSED, AGAIN = 0xFA, 0xAA, 0xFE
 IDENTITY = (0xAB, 0x83)
+DEFAULT_SET = 2
 DEFAULT_TYPEMATIC = 0x2B  # 500 ms until a key repeats, 10.9 times a second
-
-_EXTENDED, _BREAK = 0xE0, 0xF0
-
-# Keys by their codes in set 1, which begin at 1.
-_NAMES = (
-    *("esc", *"1234567890", "minus", "equal", "backspace"),
-    *("tab", *"qwertyuiop", "leftbrace", "rightbrace", "enter"),
-    *("leftctrl", *"asdfghjkl", "semicolon", "apostrophe", "grave"),
-    *("leftshift", "backslash", *"zxcvbnm", "comma", "dot", "slash", "rightshift"),
-    *("kpasterisk", "leftalt", "space", "capslock"),
-    *("f1", "f2", "f3", "f4", "f5", "f6", "f7", "f8", "f9", "f10", "numlock", "scrolllock"),
-    *("kp7", "kp8", "kp9", "kpminus", "kp4", "kp5", "kp6", "kpplus"),
-    *("kp1", "kp2", "kp3", "kp0", "kpdot"),
-)
-_MORE = {"102nd": 0x56, "f11": 0x57, "f12": 0x58}
-_BEHIND_E0 = {
-    "kpenter": 0x1C, "rightctrl": 0x1D, "kpslash": 0x35, "rightalt": 0x38, "home": 0x47, "up": 0x48,
-    "pageup": 0x49, "left": 0x4B, "right": 0x4D, "end": 0x4F, "down": 0x50, "pagedown": 0x51,
-    "insert": 0x52, "delete": 0x53, "leftmeta": 0x5B, "rightmeta": 0x5C, "compose": 0x5D,
-}  # fmt: skip
-
-KEYS: dict[str, tuple[bool, int]] = {
-    **{name: (False, code) for code, name in enumerate(_NAMES, 1)},
-    **{name: (False, code) for name, code in _MORE.items()},
-    **{name: (True, code) for name, code in _BEHIND_E0.items()},
-}
-"""Whether a key's code stands behind E0, and its code in set 1, by the name that Linux has."""
-
-_PLAIN = dict(zip("`-=[]\\;',./ \n\t\b\x1b", (
-    "grave", "minus", "equal", "leftbrace", "rightbrace", "backslash", "semicolon", "apostrophe",
-    "comma", "dot", "slash", "space", "enter", "tab", "backspace", "esc",
-), strict=True))  # fmt: skip
-_SHIFTED = dict(zip('~!@#$%^&*()_+{}|:"<>?', "`1234567890-=[]\\;',./", strict=True))
-
-
-def scan_code(name: str, *, down: bool) -> bytes:
-    """What the keyboard says of a key, in scan code set 2.
-
-    Example:
-        >>> scan_code("a", down=True).hex(), scan_code("up", down=False).hex()
-        ('1c', 'e0f075')
-    """
-    extended, code = KEYS[name]
-    head = bytes([_EXTENDED] if extended else []) + bytes([] if down else [_BREAK])
-    return head + SET_2[code : code + 1]
-
-
-def keys_of(character: str) -> tuple[str, ...]:
-    """The keys to hold down together for a character: the last one is its own.
-
-    Raises:
-        ConfigError: no key has it.
-    """
-    if character in _SHIFTED:
-        return "leftshift", *keys_of(_SHIFTED[character])
-    if character.isascii() and character.isupper():
-        return "leftshift", character.lower()
-    name = _PLAIN.get(character, character)
-    if name not in KEYS or (len(name) == 1 and not name.isascii()):
-        raise ConfigError("text", repr(character), "is on no key of this keyboard")
-    return (name,)
 
 
 class Keyboard:
@@ -109,20 +50,29 @@ class Keyboard:
 
     Args:
         taken: called when bytes have left the buffer.
+        timer: given the seconds after which `repeat` is to be called, or None for never.
 
     Attributes:
         leds: those that are lit: bit 0 scroll lock, 1 num lock, 2 caps lock.
         scanning: whether keys are reported.
         dropped: presses that the guest did not want, or found no room.
+        repeated: how often keys have repeated.
     """
 
-    def __init__(self, taken: Callable[[], object] = lambda: None) -> None:
+    def __init__(
+        self,
+        taken: Callable[[], object] = lambda: None,
+        timer: Callable[[float | None], object] = lambda _: None,
+    ) -> None:
         self.leds = 0
         self.scanning = True
-        self.dropped = 0
+        self.dropped = self.repeated = 0
         self.ready: Callable[[], object] = lambda: None
         """Set by the controller: called when there is something to fetch."""
-        self._taken = taken
+        self._taken, self._timer = taken, timer
+        self._held = ""  # the key that repeats
+        self._set = DEFAULT_SET
+        self._types = bytearray(TYPES_3)
         self._typematic = DEFAULT_TYPEMATIC
         self._expecting = 0  # the command whose data byte is to come, or 0
         self._last = 0
@@ -134,21 +84,63 @@ class Keyboard:
         """Bytes that the buffer takes now."""
         return BUFFER - len(self._codes)
 
+    @property
+    def delay(self) -> float:
+        """Seconds that a key is down before it repeats."""
+        return 0.25 * ((self._typematic >> 5) + 1)
+
+    @property
+    def period(self) -> float:
+        """Seconds from one repetition to the next."""
+        return float((8 + (self._typematic & 7)) * 2 ** (self._typematic >> 3 & 3)) / 240
+
+    def code(self, name: str, *, down: bool) -> bytes:
+        """What a key says now when it goes down, or up; it may be nothing."""
+        if self._set == 3 and not down and not self._types[code_3(name)] & BREAKS:
+            return b""
+        return scan_code(name, down=down, number=self._set)
+
     def press(self, name: str, *, down: bool = True) -> bool:
         """A key goes down, or up; False, and nothing happens, where the buffer has no room.
 
         A keyboard that was told not to scan reports nothing.
         """
-        code = scan_code(name, down=down)
+        code = self.code(name, down=down)
         if not self.scanning:
             self.dropped += 1
             return True
         if len(code) > self.room:
             self.dropped += 1
             return False
+        if down:
+            self._hold(name)
+        elif name == self._held:
+            self._hold("")
         self._codes.extend(code)
         self.ready()
         return True
+
+    def repeat(self) -> None:
+        """The key that is held down says so again, where there is room."""
+        if not self._held:
+            return
+        code = scan_code(self._held, down=True, number=self._set)
+        if self._held == "sysrq":
+            code = code[-2:]  # the shift is down already
+        if len(code) <= self.room:
+            self.repeated += 1
+            self._codes.extend(code)
+            self.ready()
+        self._timer(self.period)
+
+    def stop_time(self) -> None:
+        """The machine stands still: nothing repeats."""
+        self._timer(None)
+
+    def start_time(self) -> None:
+        """The machine goes on."""
+        if self._held:
+            self._timer(self.period)
 
     def fetch(self) -> int | None:
         """The next byte for the controller, if there is one."""
@@ -168,7 +160,7 @@ class Keyboard:
         self._answers.clear()
         if command and value < SET_LEDS:
             self._data(command, value)
-        elif value in WITH_DATA:
+        elif value in WITH_DATA or value in TYPES_OF_SOME:
             self._expecting = value
             self._say(ACKNOWLEDGE)
         elif value == ECHO:
@@ -176,40 +168,73 @@ class Keyboard:
         elif value == IDENTIFY:
             self._say(ACKNOWLEDGE, *IDENTITY)
         elif value in (ENABLE, DISABLE, SET_DEFAULTS):
-            self._codes.clear()
-            self._typematic = DEFAULT_TYPEMATIC
+            self._forget()
             self.scanning = value != DISABLE
+            if value != ENABLE:
+                self._default()
             self._say(ACKNOWLEDGE)
-        elif value in KEY_TYPES:  # of set 3: taken, without effect on this one
+        elif value in TYPES_OF_ALL:
+            self._types = bytearray([TYPES_OF_ALL[value]]) * len(TYPES_3)
             self._say(ACKNOWLEDGE)
         elif value == RESEND:
             self._say(self._last)
         elif value == RESET:
-            self._codes.clear()
-            self.leds, self.scanning, self._typematic = 0, True, DEFAULT_TYPEMATIC
+            self._forget()
+            self._default()
+            self.leds, self.scanning, self._set = 0, True, DEFAULT_SET
             self._say(ACKNOWLEDGE, PASSED)
         else:
             self._say(AGAIN)
 
     def _data(self, command: int, value: int) -> None:
-        if command == SET_LEDS:
+        if command in TYPES_OF_SOME:
+            self._types[value] = TYPES_OF_SOME[command]
+            self._expecting = command  # until another command
+            self._say(ACKNOWLEDGE)
+        elif command == SET_LEDS:
             self.leds = value & 7
             self._say(ACKNOWLEDGE)
         elif command == SET_TYPEMATIC:
             self._typematic = value & 0x7F
             self._say(ACKNOWLEDGE)
         elif value == 0:
-            self._say(ACKNOWLEDGE, 2)
+            self._say(ACKNOWLEDGE, self._set)
+        elif value <= 3:
+            self._forget()
+            self._set = value
+            self._say(ACKNOWLEDGE)
         else:
-            self._say(ACKNOWLEDGE if value == 2 else AGAIN)
+            self._say(AGAIN)
+
+    def _hold(self, name: str) -> None:
+        if name and self._set == 3 and not self._types[code_3(name)] & REPEATS:
+            name = ""
+        if name == "pause":  # it is up again as soon as it is down
+            name = ""
+        if name or self._held:
+            self._timer(self.delay if name else None)
+        self._held = name
+
+    def _forget(self) -> None:
+        """What keys have said, and which is down."""
+        self._codes.clear()
+        self._hold("")
+
+    def _default(self) -> None:
+        self._typematic, self._types = DEFAULT_TYPEMATIC, bytearray(TYPES_3)
 
     def _say(self, *values: int) -> None:
         self._answers.extend(values)
         self.ready()
 
     def metrics(self) -> dict[str, int]:
-        """Presses that were lost, bytes that wait, and the lights."""
-        return {"dropped": self.dropped, "waiting_bytes": len(self._codes), "leds": self.leds}
+        """Presses that were lost, repetitions, bytes that wait, and the lights."""
+        return {
+            "dropped": self.dropped,
+            "repeated": self.repeated,
+            "waiting_bytes": len(self._codes),
+            "leds": self.leds,
+        }
 
     def save(self) -> KeyboardState:
         """Everything; keys that are held down are the host's affair."""
@@ -223,13 +248,18 @@ class Keyboard:
             last=self._last,
             answers=bytes(self._answers),
             codes=bytes(self._codes),
+            number=self._set,
+            types=bytes(self._types),
         )
 
     def restore(self, state: KeyboardState) -> None:
         """Become the keyboard that `state` was saved from."""
         self.leds, self.scanning = state.leds, state.scanning
         self._typematic, self._last = state.typematic, state.last
-        self._expecting = state.expecting if state.expecting in WITH_DATA else 0
+        known = state.expecting in WITH_DATA or state.expecting in TYPES_OF_SOME
+        self._expecting = state.expecting if known else 0
+        self._set, self._types = state.number, bytearray(state.types)
+        self._hold("")
         self._answers.clear()
         self._answers.extend(state.answers)
         self._codes = deque(state.codes)
@@ -261,12 +291,24 @@ class Controls:
             ConfigError: there is no such key.
             TimeoutError: the guest does not fetch what is typed.
         """
-        for name in names:
-            if name not in KEYS:
-                raise ConfigError("key", name, f"is none of {', '.join(KEYS)}")
-        strokes = [(name, True) for name in names]
-        strokes += [(name, False) for name in reversed(names)]
-        self._strokes(strokes, time.monotonic() + timeout)
+        self.hold(*names, timeout=timeout)
+        self.let_go(*reversed(names), timeout=timeout)
+
+    def hold(self, *names: str, timeout: float = 10.0) -> None:
+        """Hold keys down, of which the last one repeats.
+
+        Raises:
+            ConfigError, TimeoutError: as for `press`.
+        """
+        self._strokes(_strokes(names, down=True), time.monotonic() + timeout)
+
+    def let_go(self, *names: str, timeout: float = 10.0) -> None:
+        """Let keys go.
+
+        Raises:
+            ConfigError, TimeoutError: as for `press`.
+        """
+        self._strokes(_strokes(names, down=False), time.monotonic() + timeout)
 
     def type(self, text: str, timeout: float = 30.0) -> None:
         """Type a text of ASCII.
@@ -277,15 +319,15 @@ class Controls:
         """
         deadline = time.monotonic() + timeout
         for names in [keys_of(character) for character in text]:
-            strokes = [(name, True) for name in names]
-            self._strokes([*strokes, *((name, False) for name in reversed(names))], deadline)
+            self._strokes(_strokes(names, down=True), deadline)
+            self._strokes(_strokes(names[::-1], down=False), deadline)
 
     def _strokes(self, strokes: Iterable[tuple[str, bool]], deadline: float) -> None:
         for name, down in strokes:
             while True:
                 self._event.clear()
                 with self._lock:
-                    fits = self.keyboard.room >= len(scan_code(name, down=down))
+                    fits = self.keyboard.room >= len(self.keyboard.code(name, down=down))
                     if fits:
                         self.keyboard.press(name, down=down)
                         break
@@ -293,12 +335,43 @@ class Controls:
                     raise TimeoutError("the guest does not fetch what is typed")
 
 
+def _strokes(names: Iterable[str], *, down: bool) -> list[tuple[str, bool]]:
+    for name in names:
+        if name not in KEYS and name not in SEQUENCES:
+            known = ", ".join([*KEYS, *SEQUENCES])
+            raise ConfigError("key", name, f"is none of {known}")
+    return [(name, down) for name in names]
+
+
 def build(config: Keys, wiring: Wiring) -> Controls:
     """A keyboard on the machine's controller."""
     taken = threading.Event()
-    keyboard = Keyboard(taken.set)
     controller = wiring.keyboard_controller()
+    loop, lock = wiring.loop, wiring.ports.lock(controller)
+    wanted = [0]  # the number of the timer that counts; others are late
+
+    def due(number: int) -> None:
+        with lock:
+            if number == wanted[0]:
+                keyboard.repeat()
+
+    def timer(seconds: float | None) -> None:
+        wanted[0] += 1
+        if seconds is not None:
+            number = wanted[0]
+            loop.call_soon(lambda: loop.call_later(seconds, lambda: due(number)))
+
+    def stop() -> None:
+        with lock:
+            keyboard.stop_time()
+
+    def go() -> None:
+        with lock:
+            keyboard.start_time()
+
+    keyboard = Keyboard(taken.set, timer)
     controller.connect(keyboard)
+    wiring.on_pause(stop, go)
     wiring.keep(keyboard)
     wiring.announce(
         lambda: aml.device(
@@ -310,4 +383,4 @@ def build(config: Keys, wiring: Wiring) -> Controls:
             ),
         )
     )
-    return Controls(keyboard, wiring.ports.lock(controller), taken)
+    return Controls(keyboard, lock, taken)

@@ -318,6 +318,7 @@ class Controls:
 def build(config: Memory, wiring: Wiring) -> Controls:
     """A device in the part of the machine's memory that is its own."""
     address, size = wiring.area()
+    wiring.announce_memory(address, size, config.node or 0)
 
     def show(start: int, length: int, on: bool) -> None:
         if on:

@@ -86,7 +86,7 @@ class PowerManagement:
         self._reset = reset
         self._interrupt = interrupt
         self._events = 0
-        self.told = 0
+        self.told = self.refused = 0
         self._wake_status = False
 
     def press_power_button(self) -> None:
@@ -105,18 +105,21 @@ class PowerManagement:
         """The registers; events can't be written."""
         for value in data:
             if offset == SLEEP_CONTROL:
-                if value & SLP_EN and value >> 2 & 7 == SLEEP_TYPE_S5:
-                    self._power_off()
+                if value & SLP_EN:
+                    self._sleep(value >> 2 & 7)
             elif offset == SLEEP_STATUS:
                 if value & WAK_STS:
                     self._wake_status = False
             elif offset == RESET and value == RESET_VALUE:
                 self._reset()
+            elif offset == RESET:
+                self.refused += 1
             offset += 1
 
     def metrics(self) -> dict[str, int]:
-        """Events that the guest was told of, and whether one waits."""
-        return {"told": self.told, "waiting": int(bool(self._events))}
+        """Events that the guest was told of, whether one waits, and requests that are none."""
+        waiting = int(bool(self._events))
+        return {"told": self.told, "waiting": waiting, "refused": self.refused}
 
     def save(self) -> PowerState:
         """Events that the guest has not fetched, and the wake status."""
@@ -139,6 +142,12 @@ class PowerManagement:
                 self._interrupt(False)
             return events
         return 0 if offset in (SLEEP_CONTROL, RESET) else 0xFF
+
+    def _sleep(self, kind: int) -> None:
+        if kind == SLEEP_TYPE_S5:
+            self._power_off()
+        else:  # the DSDT names no other
+            self.refused += 1
 
     def _raise(self, events: int) -> None:
         quiet = not self._events

@@ -43,6 +43,7 @@ class Pm1:
 
     def __init__(self, power_off: Callable[[], None]) -> None:
         self._power_off = power_off
+        self.refused = 0
         self._registers = bytearray(SIZE)
         self._registers[CONTROL] = _SCI_EN  # there is no other mode
 
@@ -59,8 +60,12 @@ class Pm1:
                 self._registers[at] = value | _SCI_EN
             elif at == CONTROL + 1:
                 self._registers[at] = value & ~(_SLP_EN >> 8)
-                if value & _SLP_EN >> 8 and value >> _SLP_TYP - 8 & 7 == _S5:
-                    self._power_off()
+                if value & _SLP_EN >> 8:
+                    self._sleep(value >> _SLP_TYP - 8 & 7)
+
+    def metrics(self) -> dict[str, int]:
+        """Sleep states that the guest asked for and that are not there."""
+        return {"pm1_refused_sleeps": self.refused}
 
     def save(self) -> Pm1State:
         """All registers."""
@@ -71,3 +76,9 @@ class Pm1:
     def restore(self, state: Pm1State) -> None:
         """Become the registers that `state` was saved from."""
         self.write(_ENABLE, pack("<HH", state.enable, state.control & ~_SLP_EN))
+
+    def _sleep(self, kind: int) -> None:
+        if kind == _S5:
+            self._power_off()
+        else:
+            self.refused += 1

@@ -30,13 +30,20 @@ class PmTimer:
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._offset = 0
+        self.reads = self.refused = 0
 
     def read(self, offset: int, length: int) -> bytes:
         """The counter, little-endian."""
+        self.reads += 1
         return self._now().to_bytes(4, "little")[offset : offset + length].ljust(length, b"\0")
 
     def write(self, offset: int, data: bytes) -> None:
         """It can't be written."""
+        self.refused += 1
+
+    def metrics(self) -> dict[str, int]:
+        """Looks at it, and writes that had no effect."""
+        return {"timer_reads": self.reads, "timer_refused_writes": self.refused}
 
     def save(self) -> PmTimerState:
         """What it shows."""

@@ -39,6 +39,7 @@ class Pvpanic:
     ) -> None:
         self._event = event
         self._supported = supported
+        self.panics = self.crash_loads = self.refused = 0
 
     def read(self, offset: int, length: int) -> bytes:
         """The events that may be reported."""
@@ -46,8 +47,22 @@ class Pvpanic:
 
     def write(self, offset: int, data: bytes) -> None:
         """Report events."""
-        if offset == 0 and data and data[0] & self._supported:
-            self._event(data[0] & self._supported)
+        if offset or not data:
+            return
+        events = data[0] & self._supported
+        self.panics += bool(events & PANICKED)
+        self.crash_loads += bool(events & CRASH_LOADED)
+        self.refused += events != data[0]
+        if events:
+            self._event(events)
+
+    def metrics(self) -> dict[str, int]:
+        """What was reported, and writes with events that can't be."""
+        return {
+            "panics": self.panics,
+            "crash_loads": self.crash_loads,
+            "refused_writes": self.refused,
+        }
 
     def save(self) -> PvpanicState:
         """What the guest was told that it may report."""

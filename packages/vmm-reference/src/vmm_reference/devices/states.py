@@ -33,6 +33,7 @@ __all__ = [
     "RtcState",
     "SerialState",
     "StateError",
+    "SystemControlState",
     "VsockState",
     "WatchdogState",
 ]
@@ -238,6 +239,14 @@ class I8042State:
 
 
 @attrs.frozen
+class SystemControlState:
+    """A `vmm_reference.devices.i8042.SystemControl`."""
+
+    value: int = _whole(0, 0xFF)
+    version: int = _version()
+
+
+@attrs.frozen
 class KeyboardState:
     """A `vmm_reference.devices.keyboard.Keyboard`.
 
@@ -249,6 +258,8 @@ class KeyboardState:
         last: the byte that was fetched last.
         answers: bytes that come before what keys say.
         codes: what keys have said.
+        number: of the scan code set.
+        types: of the keys of set 3, by code.
     """
 
     leds: int = _whole(0, 7)
@@ -258,6 +269,8 @@ class KeyboardState:
     last: int = _whole(0, 0xFF)
     answers: bytes = _bytes(0, 4)
     codes: bytes = _bytes(0, 16)
+    number: int = _whole(1, 3)
+    types: bytes = _bytes(256, 256)
     version: int = _version()
 
 

@@ -44,6 +44,7 @@ class VmGeneration:
 
     Attributes:
         identifier: what the guest reads.
+        changes: how often the guest was told of another one.
     """
 
     def __init__(
@@ -56,9 +57,14 @@ class VmGeneration:
     ) -> None:
         self._moved = moved
         self._generate, self._put, self._notify = generate, put, notify
+        self.changes = 0
         self.identifier = generate()
         if not moved:  # the memory may be that of the machine that still runs elsewhere
             put(self.identifier)
+
+    def metrics(self) -> dict[str, int]:
+        """Changes that the guest was told of."""
+        return {"changes": self.changes}
 
     def save(self) -> GenerationState:
         """The identifier of the guest that is saved."""
@@ -74,6 +80,7 @@ class VmGeneration:
         while self.identifier == state.identifier:
             self.identifier = self._generate()
         self._put(self.identifier)
+        self.changes += 1
         self._notify()
 
 

@@ -49,6 +49,9 @@ class Watchdog:
 
     Attributes:
         fired: whether that has happened.
+        starts: how often the guest started it.
+        renewals: how often it began anew.
+        refused: writes that are of no whole register, or of one that can't be written.
 
     Example:
         >>> now = [0.0]
@@ -74,6 +77,7 @@ class Watchdog:
         self._deadline: float | None = None  # where it runs and time passes
         self._left: float | None = None  # where it runs and time stands still
         self.fired = False
+        self.starts = self.renewals = self.refused = 0
 
     @property
     def running(self) -> bool:
@@ -87,7 +91,8 @@ class Watchdog:
 
     def write(self, offset: int, data: bytes) -> None:
         """The registers, whole ones only."""
-        if len(data) != 4:
+        if len(data) != 4 or offset not in (COUNTDOWN, CONTROL, RESET):
+            self.refused += 1
             return
         value = int.from_bytes(data, "little")
         if offset == COUNTDOWN:
@@ -96,12 +101,23 @@ class Watchdog:
                 self._begin()
         elif offset == CONTROL and bool(value & RUNNING) != self.running:
             if value & RUNNING:
+                self.starts += 1
                 self._begin()
             else:
                 self._deadline = self._left = None
                 self._timer(None)
         elif offset == RESET and self.running:
+            self.renewals += 1
             self._begin()
+
+    def metrics(self) -> dict[str, int]:
+        """What the guest did with it, and whether it ended the guest."""
+        return {
+            "starts": self.starts,
+            "renewals": self.renewals,
+            "expirations": int(self.fired),
+            "refused_writes": self.refused,
+        }
 
     def expire(self) -> None:
         """Time has passed; sooner than it should be, or too late, does nothing."""

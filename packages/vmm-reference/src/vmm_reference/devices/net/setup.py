@@ -61,6 +61,10 @@ class Interface(DeviceConfig):
     tx_bandwidth: str = ""
     tx_ops: str = ""
 
+    def settled(self) -> Interface:
+        """With an address."""
+        return self if self.mac else attrs.evolve(self, mac=_random_mac().hex(":"))
+
     def cloned(self, number: int) -> Interface:
         """With an address, a tap or cable, and ports of the host of its own."""
         ports = [port.partition(":") for port in self.ports.split()]
