@@ -8,7 +8,7 @@ from vmm_reference.devices import states
 from vmm_reference.devices.serial import Serial
 
 DATA, IER, IIR, LCR, MCR, LSR, MSR, SCR = range(8)
-THRE, TEMT, READY = 0x20, 0x40, 0x60
+THRE, TEMT, READY, CONNECTED = 0x20, 0x40, 0x60, 0xB0
 
 
 class Port:
@@ -558,8 +558,8 @@ class Served(Port):
             self.uart.posted(kept)
 
     def get(self, offset: int) -> int:
-        if self.quiet and offset == LSR:
-            return READY
+        if self.quiet and offset in (LSR, MSR):
+            return READY if offset == LSR else CONNECTED
         self.flush()
         return super().get(offset)
 
@@ -574,7 +574,7 @@ class Served(Port):
 
 GUEST = st.tuples(
     st.sampled_from(["get", "put"]),
-    st.sampled_from([DATA, DATA, DATA, LSR, LSR, IER, IIR, LCR, MCR, SCR]),
+    st.sampled_from([DATA, DATA, DATA, LSR, LSR, MSR, IER, IIR, IIR, LCR, MCR, SCR]),
     st.sampled_from([0, 1, 2, 3, 0x10, 0x41, 0x80]),
 )
 HOST = st.tuples(st.sampled_from(["flush", "receive", "gone"]), st.integers(1, 20), st.just(0))
@@ -610,3 +610,21 @@ def test_a_guest_can_not_tell_that_it_is_served_without_the_uart(
     served.flush()
     assert plain.sent == served.sent
     assert plain.uart.dropped == served.uart.dropped
+
+
+def test_a_driver_that_sends_by_interrupt_is_served_once_it_has_taken_the_interrupt() -> None:
+    """From IIR to the next IIR, which finds the transmitter empty again, the UART is not needed."""
+    served = Served()
+    served.put(IER, 0x02)
+    assert (served.quiet, served.levels) == (False, [True])
+    for turn in range(1, 4):
+        assert served.get(IIR) == 0x02
+        assert served.quiet
+        assert (served.get(LSR), served.get(MSR)) == (READY, CONNECTED)
+        served.put(DATA, *bytes(Served.AHEAD))
+        assert len(served.kept) == Served.AHEAD
+        assert len(served.sent) == Served.AHEAD * (turn - 1)
+    served.flush()
+    served.uart.transmitted(len(served.sent))
+    assert not served.quiet
+    assert served.levels == [True, False, True]

@@ -111,9 +111,11 @@ class Declaration:
     ) -> None:
         self.address, self.length, self.pio = address, length, pio
         self._hot, self._index, self._kind, self._size = hot, index, kind, size
-        self._value = 0
         self._base = hot._count(index)
         self._enabled = True
+        self._row = ffi.new("kvmi_declaration *")
+        self._row.pio, self._row.size = int(pio), size
+        self._row.first, self._row.length = address, length
 
     @property
     def enabled(self) -> bool:
@@ -139,7 +141,7 @@ class Declaration:
         if self._kind != _ANSWER or len(value) != self.length:
             self._hot._refuse({"value": value}, f"the range takes answers of {self.length} bytes"
                               if self._kind == _ANSWER else "this range is for writes")  # fmt: skip
-        self._value = int.from_bytes(value, "little")
+        self._row.value = int.from_bytes(value, "little")
         self._store()
 
     def remove(self) -> None:
@@ -149,13 +151,8 @@ class Declaration:
         self._hot._free(self._index)
 
     def _store(self) -> None:
-        kind = self._kind if self._enabled else _NOTHING
-        value = ffi.new(
-            "kvmi_declaration *",
-            {"kind": kind, "pio": int(self.pio), "size": self._size, "first": self.address,
-             "length": self.length, "value": self._value},
-        )  # fmt: skip
-        lib.kvmi_hot_set(self._hot._hot, self._index, value)
+        self._row.kind = self._kind if self._enabled else _NOTHING
+        lib.kvmi_hot_set(self._hot._hot, self._index, self._row)
 
 
 class HotExits:
@@ -298,7 +295,7 @@ class HotExits:
                 self._refuse(shown, f"at most {lib.KVMI_DECLARATIONS} ranges can be declared")
             made = Declaration(self, index, kind, address, length, pio, size)
             if kind == _ANSWER:
-                made._value = int.from_bytes(value, "little")
+                made._row.value = int.from_bytes(value, "little")
             self._declared[index] = made
             made._store()
         return made

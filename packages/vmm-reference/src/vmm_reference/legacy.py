@@ -1,7 +1,8 @@
 """A PC's own devices on their ports: serial port, clock, keyboard controller, power, panic.
 
 What they need of the machine is given to them here: interrupt lines, the host's clock, and the I/O
-loop for the alarm. The serial port's two accesses a character are served in C while it is quiet.
+loop for the alarm. What a serial port's driver does for each character is served in C while the
+port is quiet.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from .devices.i8042 import I8042, SYSTEM_CONTROL_PORT, SystemControl
 from .devices.pm import PowerManagement
 from .devices.pvpanic import Pvpanic
 from .devices.rtc import Rtc
-from .devices.serial import DATA, IDLE, LSR, Serial
+from .devices.serial import CONNECTED, DATA, IDLE, LSR, Serial
 from .loop import READ
 from .outcome import Outcome
 
@@ -73,7 +74,8 @@ class LegacyDevices:
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.hot = HotExits(self._posted, room=_KEPT, wake=self._wake)
         self._declared = (
-            self.hot.answer(layout.SERIAL_PORT + LSR, bytes([IDLE]), pio=True),
+            # LSR, and MSR behind it.
+            self.hot.answer(layout.SERIAL_PORT + LSR, bytes([IDLE, CONNECTED]), pio=True, size=1),
             self.hot.post(layout.SERIAL_PORT + DATA, pio=True, size=1),
         )
         board.loop.add(self._wake, READ, self._woken)

@@ -82,6 +82,8 @@ class Rtc:
         self._bank = 0
         self._more = bytearray(SIZE)
         self._offset = 0
+        self._shown: dict[int, int] = {}  # what _fields gave, and for what
+        self._shown_for: tuple[int, int] | None = None
         self.interrupts = 0
         self._updated = self._now()
         self._ticked = self._ticks()
@@ -93,6 +95,8 @@ class Rtc:
 
         Offsets 0 and 2 can only be written.
         """
+        if offset == 1 and length == 1:
+            return self._read().to_bytes()
         values = bytearray(b"\xff" * length)
         for at in range(length):
             if offset + at == 1:
@@ -234,9 +238,14 @@ class Rtc:
             self._cmos[index] = value
 
     def _fields(self, seconds: int) -> dict[int, int]:
-        """The registers of a time, in the format that register B asks for."""
+        """The registers of a time, in the format that register B asks for.
+
+        A guest reads one after the other, and all of them twice: they are kept for a second.
+        """
+        b = self._cmos[B] & (B_24H | B_BINARY)
+        if self._shown_for == (seconds, b):
+            return self._shown
         now = gmtime(seconds)
-        b = self._cmos[B]
         hour, afternoon = now.tm_hour, 0
         if not b & B_24H:
             hour, afternoon = hour % 12 or 12, HOURS_PM if hour >= 12 else 0
@@ -253,6 +262,7 @@ class Rtc:
         if not b & B_BINARY:
             values = {index: value // 10 << 4 | value % 10 for index, value in values.items()}
         values[HOURS] |= afternoon
+        self._shown, self._shown_for = values, (seconds, b)
         return values
 
     def _decode(self, index: int) -> int:

@@ -15,9 +15,11 @@ there at once. What follows:
   they raise the character timeout interrupt.
 - Divisor, parity and word length are stored, and change nothing.
 
-Most of what a guest does here are two accesses a character: it reads LSR and writes the byte. As
-long as nothing but an empty transmitter is to be told, whoever serves the guest may answer the one
-with `IDLE` and keep the other for a while (`posted`); `quiet` tells when that begins and ends.
+Most of what a guest does here are two accesses a character: it reads LSR and writes the byte; one
+that sends by interrupt writes as many bytes as the FIFO has, and reads LSR and MSR before. As long
+as nothing but an empty transmitter is to be told, whoever serves the guest may answer these reads
+with `IDLE` and `CONNECTED` and keep the bytes for a while (`posted`); `quiet` tells when that
+begins and ends. An interrupt that the next byte takes back is to be told.
 
 The interrupt output is a function of the registers alone, computed after every change: masking and
 unmasking in IER drops and raises the line, so a pending cause is never lost to a driver that masks
@@ -50,6 +52,7 @@ LSR_DATA, LSR_OVERRUN, LSR_FRAMING, LSR_BREAK = 0x01, 0x02, 0x08, 0x10
 LSR_THRE, LSR_TEMT, LSR_FIFO_ERROR = 0x20, 0x40, 0x80
 IDLE = LSR_THRE | LSR_TEMT
 MSR_CTS, MSR_DSR, MSR_RI, MSR_DCD = 0x10, 0x20, 0x40, 0x80
+CONNECTED = MSR_DCD | MSR_DSR | MSR_CTS
 
 TRIGGER_LEVELS = (1, 4, 8, 14)
 
@@ -65,8 +68,8 @@ class Serial:
             is to be taken back by `transmitted`, at the earliest from within the call.
         room: is called when received bytes fit again after `receive` had to refuse some.
         limit: how many bytes may be under way before the guest is told to wait, at least 32.
-        quiet: is told whether LSR reads as `IDLE`, and will after `ahead` more bytes, and a byte
-            that is written does nothing but leave. At first that is so.
+        quiet: is told whether LSR reads as `IDLE` and MSR as `CONNECTED`, and will after `ahead`
+            more bytes, and a byte that is written does nothing but leave. At first that is so.
         ahead: how many bytes may be kept before `posted` is told of them.
 
     Attributes:
@@ -198,8 +201,7 @@ class Serial:
             self._thre_pending, self._thre_owed = True, False
             if self._ier & IER_THRE:
                 self._update()
-        if not self._quiet:
-            self._look()
+        self._look()
 
     @property
     def interrupt_level(self) -> bool:
@@ -366,7 +368,7 @@ class Serial:
     def _modem_lines(self) -> int:
         """The upper half of MSR: a cable that is always ready, or in loopback MCR's outputs."""
         if not self._mcr & MCR_LOOP:
-            return MSR_DCD | MSR_DSR | MSR_CTS
+            return CONNECTED
         dtr, rts, rest = self._mcr & 1, self._mcr >> 1 & 1, self._mcr >> 2 & 3
         return dtr << 5 | rts << 4 | rest << 6
 
@@ -401,7 +403,8 @@ class Serial:
             self._under_way + self._ahead <= self._ready_below
             and not self._received
             and not self._line_errors
-            and not self._ier & IER_THRE
+            and not (self._thre_pending and self._ier & IER_THRE)
+            and not self._msr_delta
             and not self._lcr & LCR_DLAB
             and not self._mcr & MCR_LOOP
         )
