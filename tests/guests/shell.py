@@ -40,9 +40,17 @@ def until(machine: Machine, condition: str) -> bool:
 def power_off(machine: Machine) -> None:
     """End the guest as it wants to be ended.
 
+    Its network goes first. Linux marks all queues of virtio as broken when it shuts down (6.15, and
+    stable kernels such as 6.1.192); from then on no frame that was sent is taken back. Who sends
+    one more, or polls for one, may wait for just that: `start_xmit` and `virtnet_poll_cleantx`
+    repeat while `virtqueue_enable_cb_delayed` fails, which does not look whether its queue is
+    broken. They do so in a soft interrupt, and a processor that is needed never comes back.
+
     Raises:
         RuntimeError: it ended otherwise.
     """
+    tell(machine, "for link in /sys/class/net/eth*; do "
+         "[ ! -e $link ] || ip link set ${link##*/} down; done")  # fmt: skip
     machine.console.send("poweroff -f\n")
     with explained(machine, "power-off"):
         outcome = machine.wait(PATIENCE)

@@ -18,7 +18,7 @@ from pathlib import Path
 from kvm_ioctls.state import IoapicState
 from vmm_reference.machine import Machine
 
-__all__ = ["GUEST_OPTIONS", "explained"]
+__all__ = ["GUEST_OPTIONS", "explained", "kernel_stacks"]
 
 GUEST_OPTIONS = "unknown_nmi_panic panic_print=0x41"
 """What a guest's command line needs to print every task and processor when it is sent an NMI."""
@@ -69,11 +69,16 @@ def _try(step: Callable[[Machine], None], machine: Machine) -> None:
         say(f"{step.__name__} hangs")
 
 
-def _threads(_: Machine) -> None:
-    """Where in the kernel each thread of this process is."""
-    for task in sorted(Path("/proc/self/task").iterdir()):
+def kernel_stacks(pid: int | str) -> Iterator[str]:
+    """Where in the kernel each thread of a process is, a line each."""
+    for task in sorted(Path(f"/proc/{pid}/task").iterdir()):
         name, where, calls = ((task / file).read_text() for file in ("comm", "wchan", "stack"))
-        say(f"thread {task.name} {name.strip()} in {where}: {' '.join(calls.split()[1::2])}")
+        yield f"thread {task.name} {name.strip()} in {where}: {' '.join(calls.split()[1::2])}"
+
+
+def _threads(_: Machine) -> None:
+    for line in kernel_stacks("self"):
+        say(line)
 
 
 def _counters(machine: Machine) -> None:

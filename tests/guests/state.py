@@ -24,7 +24,7 @@ import time
 from pathlib import Path
 from typing import Any, ClassVar
 
-from standstill import GUEST_OPTIONS
+from standstill import GUEST_OPTIONS, kernel_stacks
 
 HERE = Path(__file__).parent
 PATIENCE = 200.0
@@ -140,8 +140,10 @@ class Remote:
         return answer["done"]
 
     def say_where(self) -> None:
-        """Have it print the stacks of all its threads."""
-        print(f"{self.name} was asked for {self._asked}", file=sys.stderr, flush=True)
+        """Print the stacks of all its threads, in the kernel and in Python."""
+        print(f"{self.name} was asked for {self._asked}", file=sys.stderr)
+        for line in kernel_stacks(self._process.pid):
+            print(line, file=sys.stderr, flush=True)
         self._process.send_signal(signal.SIGUSR1)
         time.sleep(2)
 
