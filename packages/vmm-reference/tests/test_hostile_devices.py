@@ -163,8 +163,9 @@ def test_10_discards_of_millions_of_segments_are_refused() -> None:
     block = Block(Disk())
     driver = driver_of(block, 16 << 20)
     (queue,) = driver.queues
+    segments = struct.pack("<QII", 0, 1, 0) * (8 << 16)  # each of them good
     for kind in (11, 13):
-        queue.add([struct.pack("<IIQ", kind, 0, 0), bytes(8 << 20)], [1])
+        queue.add([struct.pack("<IIQ", kind, 0, 0), segments], [1])
         driver.kick()
         (used,) = queue.reap()
         assert used.data == b"\1"

@@ -9,8 +9,10 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 import tracemalloc
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,7 @@ from vmm_reference.devices.serial import Serial
 from vmm_reference.machine import Machine
 from vmm_reference.outcome import Outcome
 from vmm_reference.pci.hotplug import PciHotplug
-from vmm_reference.testing import tiny_kernel
+from vmm_reference.testing import every_device, tiny_kernel
 from vmm_reference.vcpu import VcpuThread
 
 
@@ -209,6 +211,60 @@ def test_22_a_full_pipe_holds_nobody_up(tmp_path: Path, caplog: pytest.LogCaptur
         assert caplog.records == []
     finally:
         os.close(reader)
+
+
+@pytest.mark.kvm
+def test_06_cve_2020_27174_input_that_no_guest_takes_is_not_read(tmp_path: Path) -> None:
+    """One read's worth is taken, of which the port has a byte; the rest stays with its sender."""
+    path = tmp_path / "kernel"
+    path.write_bytes(tiny_kernel("1: hlt; jmp 1b"))
+    reader, writer = os.pipe2(os.O_NONBLOCK)
+    quiet = os.open(os.devnull, os.O_WRONLY)
+    sent = 0
+
+    def fill() -> None:
+        nonlocal sent
+        with suppress(BlockingIOError):
+            while True:
+                sent += os.write(writer, bytes(4096))
+
+    fill()
+    capacity = sent
+    with Machine(MachineConfig(kernel=str(path), memory="32M"), console=(reader, quiet)) as machine:
+        board = machine._board
+        assert board is not None
+        for _ in range(3000):
+            if board.serial.save().received:
+                break
+            time.sleep(0.01)
+        for _ in range(100):  # each is a turn of the loop, which would read what it listens to
+            fill()
+            machine._loop.call(lambda: None)
+    left = 0
+    with suppress(BlockingIOError):
+        while data := os.read(reader, 1 << 16):
+            left += len(data)
+    assert 1 <= sent - left <= 256
+    assert sent - capacity <= 256 + 4096
+    for fd in (reader, writer, quiet):
+        os.close(fd)
+
+
+@pytest.mark.kvm
+def test_18_no_guest_names_a_path_of_the_host(tmp_path: Path) -> None:
+    """No device shares a file system (9P has the number 9, virtio-fs 26).
+
+    With the first that does, what stands in the list about paths is to be tested here.
+    """
+    path = tmp_path / "kernel"
+    path.write_bytes(tiny_kernel("1: hlt; jmp 1b"))
+    config = MachineConfig(kernel=str(path), memory="32M", devices=every_device(tmp_path))
+    with Machine(config) as machine:
+        assert machine._board is not None
+        slots = [wiring.slot for wiring in machine._board.devices.values()]
+        numbers = {slot.device.model.device_id for slot in slots if slot is not None}
+    assert len(numbers) >= 8
+    assert not numbers & {9, 26}
 
 
 # Processors that do what no kernel does.

@@ -369,7 +369,7 @@ def test_frames_are_the_same_whatever_the_buffers(sizes: list[int], buffers: lis
     bench.close()
 
 
-def test_ingress_without_buffers_keeps_one_frame() -> None:
+def test_06_cve_2020_16843_ingress_without_buffers_keeps_one_frame() -> None:
     """CVE-2020-16843: heavy traffic before and without buffers neither freezes nor piles up."""
     bench = Net1()
     bench.wire.incoming[0].extend(header() + frame() for _ in range(1000))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from .run import FLAGS, LISTS, VALUES
+
 __all__ = ["parser"]
 
 STATUSES = """
@@ -11,6 +13,37 @@ Exit status: 0 the guest powered off (or Ctrl-A x), 1 the host failed, 2 a mista
 arguments, 3 the guest panicked, 4 it reset itself with --on-reset exit, 5 triple fault,
 6 KVM internal error, 128 + N ended by signal N; or what a device `debug-exit` is told.
 """
+
+
+# What stands in the help for each field: its value, and what it is.
+_HELP = {
+    "kernel": ("PATH", "Linux image: ELF vmlinux or bzImage"),
+    "firmware": ("PATH", "in the kernel's place: firmware such as SeaBIOS, which finds a boot "
+                 "loader itself"),
+    "variables": ("PATH", "file of the firmware's flash, such as a copy of OVMF_VARS.fd; it is "
+                  "written"),
+    "initrd": ("PATH", "initial RAM file system, or `none`; with a drive and modules beside the "
+               "kernel the default is one that mounts the root disk"),
+    "transport": ("mmio|pci", "how the guest finds virtio devices (default mmio)"),
+    "cpus": ("N", "number of vCPUs (default 1)"),
+    "memory": ("SIZE", "RAM, such as 256M or 2G (default 256M)"),
+    "max_memory": ("SIZE", "how much RAM there may be with what comes later (default: there are "
+                   "none)"),
+    "cmdline": ("TEXT", "the kernel's command line (default console=ttyS0, and root=/dev/vda with "
+                "a drive)"),
+    "api_socket": ("PATH", "make a control socket, for vmm pause, migrate, ..."),
+    "incoming": ("ADDRESS", "wait for a machine that vmm migrate sends, at tcp:HOST:PORT or "
+                 "unix:PATH; what is given here replaces what it had"),
+    "tls": ("FOLDER", "take machines only from who proves itself: cert.pem, key.pem and ca.pem"),
+    "config": ("FILE", "TOML file with the same names; options here win"),
+    "on_reset": ("restart|exit", "when the guest resets (default restart)"),
+    "protocol": ("auto|linux64|pvh", "how the kernel is entered (default auto)"),
+    "drives": ("PATH[,ro]", "raw disk image or block device; the first is /dev/vda; may be "
+               "repeated"),
+    "devices": ("KIND[,FIELD=VALUE...]", "another device, such as `rng`; see the documentation; "
+                "may be repeated"),
+    "kaslr": ("", "start a bzImage in its own decompressor"),
+}  # fmt: skip
 
 
 def parser() -> argparse.ArgumentParser:
@@ -22,33 +55,10 @@ def parser() -> argparse.ArgumentParser:
         epilog=STATUSES,
         allow_abbrev=False,
     )
-    add = made.add_argument
-    add("--kernel", metavar="PATH", help="Linux image: ELF vmlinux or bzImage")
-    add("--firmware", metavar="PATH", help="in the kernel's place: firmware such as SeaBIOS, which "
-        "finds a boot loader itself")  # fmt: skip
-    add("--variables", metavar="PATH", help="file of the firmware's flash, such as a copy of "
-        "OVMF_VARS.fd; it is written")  # fmt: skip
-    add("--initrd", metavar="PATH", help="initial RAM file system, or `none`; with a drive and "
-        "modules beside the kernel the default is one that mounts the root disk")  # fmt: skip
-    add("--drive", dest="drives", metavar="PATH[,ro]", action="append",
-        help="raw disk image or block device; the first is /dev/vda; may be repeated")  # fmt: skip
-    add("--device", dest="devices", metavar="KIND[,FIELD=VALUE...]", action="append",
-        help="another device, such as `rng`; see the documentation; may be repeated")  # fmt: skip
-    add("--transport", metavar="mmio|pci", help="how the guest finds virtio devices (default mmio)")
-    add("--cpus", metavar="N", help="number of vCPUs (default 1)")
-    add("--memory", metavar="SIZE", help="RAM, such as 256M or 2G (default 256M)")
-    add("--max-memory", metavar="SIZE", help="how much RAM there may be with what comes later "
-        "(default: there are none)")  # fmt: skip
-    add("--cmdline", metavar="TEXT", help="the kernel's command line (default console=ttyS0, and "
-        "root=/dev/vda with a drive)")  # fmt: skip
-    add("--api-socket", metavar="PATH", help="make a control socket, for vmm pause, migrate, ...")
-    add("--incoming", metavar="ADDRESS", help="wait for a machine that vmm migrate sends, at "
-        "tcp:HOST:PORT or unix:PATH; what is given here replaces what it had")  # fmt: skip
-    add("--tls", metavar="FOLDER", help="take machines only from who proves itself: cert.pem, "
-        "key.pem and ca.pem")  # fmt: skip
-    add("--config", metavar="FILE", help="TOML file with the same names; options here win")
-    add("--on-reset", metavar="restart|exit", help="when the guest resets (default restart)")
-    add("--protocol", metavar="auto|linux64|pvh", help="how the kernel is entered (default auto)")
-    add("--kaslr", action="store_true", default=None,
-        help="start a bzImage in its own decompressor")  # fmt: skip
+    for name, field in (*VALUES.items(), *LISTS.items()):
+        metavar, text = _HELP[field]
+        action = "append" if name in LISTS else "store"
+        made.add_argument(name, dest=field, metavar=metavar, action=action, help=text)
+    for name, field in FLAGS.items():
+        made.add_argument(name, dest=field, action="store_true", default=None, help=_HELP[field][1])
     return made

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Signals", "configuration", "run", "run_on_terminal"]
 
-# What the command line may say: an option's name, and the field that it gives.
-_VALUES = {
+# What the command line may say: an option's name, and the field that it gives. The help is apart.
+VALUES = {
     "--kernel": "kernel",
     "--firmware": "firmware",
     "--variables": "variables",
@@ -41,8 +41,8 @@ _VALUES = {
     "--on-reset": "on_reset",
     "--protocol": "protocol",
 }
-_LISTS = {"--drive": "drives", "--device": "devices"}
-_FLAGS = {"--kaslr": "kaslr"}
+LISTS = {"--drive": "drives", "--device": "devices"}
+FLAGS = {"--kaslr": "kaslr"}
 
 
 def options(arguments: list[str]) -> dict[str, Any]:
@@ -51,23 +51,23 @@ def options(arguments: list[str]) -> dict[str, Any]:
     Anything but options and values in their plain form is argparse's matter: help, and mistakes.
     A boot can't wait for it.
     """
-    found: dict[str, Any] = dict.fromkeys([*_VALUES.values(), *_LISTS.values(), *_FLAGS.values()])
+    found: dict[str, Any] = dict.fromkeys([*VALUES.values(), *LISTS.values(), *FLAGS.values()])
     words = iter(arguments)
     for word in words:
         name, equals, value = word.partition("=")
-        if word in _FLAGS:
-            found[_FLAGS[word]] = True
+        if word in FLAGS:
+            found[FLAGS[word]] = True
             continue
         if not equals:
             value = next(words, "-")
-        if value.startswith("-") or not (name in _VALUES or name in _LISTS):
+        if value.startswith("-") or not (name in VALUES or name in LISTS):
             from .options import parser
 
             return vars(parser().parse_args(arguments))
-        if name in _VALUES:
-            found[_VALUES[name]] = value
+        if name in VALUES:
+            found[VALUES[name]] = value
         else:
-            found[_LISTS[name]] = [*(found[_LISTS[name]] or ()), value]
+            found[LISTS[name]] = [*(found[LISTS[name]] or ()), value]
     return found
 
 
