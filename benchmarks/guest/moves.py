@@ -1,4 +1,4 @@
-"""A guest under load is moved to and fro, by ours and by QEMU: `moves.py KERNEL INITRD ROUNDS`.
+"""A guest under load is moved, by ours and by QEMU: `moves.py KERNEL INITRD LIMIT ROUNDS`.
 
 Runs where unmodified kernels run, as root. Both have two vCPUs, virtio-net on a tap of the same
 bridge, and the same kernel, initrd and load (`moves_load.c`): memory that is written all the time,
@@ -21,7 +21,6 @@ PATIENCE = 100.0
 HOST, GUEST = "192.0.2.1", "192.0.2.2"
 MEMORY = 192  # MiB
 CMDLINE = "console=ttyS0 panic=-1 quiet mitigations=off"
-LIMITS = (300, 1)  # ms of downtime that are allowed
 
 
 def ip(*words: str) -> None:
@@ -211,8 +210,8 @@ def drain(fd: int) -> None:
         pass
 
 
-def main(kernel: str, initrd: str, rounds: str) -> None:
-    """Go through all moves."""
+def main(kernel: str, initrd: str, limit: str, rounds: str) -> None:
+    """Go through all moves, of so many milliseconds of allowed downtime."""
     ip("link", "set", "lo", "up")
     ip("link", "add", "br0", "type", "bridge")
     ip("addr", "add", f"{HOST}/24", "dev", "br0")
@@ -230,14 +229,13 @@ def main(kernel: str, initrd: str, rounds: str) -> None:
             continue
         try:
             for number in range(int(rounds) + 1):
-                for limit in LIMITS:
-                    quiet = ears.settle()
-                    quiet = ears.settle()
-                    cost = vmm.move(limit)
-                    row = {"vmm": name, "limit": limit, "round": number, "quiet": quiet * 1e3,
-                           "gap": ears.settle() * 1e3, **cost}  # fmt: skip
-                    print(row, file=sys.stderr, flush=True)
-                    found.append(row)
+                ears.settle()
+                quiet = ears.settle()
+                cost = vmm.move(int(limit))
+                row = {"vmm": name, "round": number, "quiet": quiet * 1e3,
+                       "gap": ears.settle() * 1e3, **cost}  # fmt: skip
+                print(row, file=sys.stderr, flush=True)
+                found.append(row)
         except (OSError, RuntimeError) as error:
             found.append({"vmm": name, "failed": str(error)})
         finally:

@@ -16,7 +16,7 @@ int vmm_mapping_exclude(struct vmm_mapping *mapping, int from_dumps, int from_fo
 size_t vmm_file_page_size(int fd);
 
 /* faults.c */
-int vmm_mapping_guard_faults(struct vmm_mapping *mapping, size_t page);
+int vmm_mapping_guard_faults(struct vmm_mapping *mapping, size_t page, int each);
 int vmm_mapping_lost(struct vmm_mapping *mapping);
 void vmm_mapping_lose(struct vmm_mapping *mapping);
 
@@ -88,12 +88,14 @@ struct vmm_userfault_event {
     uint64_t end;
     uint64_t flags;
     uint32_t kind;
+    uint32_t thread;
 };
 int vmm_userfault_open(uint64_t features, int *error);
 int vmm_userfault_register(int fd, uint64_t host, uint64_t length, uint64_t mode);
 int vmm_userfault_unregister(int fd, uint64_t host, uint64_t length);
 int vmm_userfault_protect(int fd, uint64_t host, uint64_t length, int on);
 int vmm_userfault_wake(int fd, uint64_t host, uint64_t length);
+int vmm_userfault_poison(int fd, uint64_t host, uint64_t length);
 int64_t vmm_userfault_supply(int fd, uint64_t to, uint64_t from, uint64_t length, uint64_t mode,
                              int *error);
 int vmm_userfault_read(int fd, struct vmm_userfault_event *events, int room, int *error);

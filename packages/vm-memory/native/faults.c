@@ -188,11 +188,11 @@ void vmm_unwatch(struct vmm_mapping *mapping)
     pthread_mutex_unlock(&lock);
 }
 
-int vmm_mapping_guard_faults(struct vmm_mapping *mapping, size_t page)
+int vmm_mapping_guard_faults(struct vmm_mapping *mapping, size_t page, int each)
 {
     int huge = page != (size_t)sysconf(_SC_PAGESIZE);
     return vmm_watch(mapping, mapping->base, mapping->length, page,
-                     huge ? VMM_WATCH_PAGES : VMM_WATCH_FILE);
+                     huge || each ? VMM_WATCH_PAGES : VMM_WATCH_FILE);
 }
 
 int vmm_mapping_lost(struct vmm_mapping *mapping)

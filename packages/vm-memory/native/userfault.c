@@ -22,6 +22,15 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#ifndef UFFDIO_POISON /* since Linux 6.6 */
+struct uffdio_poison {
+    struct uffdio_range range;
+    __u64 mode;
+    __s64 updated;
+};
+#define UFFDIO_POISON _IOWR(UFFDIO, 0x08, struct uffdio_poison)
+#endif
+
 #ifndef USERFAULTFD_IOC_NEW
 #define USERFAULTFD_IOC_NEW _IO(0xAA, 0) /* of /dev/userfaultfd, since Linux 6.1 */
 #endif
@@ -65,6 +74,12 @@ int vmm_userfault_wake(int fd, uint64_t host, uint64_t length)
 {
     struct uffdio_range range = {host, length};
     return ioctl(fd, UFFDIO_WAKE, &range) == 0 ? 0 : errno;
+}
+
+int vmm_userfault_poison(int fd, uint64_t host, uint64_t length)
+{
+    struct uffdio_poison pages = {.range = {host, length}};
+    return ioctl(fd, UFFDIO_POISON, &pages) == 0 ? 0 : errno;
 }
 
 int vmm_userfault_protect(int fd, uint64_t host, uint64_t length, int on)
@@ -124,10 +139,12 @@ int vmm_userfault_read(int fd, struct vmm_userfault_event *events, int room, int
             events[i].host = message->arg.pagefault.address;
             events[i].end = 0;
             events[i].flags = message->arg.pagefault.flags;
+            events[i].thread = message->arg.pagefault.feat.ptid;
         } else {
             events[i].host = message->arg.remove.start;
             events[i].end = message->arg.remove.end;
             events[i].flags = 0;
+            events[i].thread = 0;
         }
     }
     return count;

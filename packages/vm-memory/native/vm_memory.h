@@ -56,7 +56,7 @@ enum vmm_watch {
 int vmm_watch(struct vmm_mapping *mapping, uint8_t *base, size_t length, size_t page,
               enum vmm_watch kind);
 void vmm_unwatch(struct vmm_mapping *mapping);
-int vmm_mapping_guard_faults(struct vmm_mapping *mapping, size_t page);
+int vmm_mapping_guard_faults(struct vmm_mapping *mapping, size_t page, int each);
 /* Whether pages were lost since the mapping was made. They read as zeros. */
 int vmm_mapping_lost(struct vmm_mapping *mapping);
 /* Say that pages of a mapping are lost, for another reason than a signal told. */
@@ -165,6 +165,7 @@ struct vmm_userfault_event {
     uint64_t end;  /* of a removal */
     uint64_t flags;
     uint32_t kind;
+    uint32_t thread; /* that waits, as gettid(2) has it */
 };
 
 /* A descriptor, or -1 with the errno. */
@@ -174,6 +175,8 @@ int vmm_userfault_register(int fd, uint64_t host, uint64_t length, uint64_t mode
 int vmm_userfault_unregister(int fd, uint64_t host, uint64_t length);
 int vmm_userfault_protect(int fd, uint64_t host, uint64_t length, int on);
 int vmm_userfault_wake(int fd, uint64_t host, uint64_t length);
+/* Whoever touches missing pages, or waits for them, gets SIGBUS from now on. */
+int vmm_userfault_poison(int fd, uint64_t host, uint64_t length);
 /* Put bytes, or zeros when `from` is 0, where pages are missing; returns how many it did. */
 int64_t vmm_userfault_supply(int fd, uint64_t to, uint64_t from, uint64_t length, uint64_t mode,
                              int *error);

@@ -24,8 +24,9 @@ from vm_memory import (
 )
 from vm_memory import userfault as module
 from vm_memory._native import lib
+from vm_memory.filler import Filler
 from vm_memory.looking import export_sparse
-from vm_memory.userfault import Filler, PageFault, Removal, Userfault
+from vm_memory.userfault import PageFault, Removal, Userfault
 
 PAGE = 4096
 PAGES = 64
@@ -82,6 +83,10 @@ class Toucher:
         return not self._thread.is_alive()
 
     @property
+    def thread(self) -> int | None:
+        return self._thread.native_id
+
+    @property
     def seen(self) -> bytes:
         return self._into.read(GuestAddress(0), PAGE)
 
@@ -95,6 +100,32 @@ def memory() -> Iterator[GuestMemory]:
 def whole(userfault: Userfault, *, missing: bool = True, protect: bool = False) -> None:
     for first, count in ((0, SPLIT), (SPLIT, PAGES - SPLIT)):
         userfault.register(address(first), count * PAGE, missing=missing, protect=protect)
+
+
+@pytest.mark.parametrize("write", [False, True])
+def test_a_page_that_is_given_up_is_told_as_lost(memory: GuestMemory, write: bool) -> None:
+    """Who waits for it goes on, who comes later is told, and its neighbour is supplied."""
+    with Userfault(memory) as userfault:
+        whole(userfault)
+        toucher = Toucher(memory, 3, write=write)
+        (event,) = userfault.read(10)
+        assert isinstance(event, PageFault)
+        assert event.thread == toucher.thread
+        try:
+            userfault.poison(address(3), PAGE)
+        except MappingError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            userfault.close()
+            pytest.skip("this kernel gives no page up: Linux 6.6 does")
+        assert toucher.done()
+        userfault.copy(address(4), b"a" * PAGE)
+        with pytest.raises(MappingError, match="already"):
+            userfault.poison(address(4), PAGE)
+        with tempfile.TemporaryFile() as file, pytest.raises(BackingLostError):
+            memory.write_all_to_file(address(3), file, 2 * PAGE)
+        assert [region.guest_address for region in memory.lost_regions] == [0]
+        assert memory.regions[0].buffer[4 * PAGE] == ord("a")
 
 
 @settings(max_examples=max(settings().max_examples // 4, 25))

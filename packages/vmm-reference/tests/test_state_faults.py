@@ -17,14 +17,15 @@ from vmm_reference.config import MachineConfig
 from vmm_reference.errors import HostError
 from vmm_reference.machine import Machine
 from vmm_reference.outcome import Outcome
-from vmm_reference.state import wire
+from vmm_reference.state import connection, wire
+from vmm_reference.state.connection import Address
 from vmm_reference.state.handover import Destination, Source
 from vmm_reference.state.incoming import Incoming
 from vmm_reference.state.moving import MigrationError
 from vmm_reference.state.pager import Missing
 from vmm_reference.state.postcopy import PostCopy
 from vmm_reference.state.testing import PIECES, Remains, side
-from vmm_reference.state.wire import Address, Kind, LinkLost, ProtocolError, Role
+from vmm_reference.state.wire import Kind, LinkLost, ProtocolError, Role
 
 pytestmark = pytest.mark.kvm
 
@@ -52,7 +53,7 @@ def test_no_stranger_harms_who_waits(
 ) -> None:
     """Any frames on any link, and bytes that are none: nothing runs, nothing is kept."""
     try:
-        with wire.connect(Address.parse(waiting.address), role, None) as link:
+        with connection.connect(Address.parse(waiting.address), role, None) as link:
             for kind, payload, argument, extra in frames:
                 link.send(kind, payload, argument, extra)
             link.socket.sendall(tail)
@@ -89,14 +90,12 @@ def test_another_version_is_refused(config: Callable[..., MachineConfig]) -> Non
     with (
         Machine(config()) as machine,
         Incoming("tcp:127.0.0.1:0") as incoming,
-        pytest.MonkeyPatch.context() as patch,
     ):
         where = Address.parse(incoming.address)
         with socket.create_connection((where.host, where.port)) as sock:
             sock.sendall(b"vmmove\x02\x00")
             assert sock.recv(8) == b"vmmove\x01\x01"
             assert sock.recv(1) == b""
-        patch.setattr(wire, "greet", lambda _: Role.CONTROL)
         with socket.create_server(("127.0.0.1", 0)) as server:
 
             def answer() -> None:

@@ -23,12 +23,13 @@ from vmm_reference.layout import VM_GENERATION
 from vmm_reference.machine import Machine
 from vmm_reference.outcome import Outcome
 from vmm_reference.ram import Ram
+from vmm_reference.state.connection import Tls
 from vmm_reference.state.handover import Destination, Source
 from vmm_reference.state.incoming import Incoming
 from vmm_reference.state.moving import MigrationError, Options, Progress, Report
 from vmm_reference.state.testing import COMPUTE, PIECES, Remains
 from vmm_reference.state.throttle import Throttle
-from vmm_reference.state.wire import Frame, Kind, Link, LinkLost, Tls
+from vmm_reference.state.wire import Frame, Kind, Link, LinkLost
 
 pytestmark = pytest.mark.kvm
 

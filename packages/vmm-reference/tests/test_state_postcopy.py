@@ -17,13 +17,14 @@ from vmm_reference.errors import HostError
 from vmm_reference.machine import Machine
 from vmm_reference.outcome import Outcome
 from vmm_reference.state import postcopy
+from vmm_reference.state.connection import Address, Listener
 from vmm_reference.state.handover import Destination, Source
 from vmm_reference.state.incoming import Incoming
 from vmm_reference.state.moving import MigrationError
 from vmm_reference.state.postcopy import PostCopy
 from vmm_reference.state.stream import table
 from vmm_reference.state.testing import PIECES, side
-from vmm_reference.state.wire import Address, Kind, Link, LinkLost, Listener, Role
+from vmm_reference.state.wire import Kind, Link, LinkLost, Role
 
 pytestmark = pytest.mark.kvm
 
@@ -158,6 +159,27 @@ def test_a_vmm_that_stands_still_at_a_missing_page_is_recovered(
         assert process.wait(60) == 0
 
 
+def test_a_vmm_that_stands_still_at_a_page_that_never_comes_can_be_ended(
+    config: Callable[..., MachineConfig],
+) -> None:
+    """Its source is not met again, its thread waits with the interpreter's lock: SIGTERM helps."""
+    command = side("deaf", "tcp:127.0.0.1:0", Role.CONTROL, 1000)
+    with (
+        subprocess.Popen(command, stdout=subprocess.PIPE) as process,
+        Machine(config()) as machine,
+    ):
+        assert process.stdout is not None
+        address = process.stdout.readline().decode().strip()
+        with cut_at_first(Kind.DATA), pytest.raises(MigrationError):
+            machine.migrate(address, post_copy=0)
+        assert process.stdout.readline() == b"reads\n"
+        time.sleep(0.2)  # most likely it does by now
+        process.terminate()
+        assert process.stdout.readline() == b"read %d\n" % (32 << 20)
+        assert process.stdout.readline() == b"stopped True\n"
+        assert process.wait(60) == 0
+
+
 def test_a_machine_that_waits_for_a_page_can_be_stopped(
     config: Callable[..., MachineConfig],
 ) -> None:
@@ -227,6 +249,7 @@ def test_a_page_process_that_talks_nonsense_harms_nobody(
     config: Callable[..., MachineConfig], way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is ended and started anew, a few times; then the machine stays where it was."""
+    guest = config()  # before, since the assembler is a process too
     program = "import os, sys, time; os.dup2(int(sys.argv[3]), 1); " + NONSENSE[way]
     real, started = subprocess.Popen, []
 
@@ -236,7 +259,7 @@ def test_a_page_process_that_talks_nonsense_harms_nobody(
         return process
 
     monkeypatch.setattr(subprocess, "Popen", popen)
-    with Machine(config()) as machine, Incoming("tcp:127.0.0.1:0") as incoming:
+    with Machine(guest) as machine, Incoming("tcp:127.0.0.1:0") as incoming:
         # How far it comes is luck; that it is whole in one place, or lost and said so, is not.
         with pytest.raises(MigrationError) as told:
             machine.migrate(incoming.address, post_copy=0)

@@ -130,13 +130,16 @@ class Mapping:
         """The first `length` bytes, writable. The view keeps the mapping alive."""
         return memoryview(self.owner)[:length]
 
-    def watch(self) -> None:
+    def watch(self, *, each: bool = False) -> None:
         """Turn the loss of pages into something that `lost` tells, instead of a dead process.
+
+        Args:
+            each: a page is lost alone, and not with all behind it as where a file was cut.
 
         Raises:
             MappingError: when there are too many such mappings, 8192.
         """
-        error = lib.vmm_mapping_guard_faults(self.handle, self.page)
+        error = lib.vmm_mapping_guard_faults(self.handle, self.page, each)
         if error:
             raise MappingError("watching a mapping for lost pages", error)
 

@@ -1,23 +1,9 @@
-"""Pages supplied on demand: userfaultfd(2), and a filler that brings memory in from a file.
+"""Pages supplied on demand: userfaultfd(2).
 
 A thread that touches a missing page, a vCPU inside KVM_RUN included, stands still until the page
 is supplied. A Python thread does so with the interpreter's lock in its hands, and no other Python
-thread runs then. So a program that supplies pages itself must do so in another process; `Filler`
-serves them by threads of C, which never need that lock.
-
->>> import os, tempfile
->>> from vm_memory import GuestAddress, GuestMemory
->>> from vm_memory.userfault import Filler
->>> memory = GuestMemory.from_ranges([(GuestAddress(0), 1 << 20)])
->>> with tempfile.TemporaryFile() as file:
-...     _ = os.pwrite(file.fileno(), b"content", 0x7000)
-...     os.truncate(file.fileno(), 1 << 20)
-...     with Filler(memory, file.fileno()) as filler:
-...         filler.start()
-...         memory.read(GuestAddress(0x7000), 7)
-...         filler.wait(timeout=10)
-b'content'
-True
+thread runs then. So a program that supplies pages itself must do so in another process;
+`vm_memory.filler` serves them by threads of C, which never need that lock.
 """
 
 from __future__ import annotations
@@ -25,12 +11,11 @@ from __future__ import annotations
 import errno
 import os
 import select
-import threading
 
 import attrs
 
 from vm_memory._fork import tell_in_children
-from vm_memory._mapping import ANONYMOUS, MAP_HUGETLB, PAGE
+from vm_memory._mapping import PAGE
 from vm_memory._native import ffi, lib
 from vm_memory.errors import InvalidValueError, MappingError, MemoryAccessError
 
@@ -39,15 +24,13 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from typing import Any, Self
 
-    from vm_memory._native import CData
     from vm_memory.address import GuestAddress
     from vm_memory.memory import GuestMemory
     from vm_memory.region import GuestRegion
-    from vm_memory.transfer import File
 
-__all__ = ["Filler", "FillerStatus", "PageFault", "Removal", "Userfault"]
+__all__ = ["PageFault", "Removal", "Userfault"]
 
-_EVENT_REMOVE = 1 << 3
+_EVENT_REMOVE, _THREAD_ID = 1 << 3, 1 << 8
 _MISSING, _WRITE_PROTECT = 1, 2  # modes of UFFDIO_REGISTER
 _DONT_WAKE, _COPY_PROTECTED = 1, 2  # modes of UFFDIO_COPY
 _KIND_FAULT, _KIND_REMOVE = 0x12, 0x15
@@ -65,11 +48,13 @@ class PageFault:
         address: the page's guest address.
         write: whether it was a write.
         protected: whether the page is there but write-protected, not missing.
+        thread: who waits, as `threading.get_native_id` has it.
     """
 
     address: GuestAddress
     write: bool
     protected: bool
+    thread: int = attrs.field(default=0, eq=False)
 
 
 @attrs.frozen
@@ -116,7 +101,7 @@ class Userfault:
         self._missing: set[GuestRegion] = set()
         self._fd = -1
         error = ffi.new("int *")
-        fd = lib.vmm_userfault_open(_EVENT_REMOVE, error)
+        fd = lib.vmm_userfault_open(_EVENT_REMOVE | _THREAD_ID, error)
         if fd < 0:
             raise MappingError("userfaultfd", error[0], _hint(error[0]))
         self._fd = fd
@@ -172,7 +157,8 @@ class Userfault:
                 raise InvalidValueError("userfault", self, "is another process's to register")
             # What is not there may be anything but zeros from now on.
             region.mapping.overlaid = True
-            if missing:
+            if missing and region not in self._missing:
+                region.mapping.watch(each=True)  # pages may be given up
                 self._missing.add(region)
             self._done(
                 "UFFDIO_REGISTER",
@@ -231,6 +217,20 @@ class Userfault:
             host = region.host_address + offset
             self._supply("UFFDIO_ZEROPAGE", host, 0, count, (not wake) * _DONT_WAKE)
 
+    def poison(self, address: GuestAddress, length: int) -> None:
+        """Give missing pages up (UFFDIO_POISON): they will never come, and nobody waits for them.
+
+        Who touches one in the process whose memory it is finds zeros there, and the region is
+        `lost`: transfers raise `BackingLostError`. System calls, and KVM, have no page there.
+
+        Raises:
+            MemoryAccessError, InvalidValueError: as for `register`.
+            MappingError: EEXIST: a page is there; EINVAL: the kernel is older than Linux 6.6.
+        """
+        for region, offset, count in self._pieces(address, length):
+            host = region.host_address + offset
+            self._done("UFFDIO_POISON", lib.vmm_userfault_poison(self.fileno(), host, count))
+
     def write_protect(self, address: GuestAddress, length: int, protect: bool = True) -> None:
         """Report the next write to each page of a range, or let all writers go on.
 
@@ -278,7 +278,7 @@ class Userfault:
             address = GuestAddress(self._guest(event.host))
             if event.kind == _KIND_FAULT:
                 write, protected = event.flags & _FLAG_WRITE, event.flags & _FLAG_PROTECTED
-                found.append(PageFault(address, bool(write), bool(protected)))
+                found.append(PageFault(address, bool(write), bool(protected), event.thread))
             elif event.kind == _KIND_REMOVE:
                 found.append(Removal(address, event.end - event.host))
         return found
@@ -355,7 +355,7 @@ def _hint(error: int) -> str:
     if error == errno.ENOSYS:
         return "the kernel was built without userfaultfd"
     if error == errno.EINVAL:
-        return "the kernel is too old: events of removed pages came with Linux 4.11"
+        return "the kernel is too old: what waits for a page is told since Linux 4.14"
     try:
         with open(_KNOB, encoding="ascii") as file:  # noqa: PTH123
             knob = file.read().strip()
@@ -365,194 +365,3 @@ def _hint(error: int) -> str:
         f"give this user access to {_DEVICE} (Linux 6.1 or later), or write 1 to {_KNOB}, which "
         f"is {knob}; faults inside KVM need one of these, or CAP_SYS_PTRACE"
     )
-
-
-@attrs.frozen
-class FillerStatus:
-    """How far a filler is.
-
-    Attributes:
-        faults: how often somebody had to wait for a page.
-        filled: pages supplied.
-        pages: pages in all; those that the file has a hole for are never supplied.
-        complete: everything is there, and nothing is served any more.
-        error: the errno that keeps pages missing, 0 if none; ENODATA if the file ends too early.
-        error_offset: where in the file.
-    """
-
-    faults: int
-    filled: int
-    pages: int
-    complete: bool
-    error: int
-    error_offset: int
-
-
-class Filler:
-    """Brings memory in from a file: at once what somebody waits for, the rest in the background.
-
-    What cannot be read from the file stays missing: who needs it waits, nobody sees anything
-    invented. `status` tells, `fileno` becomes readable, and `retry` goes on when the file can be
-    read again. Pages that are thrown away meanwhile become zeros; `GuestMemory.discard` clears them
-    without giving them back until `status` or `wait` has told that all is there.
-
-    A child of fork does not take part: memory that is not complete is lost there.
-
-    Args:
-        memory: new anonymous memory of whole pages that nobody has touched.
-        file: what to fill it with, laid out as `looking.export_sparse` does; it stays the
-            caller's and must not be changed before the filler is complete.
-        offset: where in the file the first region begins.
-
-    Raises:
-        InvalidValueError: memory of another kind, or of different page sizes; an offset below 0.
-        MappingError: no userfaultfd; the hint says what to do.
-    """
-
-    def __init__(self, memory: GuestMemory, file: File, *, offset: int = 0) -> None:
-        self._handle: CData | None = None
-        self._lock = threading.RLock()  # a finalizer may come while it is held
-        self._regions = memory.regions
-        pages = {region.page_size for region in self._regions}
-        kinds = {region.mapping.flags & ~MAP_HUGETLB & 0xFFFFF for region in self._regions}
-        if kinds != {ANONYMOUS} or len(pages) != 1:
-            rule = "must be anonymous, with pages of one size"
-            raise InvalidValueError("memory", self._regions, rule)
-        if not 0 <= offset < 1 << 62:
-            raise InvalidValueError("offset", offset, "must be 0 to 2**62")
-        (page,) = pages
-        self._file = os.dup(file if isinstance(file, int) else file.fileno())
-        try:
-            self._userfault = Userfault(memory)
-            rows: list[int] = []
-            for region in self._regions:
-                length = -(-region.size // page) * page
-                rows += region.host_address, length, offset
-                offset += -(-region.size // PAGE) * PAGE
-                self._userfault.register(region.guest_address, length)
-            error = ffi.new("int *")
-            handle = lib.vmm_filler_new(
-                self._userfault.fileno(), self._file, page, len(rows) // 3,
-                ffi.new("uint64_t[]", rows), error,
-            )  # fmt: skip
-            if not handle:
-                raise MappingError("threads that fill memory", error[0])
-            self._handle = handle
-            self._userfault._missing.clear()  # from here on this tells what is lost
-            tell_in_children(self)
-        except BaseException:
-            self._release()
-            raise
-
-    def start(self, *, background: bool = True) -> None:
-        """Begin. Without `background`, pages come only when somebody waits for them.
-
-        Raises:
-            InvalidValueError: it was started already, or closed.
-            MappingError: the host gives no thread.
-        """
-        with self._lock:
-            error = lib.vmm_filler_start(self._open(), background)
-        if error == errno.EALREADY:
-            raise InvalidValueError("filler", self, "was started already")
-        if error:
-            raise MappingError("starting threads that fill memory", error)
-
-    @property
-    def status(self) -> FillerStatus:
-        """How far it is; after `close`, how far it came."""
-        with self._lock:
-            return self._look()
-
-    def _look(self) -> FillerStatus:
-        """With the lock held, or where there is no other thread."""
-        if self._handle is not None:
-            look = lib.vmm_filler_look(self._handle)
-            self._last = FillerStatus(
-                look.faults, look.filled, look.pages, bool(look.complete), look.error,
-                look.error_offset,
-            )  # fmt: skip
-            if look.complete:  # what is not there now is zeros, as it ever is
-                for region in self._regions:
-                    region.mapping.overlaid = False
-        return self._last
-
-    def fileno(self) -> int:
-        """An eventfd that becomes readable when all is there, or when something fails."""
-        with self._lock:
-            return lib.vmm_filler_notify(self._open())
-
-    def wait(self, timeout: float | None = None) -> bool:
-        """Wait until everything is there; False if that takes longer.
-
-        Args:
-            timeout: seconds, or None without limit.
-
-        Raises:
-            MappingError: what the file could not give, `status` says where.
-        """
-        poll = select.poll()
-        poll.register(self.fileno(), select.POLLIN)
-        poll.poll(None if timeout is None else timeout * 1000)
-        status = self.status
-        if status.error:
-            where = f"reading the memory's file at {status.error_offset:#x}"
-            hint = "what needs the page waits; mend the file and call retry()"
-            raise MappingError(where, status.error, hint)
-        return status.complete
-
-    def retry(self) -> None:
-        """After a failure: try again whatever is still missing.
-
-        Raises:
-            MappingError: the host gives no thread.
-        """
-        with self._lock:
-            error = lib.vmm_filler_retry(self._open())
-        if error:
-            raise MappingError("starting threads that fill memory", error)
-
-    def close(self) -> None:
-        """End serving. Idempotent.
-
-        Memory that is not complete then is lost: what is still missing reads as zeros, and
-        `GuestMemory.lost_regions` and transfers say so. No vCPU may run on it any more.
-        """
-        with self._lock:
-            if self._handle is None:
-                return
-            complete = self._look().complete
-            handle, self._handle = self._handle, None
-        lib.vmm_filler_free(handle)
-        if not complete:
-            for region in self._regions:
-                region.mapping.lose()
-        self._release()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        self.close()
-
-    def _in_child(self) -> None:
-        """The threads are the parent's, and so is all that they share with it."""
-        self._lock = threading.RLock()  # another thread may have had it
-        if self._handle is not None:
-            if not self._look().complete:
-                _lose(self._regions)
-            self._handle = None
-            self._release()
-
-    def _open(self) -> CData:
-        if self._handle is None:
-            raise InvalidValueError("filler", self, "was closed")
-        return self._handle
-
-    def _release(self) -> None:
-        if hasattr(self, "_userfault"):
-            self._userfault.close()
-        os.close(self._file)

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from kvm_ioctls import Kvm
     from kvm_ioctls.state import ClockData
     from vm_memory import GuestMemory
-    from vm_memory.userfault import Filler
+    from vm_memory.filler import Filler
 
     from .config import MachineConfig
     from .deviceconfig import DeviceConfig
@@ -292,6 +292,10 @@ class Board:
         for wiring in reversed(self.devices.values()):
             wiring.close()
         self._resources.close()
+
+    def threads(self) -> list[int]:
+        """The vCPUs' threads, as `threading.get_native_id` has them."""
+        return [vcpu.thread for vcpu in self._vcpus]
 
     def park(self) -> None:
         """Ask all vCPUs to stand still for a while; nothing else is touched."""

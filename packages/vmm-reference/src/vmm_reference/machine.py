@@ -141,8 +141,13 @@ class Machine(Control, Transfer):
     def on_readable(self, fd: int, callback: Callable[[int], None]) -> None:
         """Call `callback(events)` on the I/O thread whenever `fd` can be read, once that runs.
 
-        The descriptor stays the caller's, to be closed when the machine is.
+        The descriptor stays the caller's, to be closed when the machine is. Should that thread
+        stand still at a page that its source alone has, unread for seconds, the page is given up.
         """
+        if self._board is not None and self._board.missing is not None:
+            numbers = [thread.native_id or 0 for thread in threading.enumerate()]
+            vcpus = self._board.threads()
+            self._board.missing.listen_for(fd, [each for each in numbers if each not in vcpus])
         self._loop.call_soon(lambda: self._loop.add(fd, READ, callback))
 
     def start(self) -> None:

@@ -139,9 +139,9 @@ class Transfer:
             HostError: the machine does not run.
         """
         from .machine import Machine
+        from .state.connection import Address
         from .state.moving import Options
         from .state.outgoing import Outgoing
-        from .state.wire import Address
 
         with self._standstill:
             self._movable("migration")
@@ -166,7 +166,7 @@ class Transfer:
             MigrationError: it could not; the machine is as it was.
             HostError: there is nothing to recover.
         """
-        from .state.wire import Address
+        from .state.connection import Address
 
         with self._standstill:
             if self._outgoing is None:

@@ -60,6 +60,11 @@ class VcpuThread:
         """Start the thread, and with it the vCPU."""
         self._thread.start()
 
+    @property
+    def thread(self) -> int:
+        """Its thread, as `threading.get_native_id` has it; 0 before it starts."""
+        return self._thread.native_id or 0
+
     def pause(self) -> None:
         """Ask the vCPU to stop between two instructions; `wait_parked` waits until it has."""
         self._parked.clear()

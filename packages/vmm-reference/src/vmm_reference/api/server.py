@@ -166,8 +166,8 @@ class Control:
         return {"sha256": self._machine.snapshot(folder, base=base, track=track)}
 
     def _migrate(self, body: dict[str, Any], tell: Callable[[object], None]) -> object:
+        from vmm_reference.state.connection import Tls
         from vmm_reference.state.moving import Options
-        from vmm_reference.state.wire import Tls
 
         address = _text(body, "address")
         options = {name: value for name, value in body.items() if name != "address"}

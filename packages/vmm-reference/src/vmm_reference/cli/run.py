@@ -248,8 +248,8 @@ def _receive(
 ) -> Machine:
     """Wait for a machine from another VMM; it runs when this returns."""
     from vmm_reference.api.server import Control, Server
+    from vmm_reference.state.connection import Tls
     from vmm_reference.state.incoming import Incoming
-    from vmm_reference.state.wire import Tls
 
     chosen = None if tls is None else Tls(tls)
     incoming = Incoming(address, tls=chosen, console=(0, 1), **overrides)

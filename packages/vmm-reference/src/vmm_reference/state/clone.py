@@ -9,22 +9,18 @@ parent's threads, so a process with either can be no template; it is refused.
 from __future__ import annotations
 
 import gc
-import importlib
 import os
 import sys
 from typing import TYPE_CHECKING, Any
 
-import attrs
-
 from vm_memory._values import evolve
 from vmm_reference.config import MachineConfig
 from vmm_reference.cpu.compat import refuse_other_cpu
-from vmm_reference.devices import factory
 from vmm_reference.errors import HostError
 from vmm_reference.machine import Machine
 
-from .format import prepare
 from .snapshot import Restore, open_snapshot
+from .warming import warm
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -33,13 +29,6 @@ if TYPE_CHECKING:
 
 
 __all__ = ["Template", "identity"]
-
-# What a machine imports only when it is made, or restored.
-_NEEDED = (
-    "kvm_ioctls.exits.plain", "kvm_ioctls.state.msrs", "virtio_queue._device_saving",
-    "virtio_queue._saving", "vmm_reference.backends.console", "vmm_reference.board",
-)  # fmt: skip
-_STATES = ("kvm_ioctls.state", "virtio_queue.state", "vmm_reference.devices.states")
 
 
 def identity(config: MachineConfig, number: int) -> dict[str, Any]:
@@ -79,7 +68,7 @@ class Template:
             self._restored.discard()
             raise
         self.config = self._restored.config
-        _warm(self.config)
+        warm(self.config)
         gc.collect()
         gc.freeze()  # so that the collector of a clone writes to none of this
 
@@ -148,15 +137,3 @@ def refuse_used_process() -> None:
     threads = len(os.listdir("/proc/self/task"))  # noqa: PTH208
     if threads > 1:
         raise HostError("template", f"this process has {threads} threads", hint)
-
-
-def _warm(config: MachineConfig) -> None:
-    """Import what a machine needs, and learn to read its states: its clones share that."""
-    for name in _NEEDED:
-        importlib.import_module(name)
-    for device in config.named_devices().values():
-        factory(device.kind)
-    for module in _STATES:
-        for kind in vars(importlib.import_module(module)).values():
-            if isinstance(kind, type) and attrs.has(kind):
-                prepare(kind)

@@ -9,7 +9,8 @@ import threading
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from .wire import Kind, Link, LinkLost, ProtocolError, Role, greet, secure
+from .connection import greet, secure
+from .wire import Kind, Link, LinkLost, ProtocolError, Role
 
 if TYPE_CHECKING:
     import socket

@@ -42,6 +42,7 @@ __all__ = [
     "encode",
     "encode_fields",
     "fields",
+    "pack",
     "parse",
     "prepare",
     "state",
@@ -96,6 +97,15 @@ def encode(state: object) -> bytes:
     plain = _form(type(state)).write(state)
     # One line a field of the outermost state and of the states in it; lists of numbers stay whole.
     return (_text(plain, 0) + "\n").encode()
+
+
+def pack(state: object) -> bytes:
+    """A state for `decode` alone, without the lines that people read.
+
+    Raises:
+        TypeError: as for `encode`.
+    """
+    return json.dumps(_form(type(state)).write(state)).encode()
 
 
 def encode_fields(plain: dict[str, Any]) -> bytes:

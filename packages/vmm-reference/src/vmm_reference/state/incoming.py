@@ -24,26 +24,15 @@ from vmm_reference.machine import Machine
 from vmm_reference.outcome import Outcome
 
 from . import handover
+from .connection import Address, Listener, Tls, greet, secure
 from .format import FormatError, decode, fields, parse
 from .handover import Action, Destination, Event, Message, Side, Step, Word
 from .moving import MAX_STREAMS, MigrationError, Offer
 from .postcopy import PostCopy
 from .snapshot import Restored
 from .stream import Pages, receive_pages
-from .wire import (
-    WORDS,
-    Address,
-    Frame,
-    Kind,
-    Link,
-    LinkLost,
-    Listener,
-    ProtocolError,
-    Role,
-    Tls,
-    greet,
-    secure,
-)
+from .warming import rehearse
+from .wire import WORDS, Frame, Kind, Link, LinkLost, ProtocolError, Role
 
 if TYPE_CHECKING:
     import socket
@@ -342,8 +331,8 @@ class Incoming:
                 if self.side.phase is Destination.FILLING and not self._post_copy.filled:
                     self._lost(LinkLost("migration link", report))  # so that the source learns it
             if self._post_copy.filled and self.side.phase is Destination.FILLING:
-                self._post_copy.close()
                 self._guarded(lambda: self._event(Event.FILLED))
+                self._post_copy.close()  # which takes a while, and the source waits for the word
         if self._resolving:
             self._guarded(lambda: self._event(Event.RESOLVE))
             if self.side.phase is Destination.ABSENT and not self._parted:
@@ -451,6 +440,8 @@ class Incoming:
                 memory, frame.extra, self._listener, self._tls, self._wake, self._met
             )
         self._step(handover.destination(self.side, Message(Word.OFFER, frame.extra)))
+        assert machine._board is not None
+        rehearse(machine._board)  # while memory comes
 
     def _take(self, *, split: bool) -> None:
         """Become the machine whose states have come; nothing runs yet."""

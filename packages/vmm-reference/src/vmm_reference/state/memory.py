@@ -35,7 +35,9 @@ T = TypeVar("T")
 
 CHUNK = 1 << 20
 PAGE = 4096
-_THREADS = 2
+_DIGESTING = min(max(len(os.sched_getaffinity(0)), 2), 4)  # threads
+_NICE = 10
+_WRITING = 2  # threads: while one writes, the other looks for what is next
 _BLOCK = 8 << 20  # bytes that are written at once, at most
 _LONG = 256 << 10  # bytes that are worth to go to the disk on their own
 _WINDOW = 64 << 20  # bytes that are looked through before anything of them is written
@@ -170,7 +172,14 @@ def store(
             finally:
                 begun.put(None)
 
-        _all(_shared(digest, iter(begun.get, None)), write_all)
+        digest_some = _shared(digest, iter(begun.get, None))
+
+        def digest_all(failed: list[BaseException]) -> None:
+            # The guest and the disk come first.
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
+            digest_some(failed)
+
+        _all(*[write_all] * _WRITING, *[digest_all] * _DIGESTING)
     return found
 
 
@@ -260,7 +269,7 @@ def load(
             if digest != (wanted or _zeros(length)):
                 raise FormatError(f"memory at {start:#x}", digest, f"must be {wanted or 'zeros'}")
 
-    _all(_shared(work, range(len(chunks))))
+    _all(*[_shared(work, range(len(chunks)))] * _DIGESTING)
 
 
 def _chunks(regions: Iterable[RegionState], size: int = CHUNK) -> Iterator[tuple[int, int, int]]:
@@ -347,7 +356,7 @@ def _shared(work: Callable[[T], None], items: Iterable[T]) -> Callable[[list[Bas
 
 
 def _all(*jobs: Callable[[list[BaseException]], None]) -> None:
-    """Do each job on two threads, the first also on this one; the first error ends all.
+    """Do all jobs, the first on this thread, each other on its own; the first error ends all.
 
     They are given the list that has the error then. It is raised in the end.
     """
@@ -359,7 +368,7 @@ def _all(*jobs: Callable[[list[BaseException]], None]) -> None:
         except BaseException as error:
             errors.append(error)
 
-    first, *others = [job for job in jobs for _ in range(_THREADS)]
+    first, *others = jobs
     threads = [threading.Thread(target=run, args=(job,)) for job in others]
     for thread in threads:
         thread.start()

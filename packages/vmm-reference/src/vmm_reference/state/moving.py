@@ -12,7 +12,7 @@ from vmm_reference.errors import ConfigError, HostError
 from .memory import MemoryState
 
 if TYPE_CHECKING:
-    from .wire import Tls
+    from .connection import Tls
 
 __all__ = ["MigrationError", "Offer", "Options", "Progress", "Report", "Round"]
 

@@ -20,15 +20,17 @@ from vmm_reference.outcome import Outcome
 
 from . import handover
 from . import memory as pages
+from .connection import Address, connect
 from .faults import FaultServer
-from .format import encode, encode_fields
+from .format import encode, encode_fields, pack
 from .handover import Action, Event, Message, Side, Source, Step, Word
 from .memory import MemoryState
 from .moving import MigrationError, Offer, Options, Progress, Report, Round
 from .ranges import Ranges, joined, total, without
 from .stream import Pace, Pages, Sender, table
 from .throttle import Throttle
-from .wire import WORDS, Address, Kind, Link, LinkLost, ProtocolError, Role, connect
+from .warming import warm
+from .wire import WORDS, Kind, Link, LinkLost, ProtocolError, Role
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -196,6 +198,7 @@ class Outgoing:
         frame = self._receive()
         if frame is not Word.ACCEPT:
             raise ProtocolError("answer", frame.value, "must be accept")
+        warm(self._machine.config)
         if options.local:
             return
         links = []
@@ -308,7 +311,7 @@ class Outgoing:
                 self._round(found, without(self._missing, found), 0)
         self._mark("states")
         for name, state in self._board.save():
-            self._part(name, encode(state))
+            self._part(name, pack(state))
         self._mark("restore")
 
     def _part(self, name: str, data: bytes) -> None:

@@ -12,9 +12,16 @@ The VMM tells it over a socket, one JSON object a line, with descriptors beside 
     {"missing": [[address, length], ...]}    in as many lines as it takes, then {"ready": true}
     {"link": true}                           and a connection that was greeted, not yet secured
     {"listen": true}                         and the socket where connections arrive from now on
+    {"threads": [number, ...]}               and a pipe that is readable while a signal is unheard
 
 and hears `{"lost": "why"}`, `{"refused": "why"}` of a link, `{"met": true}` with a connection that
 is for control, and `{"filled": true}` in the end.
+
+A thread that waits for a page which never comes, because the source is dead, keeps the VMM from
+hearing even a signal that is to end it. Once that has been so for some seconds, the pages that its
+named threads wait for are given up: they go on, the memory is marked as lost, and the VMM ends as
+it was asked to. Named are those of Python but the vCPUs': what the guest or a pump of C waits for
+stays missing, so that neither ever goes on with what is not the guest's memory.
 """
 
 from __future__ import annotations
@@ -27,6 +34,7 @@ import socket
 import ssl
 import sys
 import threading
+import time
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -37,12 +45,15 @@ from vm_memory import GuestAddress
 from vm_memory.errors import MappingError
 from vm_memory.userfault import PageFault, Removal, Userfault
 
+from .connection import Tls
 from .door import Door
 from .ranges import Ranges
 from .stream import LIMIT, PAGE, batches, read_head, table, unpack
-from .wire import Kind, Link, LinkLost, ProtocolError, Role, Tls
+from .wire import Kind, Link, LinkLost, ProtocolError, Role
 
 __all__ = ["Missing", "main"]
+
+_UNHEARD = 2.0  # seconds that a signal may be
 
 
 class Missing:
@@ -124,6 +135,11 @@ class _Pager:
     ready: bool = False
     link: Link | None = None
     asked: set[int] = attrs.field(factory=set)
+    waiting: dict[int, set[int]] = attrs.field(factory=dict)  # pages: threads
+    hearing: set[int] = attrs.field(factory=set)
+    signals: int = -1
+    unheard: float | None = None  # since when
+    gave_up: bool = False
     buffer: bytes = b""
     fds: list[int] = attrs.field(factory=list)
 
@@ -143,18 +159,42 @@ class _Pager:
             if self.link is not None and self.link.pending:
                 ready = [*select.select(waiting[:-1], [], [], 0)[0], self.link.socket]
             else:
-                ready = select.select(waiting, [], [])[0]
+                timeout = None if self.signals < 0 else _UNHEARD / 4
+                ready = select.select(waiting, [], [], timeout)[0]
             if self.parent in ready and not self.hear():
                 return
             if self.door in ready and (link := self.door.link()) is not None:
                 self.join(link)
             if self.userfault is not None and self.userfault in ready:
                 self.faults()
+            if self.is_unheard():
+                self.give_up()
             if self.link is not None and self.link.socket in ready:
                 self.guarded(self.pages)
             if self.ready and self.missing is not None and not self.missing.count:
                 self.finish()
                 return
+
+    def is_unheard(self) -> bool:
+        """Whether a signal has waited for long, so that the VMM stands still."""
+        if self.signals < 0 or not select.select([self.signals], [], [], 0)[0]:
+            self.unheard = None
+            return False
+        now = time.monotonic()
+        self.unheard = self.unheard or now
+        return now - self.unheard >= _UNHEARD
+
+    def give_up(self) -> None:
+        """Let the threads go on that are to hear."""
+        assert self.userfault is not None
+        for address, threads in list(self.waiting.items()):
+            if threads & self.hearing:
+                del self.waiting[address]
+                with suppress(MappingError):  # it has come meanwhile
+                    self.userfault.poison(GuestAddress(address), PAGE)
+                if not self.gave_up:  # the VMM may not hear more than that
+                    self.say(lost=f"the page at {address:#x} was given up: a signal was not heard")
+                self.gave_up = True
 
     def finish(self) -> None:
         if self.link is not None:
@@ -207,6 +247,8 @@ class _Pager:
             self.door.hear(socket.socket(fileno=self.fds.pop(0)), Role.FAULTS)
         elif "listen" in words:
             self.door.listen(socket.socket(fileno=self.fds.pop(0)))
+        elif "threads" in words:
+            self.hearing, self.signals = set(words["threads"]), self.fds.pop(0)
 
     def join(self, link: Link) -> None:
         """Take up a link of the source's."""
@@ -248,7 +290,9 @@ class _Pager:
                 address = event.address // PAGE * PAGE
                 if not self.missing.has(address):
                     self.zero(address)
-                elif address not in self.asked and self.link is not None and self.ready:
+                    continue
+                self.waiting.setdefault(address, set()).add(event.thread)
+                if address not in self.asked and self.link is not None and self.ready:
                     self.asked.add(address)
                     self.guarded(partial(self.link.send, Kind.REQUEST, argument=address))
                 # Without a link it comes with the rest, which is sent unasked once there is one.
@@ -303,6 +347,8 @@ class _Pager:
                     waiting[:0] = [(page, PAGE) for page in range(run, run + count, PAGE)]
                     continue
             self.missing.remove(run, count)
+            for page in [page for page in self.waiting if run <= page < run + count]:
+                del self.waiting[page]
 
 
 def main(arguments: list[str]) -> None:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from vm_memory import GuestMemory
 
-    from .wire import Listener, Tls
+    from .connection import Listener, Tls
 
 __all__ = ["PostCopy"]
 
@@ -72,6 +72,7 @@ class PostCopy:
         self._lock = threading.Lock()
         self._closed = False
         self._deaths = 0
+        self._signals, self._hearing = -1, list[int]()
         self._spawn()
 
     def give(self, sock: socket.socket) -> None:
@@ -103,6 +104,19 @@ class PostCopy:
         with self._lock:
             self._userfault, self._missing = userfault, ranges
             self._hand_over()
+
+    def listen_for(self, signals: int, hearing: list[int]) -> None:
+        """Give pages up once a signal has been unheard for long, since a thread waits for them.
+
+        Args:
+            signals: a pipe that is readable as long as one is.
+            hearing: the threads for which pages are given up then, as the kernel numbers them.
+        """
+        with self._lock:
+            if not self._closed and not self.filled:
+                self._signals, self._hearing = os.dup(signals), hearing
+                with suppress(ProtocolError):  # whoever dies is started anew, and told
+                    self._tell({"threads": hearing}, self._signals)
 
     def reports(self) -> list[str]:
         """What the process has said since."""
@@ -144,6 +158,8 @@ class PostCopy:
 
     def __del__(self) -> None:
         os.close(self._wake)
+        if self._signals >= 0:
+            os.close(self._signals)
 
     def _spawn(self) -> None:
         self._socket, child = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -169,6 +185,8 @@ class PostCopy:
         for start in range(0, len(self._missing), _PER_LINE):
             self._tell({"missing": self._missing[start : start + _PER_LINE]})
         self._tell({"listen": True}, self._listener.lend())
+        if self._signals >= 0:
+            self._tell({"threads": self._hearing}, self._signals)
         self._tell({"ready": True})
 
     def _tell(self, words: dict[str, object], fd: int = -1) -> None:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from kvm_ioctls.state import VcpuState, VmState
 from vm_memory import Anonymous, FilePrivate, GuestAddress, GuestMemory, Memfd
 from vm_memory._values import evolve
-from vm_memory.userfault import Filler
+from vm_memory.filler import Filler
 from vmm_reference.config import MachineConfig
 from vmm_reference.errors import HostError
 

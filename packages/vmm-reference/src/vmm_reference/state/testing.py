@@ -9,10 +9,12 @@ import hashlib
 import os
 import signal
 import sys
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from vmm_reference.cli.run import Signals
 from vmm_reference.config import MachineConfig
 from vmm_reference.machine import Machine
 from vmm_reference.outcome import Outcome
@@ -111,7 +113,7 @@ def side(what: str, address: str, role: Role, number: int, kernel: str | None = 
         what: `source` and `split-source` run `kernel` and move it, the second with post-copy from
             the start; `destination` prints where it waits, lets the machine go on, and prints how
             it ended; `reader` reads all of its memory first, on a thread that holds the
-            interpreter's lock.
+            interpreter's lock; `deaf` does so too, says so before, and ends at SIGTERM.
         address: where to.
         role: of the links that are counted on.
         number: of the frame on them that is not sent any more. Of the machine's parts, which come
@@ -147,10 +149,19 @@ def _main(what: str, address: str, role: str, number: str, kernel: str = "") -> 
     incoming = Incoming(address)
     print(incoming.address, flush=True)
     with incoming.receive() as machine:
-        if what == "reader":
+        if what in ("reader", "deaf"):
             assert machine._board is not None
+            stack = ExitStack()
+            if what == "deaf":
+                stack.enter_context(Signals(machine, lambda _: machine.stop(), signal.SIGTERM))
+                print("reads", flush=True)
             size = sum(len(bytes(region.buffer)) for region in machine._board.memory.regions)
             print("read", size, flush=True)
+            if what == "deaf":
+                print(machine.wait().value, bool(machine._board.memory.lost_regions), flush=True)
+                machine.close()
+                stack.close()
+                return
         machine.console.send("g" * PIECES)
         print(machine.wait().value, flush=True)
         incoming.close()

@@ -1,0 +1,50 @@
+"""What is done ahead of the moment in which a guest stands still, or a process is forked.
+
+The first state that is written or read costs many times what the second does: modules are imported,
+and each class of state is looked at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+import attrs
+
+from vmm_reference.devices import factory
+
+from .format import decode, pack, prepare
+
+if TYPE_CHECKING:
+    from vmm_reference.board import Board
+    from vmm_reference.config import MachineConfig
+
+__all__ = ["rehearse", "warm"]
+
+# What a machine imports only when it is made, saved or restored.
+_NEEDED = (
+    "kvm_ioctls.exits.plain", "kvm_ioctls.state.msrs", "kvm_ioctls.state.snapshot",
+    "virtio_queue._device_saving", "virtio_queue._saving", "vmm_reference.backends.console",
+    "vmm_reference.board",
+)  # fmt: skip
+_STATES = ("kvm_ioctls.state", "virtio_queue.state", "vmm_reference.devices.states")
+
+
+def warm(config: MachineConfig) -> None:
+    """Import what a machine needs, and learn to read and write its states."""
+    for name in _NEEDED:
+        importlib.import_module(name)
+    for device in config.named_devices().values():
+        factory(device.kind)
+    states = [*_STATES, *(["vmm_reference.pci.states"] if config.transport == "pci" else [])]
+    for module in states:
+        for kind in vars(importlib.import_module(module)).values():
+            if isinstance(kind, type) and attrs.has(kind):
+                prepare(kind)
+
+
+def rehearse(board: Board) -> None:
+    """Write and read the states of a board that waits for those of another one."""
+    states = [thread.vcpu.save() for thread in board._vcpus[:1]]
+    for state in (*states, board.vm.save(), *(part.save() for part in board.parts().values())):
+        decode(pack(state), type(state), "rehearsal")
