@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,10 +13,11 @@ from virtio_queue.testing.stateful import DeviceMachine
 from vm_memory import GuestAddress, GuestMemory
 from vmm_reference.config import MachineConfig
 from vmm_reference.deviceconfig import parse_device
-from vmm_reference.devices.pmem import PersistentMemory, Pmem
+from vmm_reference.devices.pmem import PersistentMemory, Pmem, _Flushes
 from vmm_reference.errors import ConfigError
+from vmm_reference.loop import Loop
 from vmm_reference.ram import Ram
-from vmm_reference.testing import Bench, tiny_kernel
+from vmm_reference.testing import Bench, tiny_kernel, turn
 
 FLUSH = bytes(4)
 DONE, FAILED = bytes(4), b"\1\0\0\0"
@@ -164,6 +166,84 @@ def test_configurations_that_can_not_be(
         make(path, size)
     with pytest.raises(ConfigError, match=complaint):
         parse_device(f"pmem,{text.format(path)}").check("devices[0]")
+
+
+class Host:
+    """Makes a file durable when it is let, or fails; with the device and the loop around it."""
+
+    def __init__(self) -> None:
+        self.begun = threading.Semaphore(0)
+        self.go_on: list[threading.Event] = []  # one a flush
+        self.error: OSError | None = None
+        self.loop = Loop(self._failed)
+        self.flushes = _Flushes(self.loop, self._sync)
+        self.bench = Bench(Pmem(1 << 32, 4 * MIB, self.flushes.begin))
+        self.flushes.device = self.bench.device
+
+    def _failed(self, error: BaseException) -> None:
+        raise error
+
+    def _sync(self) -> None:
+        go_on = threading.Event()
+        self.go_on.append(go_on)
+        self.begun.release()
+        assert go_on.wait(30)
+        if self.error is not None:
+            raise self.error
+
+    def ask(self) -> None:
+        """Ask for a flush, and wait until it is under way."""
+        self.bench.queue(0).add([FLUSH], [4])
+        self.bench.driver.kick(0)
+        assert self.begun.acquire(timeout=30)
+
+    def answers(self) -> list[bytes]:
+        """Those of what is done once the loop has turned."""
+        found: list[bytes] = []
+
+        def reap() -> bool:
+            found.extend(used.data for used in self.bench.queue(0).reap())
+            return bool(found)
+
+        turn(self.loop, reap)
+        return found
+
+    def close(self) -> None:
+        """Give everything back."""
+        self.flushes.close()
+        self.loop.stop()
+        self.bench.close()
+
+
+def test_a_flush_ends_on_the_loop_well_or_not() -> None:
+    """What the host could not make durable is told to the driver, and the next one is tried."""
+    host = Host()
+    for error, answer in ((None, DONE), (OSError("full"), FAILED), (None, DONE)):
+        host.error = error
+        host.ask()
+        host.go_on.pop().set()
+        assert host.answers() == [answer]
+    assert host.bench.model.metrics() == {"flushes": 3, "host_failures": 1, "refused_requests": 0}
+    host.close()
+
+
+def test_a_flush_that_a_pause_has_overtaken_is_not_told_of() -> None:
+    """It is begun anew when the machine goes on, and only the end of that is told."""
+    host = Host()
+    host.ask()
+    old = host.flushes._thread
+    assert old is not None
+    host.flushes.stop()
+    host.bench.device.process(0)
+    assert host.begun.acquire(timeout=30)
+    host.go_on[0].set()
+    old.join()
+    for _ in range(10):
+        host.loop.turn(0)
+    assert host.bench.queue(0).reap() == []
+    host.go_on[1].set()
+    assert host.answers() == [DONE]
+    host.close()
 
 
 class PmemMachine(DeviceMachine):

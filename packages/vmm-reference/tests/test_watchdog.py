@@ -77,6 +77,17 @@ def test_a_guest_that_hangs_is_reset(bench: Bench) -> None:
     }
 
 
+def test_another_countdown_begins_at_once(bench: Bench) -> None:
+    """While it runs, from the moment when it is written."""
+    bench.set(CONTROL, 1)
+    bench.advance(1.9)
+    bench.set(COUNTDOWN, 30)
+    bench.advance(2.9)
+    assert (bench.ends, bench.get(LEFT)) == (0, 1)
+    bench.advance(0.1)
+    assert bench.ends == 1
+
+
 def test_it_is_stopped(bench: Bench) -> None:
     bench.set(CONTROL, 1)
     bench.set(CONTROL, 0)
