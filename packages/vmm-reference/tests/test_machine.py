@@ -205,6 +205,23 @@ def test_a_paused_guest_stands_still_and_goes_on(kernel: Callable[[str], str]) -
     assert all((b - a) % 256 == 1 for a, b in pairwise(numbers))
 
 
+@pytest.mark.parametrize(
+    ("end", "outcome"),
+    [
+        ("movw $0x600, %dx; movb $0x34, %al; outb %al, %dx", Outcome.POWER_OFF),
+        ("movb $0xfe, %al; outb %al, $0x64", Outcome.RESET),
+    ],
+)
+def test_no_instruction_follows_on_the_one_that_ends_the_machine(
+    kernel: Callable[[str], str], end: str, outcome: Outcome
+) -> None:
+    """What the guest sent before is all there, and a write behind it never happens."""
+    source = f"PUT 'a'; PUT 'b'; {end}; 1: PUT '!'; jmp 1b"
+    with Machine(MachineConfig(kernel=kernel(source), on_reset="exit")) as machine:
+        assert machine.wait(30) is outcome
+    assert machine.console.output == "ab"
+
+
 @pytest.mark.parametrize("cpus", [2, 4, 33])
 def test_vcpus_that_never_started_do_not_hold_up_the_end(
     kernel: Callable[[str], str], cpus: int

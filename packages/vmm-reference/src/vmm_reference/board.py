@@ -103,6 +103,7 @@ class Board:
         self.cpus_changed: Callable[[], None] = lambda: None  # told when the guest gave one up
         self.removed: Callable[[str], object] | None = None  # told when the guest gave one up
         self.running = False
+        self._vcpus: list[VcpuThread] = []
         self._mmio_devices = 0
         with ExitStack() as stack:
             policy = None
@@ -159,7 +160,6 @@ class Board:
                 else:
                     entry = load_kernel(self.memory, config, self.announced)
                 timeline["loaded"] = time.monotonic()
-            self._vcpus = []
             for number in range(config.max_cpus or config.cpus):
                 vcpu = stack.enter_context(self.vm.create_vcpu(number))
                 vcpu.serve_hot(self.legacy.hot)
@@ -181,8 +181,10 @@ class Board:
             self._resources = stack.pop_all()
 
     def end(self, outcome: Outcome, detail: str) -> None:
-        """End the machine; from any thread."""
+        """End the machine; from any thread. A vCPU that did it executes no further instruction."""
         self._ended(outcome, detail)
+        for vcpu in self._vcpus:
+            vcpu.stop()
 
     def parts(self) -> dict[str, Any]:
         """Devices that have state, by name, in the order in which they are restored."""

@@ -21,7 +21,7 @@ from .devices.pm import PowerManagement
 from .devices.pvpanic import Pvpanic
 from .devices.rtc import Rtc
 from .devices.serial import CONNECTED, DATA, IDLE, LSR, Serial
-from .loop import READ
+from .loop import ONESHOT, READ
 from .outcome import Outcome
 
 TYPE_CHECKING = False
@@ -78,7 +78,7 @@ class LegacyDevices:
             self.hot.answer(layout.SERIAL_PORT + LSR, bytes([IDLE, CONNECTED]), pio=True, size=1),
             self.hot.post(layout.SERIAL_PORT + DATA, pio=True, size=1),
         )
-        board.loop.add(self._wake, READ, self._woken)
+        board.loop.add(self._wake, READ | ONESHOT, self._woken)
         self._absent: tuple[Declaration, ...] = ()
         if config.transport != "pci" and config.firmware is None:
             # A kernel looks there for each device that there could be: nobody, without Python.
@@ -116,17 +116,22 @@ class LegacyDevices:
         """Give the descriptor back. On the loop, or when it does not run; after the vCPUs."""
         self._board.loop.remove(self._wake)
         os.close(self._wake)
+        self._wake = -1
 
     def _quiet(self, quiet: bool) -> None:
         for declaration in self._declared:
             declaration.enabled = quiet
 
     def _woken(self, _events: int) -> None:
-        os.eventfd_read(self._wake)
+        # It is signalled again for each FIFO of a driver that sends by interrupt: once is enough.
         self._board.loop.call_later(_GATHER, self._flush)
 
     def _flush(self) -> None:
+        if self._wake < 0:  # closed meanwhile
+            return
+        os.eventfd_read(self._wake)
         self.hot.flush()
+        self._board.loop.modify(self._wake, READ | ONESHOT)
 
     def _posted(self, writes: list[PostedWrite]) -> None:
         with self._board.ports.lock(self.serial):
