@@ -73,7 +73,7 @@ def _legal(kind: type, name: str, given: dict[str, object]) -> object:
     """A value of a field that its class takes; lists have one item for each port or pair."""
     legal: dict[str, object] = {
         "cmos": bytes(128), "sectors": 1, "pairs": 1, "active_pairs": 1, "ports": 1,
-        "mac": bytes(6), "permanent_mac": bytes(6),
+        "mac": bytes(6), "permanent_mac": bytes(6), "number": 1, "types": bytes(256),
     }  # fmt: skip
     if name in legal:
         return legal[name]
