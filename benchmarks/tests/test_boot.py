@@ -139,6 +139,20 @@ def test_the_job_is_a_script_the_shell_accepts() -> None:
     assert all(f'"== {vmm.name} $N $round"' in script for vmm in vmms)
 
 
+def test_the_order_is_another_in_every_other_round(tmp_path: Path) -> None:
+    """As none of them always runs behind the same other one."""
+    driver = tmp_path / "driver"
+    driver.write_text("#!/bin/sh\n")
+    driver.chmod(0o755)
+    vmms = [boot.Vmm("ours", "", "a"), boot.Vmm("b", "", "b"), boot.Vmm("c", "", "c")]
+    script = boot.job(vmms, {"driver": driver}, 2)
+    done = subprocess.run(["sh", "-c", script], check=True, capture_output=True, text=True)
+    heads = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("== ")]
+    for turn, order in enumerate((["c", "b", "ours"], ["ours", "b", "c"], ["c", "b", "ours"])):
+        seen = [name for name, cpus, number in heads if number == str(turn) and name != "imports"]
+        assert seen == order * len(boot.CPUS)
+
+
 def test_the_driver_stamps_lines_and_the_end(driver: Path) -> None:
     """Lines come in order with rising stamps, and the exit status is the process's."""
     script = "echo init 1.5; sleep 0.05; echo off 1.6; exit 4"
