@@ -222,6 +222,23 @@ def test_the_key_that_went_down_last_repeats() -> None:
     assert bench.keyboard.metrics()["repeated"] == 2 + BUFFER + 1
 
 
+def test_only_what_is_held_repeats() -> None:
+    """The owner's typing does not; what he holds does, until he lets it go or types."""
+    bench = Bench()
+    controls = Controls(bench.keyboard, threading.Lock(), bench.taken)
+    controls.press("leftshift", "a")
+    assert bench.due() is None
+    bench.read()
+    controls.hold("leftshift", "b")
+    assert bench.due() == 0.5
+    controls.let_go("b", "leftshift")
+    assert bench.due() is None
+    assert bench.read().hex() == "1232f032f012"
+    controls.hold("c")
+    controls.type("d")
+    assert bench.due() is None
+
+
 @pytest.mark.parametrize("command", [0xFF, 0xF6, 0xF5, 0xF4])
 def test_no_key_repeats_after_a_command_that_clears(command: int) -> None:
     """Reset, defaults, and switching scanning off or on."""
@@ -306,6 +323,7 @@ def test_whoever_types_waits_for_the_guest() -> None:
     while typist.is_alive():
         with lock:
             found += bench.read()
+        assert bench.due() is None  # what waits to go up does not repeat
     typist.join()
     found += bench.read()
     wanted = b""

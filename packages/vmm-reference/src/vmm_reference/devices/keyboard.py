@@ -100,10 +100,11 @@ class Keyboard:
             return b""
         return scan_code(name, down=down, number=self._set)
 
-    def press(self, name: str, *, down: bool = True) -> bool:
+    def press(self, name: str, *, down: bool = True, held: bool = True) -> bool:
         """A key goes down, or up; False, and nothing happens, where the buffer has no room.
 
-        A keyboard that was told not to scan reports nothing.
+        A keyboard that was told not to scan reports nothing. One that is not held does not repeat,
+        however long it takes until there is room for it to go up.
         """
         code = self.code(name, down=down)
         if not self.scanning:
@@ -113,7 +114,7 @@ class Keyboard:
             self.dropped += 1
             return False
         if down:
-            self._hold(name)
+            self._hold(name if held else "")
         elif name == self._held:
             self._hold("")
         self._codes.extend(code)
@@ -291,8 +292,8 @@ class Controls:
             ConfigError: there is no such key.
             TimeoutError: the guest does not fetch what is typed.
         """
-        self.hold(*names, timeout=timeout)
-        self.let_go(*reversed(names), timeout=timeout)
+        strokes = _strokes(names, down=True) + _strokes(names[::-1], down=False)
+        self._strokes(strokes, time.monotonic() + timeout)
 
     def hold(self, *names: str, timeout: float = 10.0) -> None:
         """Hold keys down, of which the last one repeats.
@@ -300,7 +301,7 @@ class Controls:
         Raises:
             ConfigError, TimeoutError: as for `press`.
         """
-        self._strokes(_strokes(names, down=True), time.monotonic() + timeout)
+        self._strokes(_strokes(names, down=True), time.monotonic() + timeout, held=True)
 
     def let_go(self, *names: str, timeout: float = 10.0) -> None:
         """Let keys go.
@@ -319,17 +320,19 @@ class Controls:
         """
         deadline = time.monotonic() + timeout
         for names in [keys_of(character) for character in text]:
-            self._strokes(_strokes(names, down=True), deadline)
-            self._strokes(_strokes(names[::-1], down=False), deadline)
+            strokes = _strokes(names, down=True) + _strokes(names[::-1], down=False)
+            self._strokes(strokes, deadline)
 
-    def _strokes(self, strokes: Iterable[tuple[str, bool]], deadline: float) -> None:
+    def _strokes(
+        self, strokes: Iterable[tuple[str, bool]], deadline: float, *, held: bool = False
+    ) -> None:
         for name, down in strokes:
             while True:
                 self._event.clear()
                 with self._lock:
                     fits = self.keyboard.room >= len(self.keyboard.code(name, down=down))
                     if fits:
-                        self.keyboard.press(name, down=down)
+                        self.keyboard.press(name, down=down, held=held)
                         break
                 if not self._event.wait(max(deadline - time.monotonic(), 0)):
                     raise TimeoutError("the guest does not fetch what is typed")
