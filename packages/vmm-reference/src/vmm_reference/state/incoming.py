@@ -318,6 +318,11 @@ class Incoming:
 
     def _told(self) -> None:
         """Another thread has something."""
+        if self._post_copy is not None:  # first: what it tells is of the links before
+            for report in self._post_copy.reports():
+                self._say(report)
+                if self.side.phase is Destination.FILLING and not self._post_copy.filled:
+                    self._lost(LinkLost("migration link", report))  # so that the source learns it
         with suppress(queue.Empty):
             link, frame, payload = self._controls.get_nowait()
             self._link = link
@@ -325,14 +330,10 @@ class Incoming:
                 self._guarded(lambda: self._event(Event.MET))
             else:
                 self._guarded(lambda: self._offered(frame, payload))
-        if self._post_copy is not None:
-            for report in self._post_copy.reports():
-                self._say(report)
-                if self.side.phase is Destination.FILLING and not self._post_copy.filled:
-                    self._lost(LinkLost("migration link", report))  # so that the source learns it
-            if self._post_copy.filled and self.side.phase is Destination.FILLING:
-                self._guarded(lambda: self._event(Event.FILLED))
-                self._post_copy.close()  # which takes a while, and the source waits for the word
+        pages = self._post_copy
+        if pages is not None and pages.filled and self.side.phase is Destination.FILLING:
+            self._guarded(lambda: self._event(Event.FILLED))
+            pages.close()  # which takes a while, and the source waits for the word
         if self._resolving:
             self._guarded(lambda: self._event(Event.RESOLVE))
             if self.side.phase is Destination.ABSENT and not self._parted:

@@ -185,10 +185,10 @@ class _Pager:
         return now - self.unheard >= _UNHEARD
 
     def give_up(self) -> None:
-        """Let the threads go on that are to hear."""
+        """Let the threads go on that are to hear, unless somebody else waits for the same page."""
         assert self.userfault is not None
         for address, threads in list(self.waiting.items()):
-            if threads & self.hearing:
+            if threads <= self.hearing:
                 del self.waiting[address]
                 with suppress(MappingError):  # it has come meanwhile
                     self.userfault.poison(GuestAddress(address), PAGE)

@@ -9,6 +9,7 @@ import hashlib
 import os
 import signal
 import sys
+import threading
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -113,7 +114,8 @@ def side(what: str, address: str, role: Role, number: int, kernel: str | None = 
         what: `source` and `split-source` run `kernel` and move it, the second with post-copy from
             the start; `destination` prints where it waits, lets the machine go on, and prints how
             it ended; `reader` reads all of its memory first, on a thread that holds the
-            interpreter's lock; `deaf` does so too, says so before, and ends at SIGTERM.
+            interpreter's lock; `deaf` does so with the MiB at 16 MiB, says so before, and ends at
+            SIGTERM.
         address: where to.
         role: of the links that are counted on.
         number: of the frame on them that is not sent any more. Of the machine's parts, which come
@@ -124,7 +126,9 @@ def side(what: str, address: str, role: Role, number: int, kernel: str | None = 
     return [*command, what, address, str(role.value), str(number), kernel or ""]
 
 
-def _die(role: int, number: int) -> None:
+def _die(role: int, number: int) -> threading.Event:
+    """Do so; set once `FILLING` is sent."""
+    filling = threading.Event()
     real = Link.send_parts
     left, parts = number, 0
 
@@ -136,12 +140,15 @@ def _die(role: int, number: int) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
             left -= 1
         real(link, kind, *rest, **named)
+        if kind is Kind.FILLING:
+            filling.set()
 
     Link.send_parts = send  # type: ignore[assignment, method-assign]
+    return filling
 
 
 def _main(what: str, address: str, role: str, number: str, kernel: str = "") -> None:
-    _die(int(role), int(number))
+    filling = _die(int(role), int(number))
     if what.endswith("source"):
         with Machine(MachineConfig(kernel=kernel, memory="32M", on_reset="exit")) as machine:
             machine.migrate(address, post_copy=0 if what == "split-source" else None)
@@ -151,11 +158,14 @@ def _main(what: str, address: str, role: str, number: str, kernel: str = "") -> 
     with incoming.receive() as machine:
         if what in ("reader", "deaf"):
             assert machine._board is not None
+            filling.wait(30)  # or the source would wait for the word that this can't say any more
             stack = ExitStack()
             if what == "deaf":
                 stack.enter_context(Signals(machine, lambda _: machine.stop(), signal.SIGTERM))
                 print("reads", flush=True)
-            size = sum(len(bytes(region.buffer)) for region in machine._board.memory.regions)
+            part = slice(16 << 20, 17 << 20) if what == "deaf" else slice(None)
+            regions = machine._board.memory.regions
+            size = sum(len(bytes(region.buffer[part])) for region in regions)
             print("read", size, flush=True)
             if what == "deaf":
                 print(machine.wait().value, bool(machine._board.memory.lost_regions), flush=True)
