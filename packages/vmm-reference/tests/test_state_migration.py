@@ -180,6 +180,21 @@ def test_memory_stays_shared(
         assert finished(last, output) == twin
 
 
+@pytest.mark.parametrize("paused", [False, True])
+def test_a_guest_that_never_leaves_the_kernel_moves(
+    config: Callable[..., MachineConfig], tmp_path: Path, paused: bool
+) -> None:
+    """Nothing waits for an exit of it: an idle guest has none for as long as it is idle."""
+    with Machine(config("PUT 's'; 1: hlt; jmp 1b")) as machine:
+        machine.console.expect("s", 30)
+        time.sleep(0.05)  # until it halts; a host that is slower sees it move earlier
+        if paused:
+            machine.pause()
+            machine.pause()  # again: it stands still already
+        with hop(machine, tmp_path, tmp_path, {}).machine as there:
+            assert there.describe()["state"] == "Running"
+
+
 def test_a_paused_machine_moves_and_stays_paused_nowhere_else(
     config: Callable[..., MachineConfig], twin: tuple[Remains, bytes], tmp_path: Path
 ) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 
 from vm_memory._values import evolve
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from typing import Any
 
-    from kvm_ioctls import Kvm
+    from kvm_ioctls import Kvm, Vcpu
     from kvm_ioctls.state import ClockData
     from vm_memory import GuestMemory
     from vm_memory.filler import Filler
@@ -308,6 +308,27 @@ class Board:
         """Let them run on after `park`."""
         for vcpu in self._vcpus:
             vcpu.resume()
+
+    @contextmanager
+    def between_runs(self, number: int) -> Iterator[Vcpu]:
+        """A vCPU that stands still for the block, to be asked something; not from its thread.
+
+        KVM answers nothing about one that runs until it leaves the kernel, and a guest that is idle
+        or whose devices are all served there may run for minutes.
+
+        Raises:
+            TimeoutError: it does not come back from the kernel.
+        """
+        thread = self._vcpus[number]
+        was_paused = thread.paused
+        thread.pause()
+        try:
+            if not thread.wait_parked(_PARK_SECONDS):
+                raise TimeoutError(f"vCPU {number} did not stop in {_PARK_SECONDS:g} s")
+            yield thread.vcpu
+        finally:
+            if not was_paused:
+                thread.resume()
 
     def release(self) -> None:
         """Give up what only one machine may hold, such as the locks of disks."""

@@ -67,13 +67,20 @@ class VcpuThread:
 
     def pause(self) -> None:
         """Ask the vCPU to stop between two instructions; `wait_parked` waits until it has."""
-        self._parked.clear()
         with self._lock:
+            if self.paused:  # it is parked, or about to be
+                return
+            self._parked.clear()
             if not self._stopping:  # else it would park instead of ending
                 self._running.clear()
         if self._finished:  # its thread does not run, and nothing would ever say so again
             self._parked.set()
         self.vcpu.kick()
+
+    @property
+    def paused(self) -> bool:
+        """Whether it was asked to stop, and not to run again."""
+        return not self._running.is_set()
 
     def wait_parked(self, timeout: float) -> bool:
         """Whether the vCPU is parked, after at most `timeout` seconds."""

@@ -404,12 +404,13 @@ class Outgoing:
         self._link.send(WORDS[message.word], extra=message.attempt)
 
     def _offer(self) -> Offer:
-        vcpu = self._board.vm.vcpus[0]
+        with self._board.between_runs(0) as vcpu:
+            cpuid = tuple(vcpu.get_cpuid2())
         return Offer(
             version("vmm-reference"),
             encode_fields(self._machine.config.to_mapping()).decode(),
             MemoryState(pages.describe(self._board.memory)),
-            tuple(vcpu.get_cpuid2()),
+            cpuid,
             self._options.streams,
             self._options.post_copy is not None,
             self._options.local,
