@@ -1,0 +1,133 @@
+"""Ten copies of one Linux: `clones.py KERNEL INITRD`.
+
+Runs where unmodified kernels run, as root. A guest is saved while it runs and copied by
+`Machine.fork`. Each copy has to be alive, with random numbers, a generation identifier, a network
+and a context identifier of its own. Prints what was found as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+from typing import Any
+
+from shell import power_off, ready, tell
+from standstill import GUEST_OPTIONS
+
+from vmm_reference.config import MachineConfig
+from vmm_reference.deviceconfig import parse_device
+from vmm_reference.machine import Machine
+
+COUNT = 10
+HOST = "192.0.2.1"
+CID = 5
+RANDOM = "head -c 16 /dev/urandom | od -An -tx1 | tr -d ' '"
+RUN = Path(tempfile.mkdtemp(prefix="clones-"))
+
+
+def ip(*words: str) -> str:
+    """Configure the network of this machine."""
+    return subprocess.run(["ip", *words], check=True, capture_output=True, text=True).stdout
+
+
+def build_network() -> None:
+    """A bridge with a tap for each machine."""
+    ip("link", "add", "br0", "type", "bridge")
+    ip("addr", "add", f"{HOST}/24", "dev", "br0")
+    for name in ["tap0", *(f"tap0-{number}" for number in range(COUNT))]:
+        ip("tuntap", "add", "dev", name, "mode", "tap", "vnet_hdr")
+        ip("link", "set", name, "master", "br0", "up")
+    ip("link", "set", "br0", "up")
+
+
+def hear(family: int, address: Any) -> dict[str, str]:
+    """Who says what to a socket from now on: the peer's address by its first line."""
+    heard: dict[str, str] = {}
+    listener = socket.socket(family)
+    listener.bind(address)
+    listener.listen(COUNT)
+
+    def serve() -> None:
+        while True:
+            stream, (peer, _) = listener.accept()
+            with stream, stream.makefile() as lines:
+                heard[lines.readline().strip()] = str(peer)
+                stream.sendall(b"heard\n")
+
+    threading.Thread(target=serve, daemon=True).start()
+    return heard
+
+
+def look(number: int, clone: Machine) -> dict[str, Any]:
+    """What a clone has, as the guest sees it; and it uses its devices."""
+    driver = "/sys/bus/virtio/drivers/virtio_net"
+    tell(clone, f"n={number}; dev=$(basename $(ls -d {driver}/virtio*)); "
+         f"echo $dev >{driver}/unbind; echo $dev >{driver}/bind; "
+         f"ip link set eth0 up && ip addr add 192.0.2.{number + 10}/24 dev eth0")  # fmt: skip
+    words = tell(
+        clone,
+        f"cat /sys/class/net/eth0/address; {RANDOM}; "
+        "dmesg | grep -c 'crng reseeded due to virtual machine fork'; "
+        "head -c 6 /dev/vda; echo; "
+        f"echo $n | nc {HOST} 5000; echo $n | vsock 2 52",
+    ).split("\n")
+    names = ("mac", "random", "reseeded", "disk", "tcp", "vsock")
+    found: dict[str, Any] = dict(zip(names, map(str.strip, words), strict=True))
+    return found | {"generation": clone.device("vmgenid0").identifier.hex()}
+
+
+def by_fork(parent: Machine) -> list[dict[str, Any]]:
+    """Ten copies in this process, all running before the first is looked at."""
+    heard = hear(socket.AF_INET, (HOST, 5000)), hear(socket.AF_VSOCK, (socket.VMADDR_CID_ANY, 52))
+    clones = parent.fork(COUNT, RUN / "forked")
+    try:
+        for clone in clones:
+            clone.start()
+        found = [look(number, clone) for number, clone in enumerate(clones)]
+        neighbours = {row["dst"]: row.get("lladdr") for row in json.loads(ip("-j", "neigh"))}
+        for number, row in enumerate(found):
+            peer = heard[0][str(number)]
+            row |= {"address": peer, "seen": neighbours[peer], "cid": heard[1][str(number)]}
+            row |= {"alive": tell(clones[number], "echo $n")}
+        for clone in clones:
+            power_off(clone)
+    finally:
+        for clone in clones:
+            clone.close()
+    return found
+
+
+def main(kernel: str, initrd: str) -> None:
+    """Boot one, and copy it."""
+    build_network()
+    image = RUN / "disk.img"
+    image.write_bytes(b"common".ljust(8 << 20, b"\0"))
+    config = MachineConfig(
+        kernel=kernel,
+        initrd=initrd,
+        memory="192M",
+        transport="pci",
+        cmdline=f"console=ttyS0 panic=-1 quiet mitigations=off {GUEST_OPTIONS}",
+        devices=[
+            parse_device(text)
+            for text in (
+                f"drive,{image},ro",
+                "net,tap0,mac=02:00:00:00:01:00",
+                "vmgenid",
+                f"vsock,vhost,cid={CID}",
+            )
+        ],
+    )
+    with Machine(config) as parent:
+        ready(parent)
+        generation = parent.device("vmgenid0").identifier.hex()
+        print(json.dumps([generation, by_fork(parent)]))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
