@@ -1,4 +1,4 @@
-"""Run one suite: `python -m benchmarks SUITE [--json FILE] [--peer NAME=PATH] [--rounds N]`."""
+"""Run one suite: `python -m benchmarks SUITE [PART...] [--json FILE] [--peer NAME=PATH]`."""
 
 from __future__ import annotations
 
@@ -39,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="benchmarks", description="Measure ours against the floor and a peer."
     )
     parser.add_argument("suite", choices=suites())
+    parser.add_argument("parts", nargs="*", metavar="PART", help="only these parts of the suite")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there as JSON")
     parser.add_argument(
         "--peer", type=peer, action="append", default=[], metavar="NAME=PATH",
@@ -49,8 +50,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if (load := os.getloadavg()[0]) > 0.5 * (os.cpu_count() or 1):
         print(f"this machine is busy (load {load:.1f}): figures will be worse than they are")
     suite = importlib.import_module(f"benchmarks.{options.suite}")
+    parts = getattr(suite, "PARTS", None) or {"all": suite.rows}
+    if unknown := [name for name in options.parts if name not in parts]:
+        parser.error(f"{options.suite} has no part {unknown[0]!r}; it has {', '.join(parts)}")
     bench = harness.Bench(rounds=options.rounds, peers=dict(options.peer))
-    rows = list(harness.measure(suite.rows, bench))
+    rows = [row for name in options.parts or parts for row in harness.measure(parts[name], bench)]
     print(harness.table(rows))
     if options.json:
         options.json.write_text(harness.report(options.suite, rows))

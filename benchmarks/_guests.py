@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import re
 import shlex
-import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -92,12 +89,19 @@ def program_files(program: str) -> dict[str, Path | bytes]:
     Raises:
         Skip: it is not here.
     """
-    path = shutil.which(program)
-    if path is None:
-        raise Skip(f"{program} is not here: apt-get install {program}")
-    listed = subprocess.run(["ldd", path], check=True, capture_output=True, text=True).stdout
-    found = re.findall(r"(/\S+) \(0x", listed)
-    return {program: Path(path), **{f"lib/{Path(item).name}": Path(item) for item in found}}
+    _with_tests()
+    from programs import files_of
+
+    try:
+        return files_of(program)
+    except FileNotFoundError as error:
+        raise Skip(str(error)) from None
+
+
+def _with_tests() -> None:
+    tests = str(HERE.parent / "tests")
+    if tests not in sys.path:
+        sys.path.append(tests)
 
 
 def compare(
@@ -118,9 +122,7 @@ def compare(
         modules: the lab's kernel needs them.
         namespace: a command that runs another one, to run all of it in.
     """
-    tests = str(HERE.parent / "tests")
-    if tests not in sys.path:
-        sys.path.append(tests)
+    _with_tests()
     from lab.direct import Direct
     from lab.host import runs_linux
     from lab.lab import Lab
@@ -142,6 +144,9 @@ def compare(
             place.stop()
     if done.returncode:
         raise RuntimeError(f"the job ended with status {done.returncode}: {done.stderr[-2000:]}")
+    for line in done.stderr.splitlines():
+        if line.endswith("threads in the kernel"):
+            bench.note(line)
     yield from rows_of(done.stdout, pairs, jobs)
 
 

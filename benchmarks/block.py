@@ -27,7 +27,7 @@ from vm_memory import GuestAddress, GuestMemory, Memfd
 PROGRAM = Path(__file__).parent / "native" / "block_driver.c"
 FILE_SIZE = 64 << 20
 SIZE = 256  # of the queue
-DESC, AVAIL, USED = 0x1000, 0x3000, 0x4000  # as the program has them
+DESC, AVAIL, USED = 0x1000, 0x3000, 0x4000  # as native/driver.h has them
 KIB, MIB = 1 << 10, 1 << 20
 
 # Name, bytes of a request, depth, how many of them, and the least share of the floor's rate.
@@ -45,8 +45,7 @@ GUEST_LOADS = (
 ENGINES: tuple[Literal["sync", "io_uring"], ...] = ("sync", "io_uring")
 
 
-def rows(bench: Bench) -> Iterator[Row]:
-    """Each row in turn; see the module's text."""
+def _native(bench: Bench) -> Iterator[Row]:
     program = bench.compile(PROGRAM)
     CACHE.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=CACHE) as file:
@@ -61,10 +60,9 @@ def rows(bench: Bench) -> Iterator[Row]:
                     floor=_floor(program, engine, file.name, load),
                     goal=() if share is None else Goal.floor_rate(share),
                 )  # fmt: skip
-    yield from _in_guests(bench)
 
 
-def _in_guests(bench: Bench) -> Iterator[Row]:
+def _guest(bench: Bench) -> Iterator[Row]:
     """A disk of ours and one of QEMU's under fio."""
     from vmm_reference.image import debian_kernel
     from vmm_reference.image.disk import build_disk
@@ -148,3 +146,6 @@ def _pumped(
             return _figure(program, "drive", str(shared), str(kick), *load, fds=(shared, kick))
 
     return measure
+
+
+PARTS = {"native": _native, "guest": _guest}

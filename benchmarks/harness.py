@@ -324,7 +324,11 @@ class Bench:
         compiler = shutil.which("cc") or shutil.which("gcc")
         if compiler is None:
             raise Skip("no C compiler; install gcc and libc6-dev")
-        content = source.read_bytes() + repr((flags, platform.machine())).encode()
+        files = [source, *sorted(source.parent.glob("*.h"))]
+        content = (
+            b"".join(file.read_bytes() for file in files)
+            + repr((flags, platform.machine())).encode()
+        )
         built = CACHE / f"{name or source.stem}-{hashlib.sha256(content).hexdigest()[:16]}"
         if not built.exists():
             CACHE.mkdir(parents=True, exist_ok=True)

@@ -14,9 +14,10 @@ import socket
 import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
-from benchmarks._guests import Job, Side, compare, ours, program_files, qemu
+from benchmarks._guests import Job, compare, ours, program_files, qemu
 from benchmarks.harness import Bench, Goal, Measure, Row
 from virtio_queue import NetPump, Queue
 from virtio_queue.constants import F_EVENT_IDX
@@ -25,13 +26,12 @@ from vm_memory import GuestAddress, GuestMemory, Memfd
 PROGRAM = Path(__file__).parent / "native" / "net_driver.c"
 SECONDS = 3
 SIZE, DEPTH = 256, 128  # of the queue, and frames in it
-DESC, AVAIL, USED = 0x1000, 0x3000, 0x4000  # as the program has them
+DESC, AVAIL, USED = 0x1000, 0x3000, 0x4000  # as native/driver.h has them
 MIB = 1 << 20
 LOADS = (("1514 bytes", 1514, 300_000), ("60,000 bytes", 60_000, 30_000))
 
 
-def rows(bench: Bench) -> Iterator[Row]:
-    """Each row in turn; see the module's text."""
+def _native(bench: Bench) -> Iterator[Row]:
     program = bench.compile(PROGRAM)
     with ExitStack() as stack:
         sink, source = (
@@ -49,7 +49,6 @@ def rows(bench: Bench) -> Iterator[Row]:
                 ),
                 goal=Goal.floor_rate(0.7),
             )  # fmt: skip
-    yield from _in_guests(bench)
 
 
 def _figure(*command: str | Path | int, fds: tuple[int, ...]) -> float:
@@ -89,44 +88,38 @@ def _pumped(program: Path, fd: int, size: int, count: int) -> Measure:
     return measure
 
 
-def _in_guests(bench: Bench) -> Iterator[Row]:
-    """Taps of ours and of QEMU under iperf3."""
+def _guest(bench: Bench, vhost: bool) -> Iterator[Row]:
+    """A tap of ours and one of QEMU's under iperf3."""
     from vmm_reference.image import debian_kernel
     from vmm_reference.image.initramfs import guest_initramfs
 
     kernel = debian_kernel("cloud")
     files = {f"iperf/{name}": source for name, source in program_files("iperf3").items()}
     initrd = guest_initramfs(kernel, modules=("virtio_net",), files=files)
-    pairs: list[tuple[Side, Side]] = []
     setup = [f"cp {kernel.vmlinuz} vmlinuz; cp {initrd} initrd", "ip link set lo up"]
-    for number, (name, here, there) in enumerate(
-        (("", "", "off"), (" with vhost-net", ",vhost", "on"))
-    ):
-        taps = [f"tap{2 * number + side}" for side in (0, 1)]
-        for side, tap in enumerate(taps):
-            setup += [
-                f"ip tuntap add dev {tap} mode tap vnet_hdr",
-                f"ip addr add 10.{number}.{side}.1/24 dev {tap}",
-                f"ip link set {tap} up",
-            ]
-        ready = (
-            "export LD_LIBRARY_PATH=/iperf/lib; ip link set eth0 up && "
-            f"ip addr add 10.{number}.%d.2/24 dev eth0 && H=10.{number}.%d.1 && "
-            "until ping -c 1 -w 1 $H >/dev/null; do :; done"
-        )
-        options = (
-            f"-netdev tap,id=n,ifname={taps[1]},script=no,downscript=no,vhost={there} "
-            "-device virtio-net-pci,netdev=n,romfile="
-        )
-        pairs.append(
-            (
-                ours(f"--device net,{taps[0]}{here}", f"ours{name}", ready % (0, 0)),
-                qemu(bench, options, f"qemu{name}", ready % (1, 1)),
-            )
-        )
+    for number in (0, 1):
+        setup += [
+            f"ip tuntap add dev tap{number} mode tap vnet_hdr",
+            f"ip addr add 10.0.{number}.1/24 dev tap{number}",
+            f"ip link set tap{number} up",
+        ]
+    ready = (
+        "export LD_LIBRARY_PATH=/iperf/lib; ip link set eth0 up && "
+        "ip addr add 10.0.%d.2/24 dev eth0 && H=10.0.%d.1 && "
+        "until ping -c 1 -w 1 $H >/dev/null; do :; done"
+    )
+    options = (
+        f"-netdev tap,id=n,ifname=tap1,script=no,downscript=no,vhost={'on' if vhost else 'off'} "
+        "-device virtio-net-pci,netdev=n,romfile="
+    )
+    kind = " with vhost-net" if vhost else ""
+    pair = (
+        ours(f"--device net,tap0{',vhost' if vhost else ''}", f"ours{kind}", ready % (0, 0)),
+        qemu(bench, options, f"qemu{kind}", ready % (1, 1)),
+    )
     jobs = [_iperf("guest sends", ""), _iperf("guest receives", "-R")]
     yield from compare(
-        bench, pairs, jobs, "; ".join([*setup, "iperf3 -s -D"]),
+        bench, [pair], jobs, "; ".join([*setup, "iperf3 -s -D"]),
         modules=("tun", "vhost_net"), namespace="unshare --net",
     )  # fmt: skip
 
@@ -144,3 +137,10 @@ def _iperf(name: str, options: str) -> Job:
         unit="Mbit/s",
         rate=lambda printed, _seconds: megabits(printed),
     )
+
+
+PARTS = {
+    "native": _native,
+    "tap": partial(_guest, vhost=False),
+    "vhost": partial(_guest, vhost=True),
+}

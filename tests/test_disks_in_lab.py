@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +10,7 @@ from pathlib import Path
 import pytest
 from lab.direct import Direct
 from lab.lab import Lab
+from programs import files_of
 
 from vmm_reference.image.disk import build_disk
 from vmm_reference.image.initramfs import guest_initramfs
@@ -25,13 +24,7 @@ SCRIPT = Path(__file__).parent / "guests" / "disks.py"
 @pytest.fixture(scope="module")
 def tools(share: Path) -> Path:
     """A disk with fio and all its libraries."""
-    program = shutil.which("fio")
-    assert program is not None, "fio is not here: apt-get install fio"
-    listed = subprocess.run(["ldd", program], check=True, capture_output=True, text=True).stdout
-    paths = re.findall(r"(/\S+) \(0x", listed)
-    files: dict[str, Path | bytes] = {f"lib/{Path(path).name}": Path(path) for path in paths}
-    files["fio"] = Path(program)
-    return build_disk(share / "tools.img", size=192 << 20, files=files)
+    return build_disk(share / "tools.img", size=192 << 20, files=files_of("fio"))
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ The specification is a JSON object:
     rounds   how often each job is run in each guest
 
 Only the guest whose turn it is runs; the processes of the others are stopped. Prints a JSON object
-a line for each run: vmm, job, round, seconds, the CPU seconds of the VMM's process with its guest,
-and what the job printed.
+a line for each run: vmm, job, round, seconds, the CPU seconds of the VMM's process with its guest
+and its threads in the kernel, and what the job printed.
 """
 
 from __future__ import annotations
@@ -24,21 +24,34 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 PATIENCE = 240.0
 TICK = os.sysconf("SC_CLK_TCK")
 
 
+def vhost_threads() -> set[Path]:
+    """All the kernel's threads that serve vhost devices."""
+    found = set()
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            if (folder / "comm").read_text().startswith("vhost-"):
+                found.add(folder)
+    return found
+
+
 class Guest:
     """A VMM whose guest has a shell on its console."""
 
     def __init__(self, command: str) -> None:
+        self.others = vhost_threads()
         self.process = subprocess.Popen(
             ["/bin/sh", "-c", f"exec {command}"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
         self.text = ""
+        self.workers: list[Path] = []
 
     def send(self, text: str) -> None:
         """Type at the console."""
@@ -69,9 +82,16 @@ class Guest:
         return match[1]
 
     def cpu(self) -> float:
-        """Seconds of all the process's threads, in the host and in the guest."""
-        words = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(words[11]) + int(words[12])) / TICK
+        """Seconds of the process and of the kernel's threads that serve it, guest included."""
+        ticks = 0
+        for folder in [Path(f"/proc/{self.process.pid}"), *self.workers]:
+            words = (folder / "stat").read_text().rpartition(")")[2].split()
+            ticks += int(words[11]) + int(words[12])
+        return ticks / TICK
+
+    def find_workers(self) -> None:
+        """The kernel threads that came with this process: they serve its vhost devices."""
+        self.workers = sorted(vhost_threads() - self.others)
 
 
 def main() -> None:
@@ -86,6 +106,8 @@ def main() -> None:
         guest.send("stty -echo; PS1=\n")
         guest.tell("true")
         guest.tell(wanted["ready"][name])
+        guest.find_workers()
+        print(f"{name} has {len(guest.workers)} threads in the kernel", file=sys.stderr)
         guest.process.send_signal(signal.SIGSTOP)
     for turn in range(wanted["rounds"]):
         for job, command in wanted["jobs"].items():

@@ -1,33 +1,21 @@
 /* The driver's side and the floor of `benchmarks/block.py`.
  *
- * `block_driver drive MEMORY KICK BYTES DEPTH COUNT SECTORS` drives a split ring at the beginning of
- * a shared memory (descriptors at 0x1000, available ring at 0x3000, used ring at 0x4000), with
- * EVENT_IDX and without asking for interrupts. `block_driver floor ENGINE FILE BYTES DEPTH COUNT
- * SECTORS` does the same reads by pread or io_uring. Both print operations a second. */
+ * `block_driver drive MEMORY KICK BYTES DEPTH COUNT SECTORS` drives a ring at the beginning of a shared
+ * memory (see `driver.h`). `block_driver floor ENGINE FILE BYTES DEPTH COUNT SECTORS` does the same
+ * reads by pread or io_uring. Both print operations a second. */
+
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/io_uring.h>
 #include <sched.h>
-#include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
-#include <time.h>
-#include <unistd.h>
 
-enum { SIZE = 256, DESC = 0x1000, AVAIL = 0x3000, USED = 0x4000, DATA = 0x100000 };
+#include "driver.h"
+
 /* Header and status of a request lie together, and apart from others', as Linux has them. */
-enum { REQUESTS = 0x8000, STRIDE = 128, STATUS = 16, NEXT = 1, WRITE = 2 };
-
-static double now(void)
-{
-    struct timespec time;
-    clock_gettime(CLOCK_MONOTONIC, &time);
-    return (double)time.tv_sec + (double)time.tv_nsec / 1e9;
-}
+enum { REQUESTS = 0x8000, STRIDE = 128, STATUS = 16 };
 
 /* Where request `number` reads: scattered for small ones, one after the other for large ones. */
 static uint64_t sector_of(uint64_t number, uint64_t bytes, uint64_t sectors)
@@ -37,39 +25,21 @@ static uint64_t sector_of(uint64_t number, uint64_t bytes, uint64_t sectors)
     return block % blocks * (bytes / 512);
 }
 
-static void die(const char *what)
-{
-    perror(what);
-    exit(1);
-}
-
-struct descriptor {
-    uint64_t address;
-    uint32_t length;
-    uint16_t flags, next;
-};
-
 static void drive(int memory, int kick, uint64_t bytes, unsigned depth, uint64_t count,
                   uint64_t sectors)
 {
-    uint8_t *base = mmap(NULL, DATA + depth * bytes, PROT_READ | PROT_WRITE, MAP_SHARED, memory, 0);
-    if (base == MAP_FAILED)
-        die("mmap");
-    struct descriptor *table = (struct descriptor *)(base + DESC);
-    uint16_t *available = (uint16_t *)(base + AVAIL), *used = (uint16_t *)(base + USED);
+    uint8_t *base = map_shared(memory, DATA + depth * bytes);
+    struct ring ring = ring_at(base, kick);
+    unsigned free_slots[SIZE], free_count = 0;
     for (unsigned i = 0; i < depth; i++) {
         unsigned at = 3 * i;
-        table[at] = (struct descriptor){REQUESTS + STRIDE * i, 16, NEXT, (uint16_t)(at + 1)};
-        table[at + 1] = (struct descriptor){DATA + i * bytes, (uint32_t)bytes, NEXT | WRITE,
-                                            (uint16_t)(at + 2)};
-        table[at + 2] = (struct descriptor){REQUESTS + STRIDE * i + STATUS, 1, WRITE, 0};
-    }
-    available[2 + SIZE] = 0x8000; /* used_event: far away */
-    uint16_t next = 0, published = 0, last = 0;
-    uint64_t sent = 0, done = 0;
-    unsigned free_slots[SIZE], free_count = 0;
-    for (unsigned i = 0; i < depth; i++)
+        ring.table[at] = (struct descriptor){REQUESTS + STRIDE * i, 16, NEXT, (uint16_t)(at + 1)};
+        ring.table[at + 1] = (struct descriptor){DATA + i * bytes, (uint32_t)bytes, NEXT | WRITE,
+                                                 (uint16_t)(at + 2)};
+        ring.table[at + 2] = (struct descriptor){REQUESTS + STRIDE * i + STATUS, 1, WRITE, 0};
         free_slots[free_count++] = i;
+    }
+    uint64_t sent = 0, done = 0;
     double start = now();
     while (done < count) {
         while (free_count != 0 && sent < count) {
@@ -77,27 +47,16 @@ static void drive(int memory, int kick, uint64_t bytes, unsigned depth, uint64_t
             uint64_t *header = (uint64_t *)(base + REQUESTS + STRIDE * slot);
             header[0] = 0;
             header[1] = sector_of(sent++, bytes, sectors);
-            available[2 + next++ % SIZE] = (uint16_t)(3 * slot);
+            offer(&ring, 3 * slot);
         }
-        if (next != published) {
-            __atomic_store_n(&available[1], next, __ATOMIC_RELEASE);
-            __atomic_thread_fence(__ATOMIC_SEQ_CST);
-            uint16_t event = __atomic_load_n(&used[2 + 4 * SIZE], __ATOMIC_RELAXED);
-            uint64_t one = 1;
-            if ((uint16_t)(next - event - 1) < (uint16_t)(next - published) &&
-                write(kick, &one, sizeof one) < 0)
-                die("kick");
-            published = next;
-        }
-        available[2 + SIZE] = (uint16_t)(last + 0x8000);
-        uint16_t idx = __atomic_load_n(&used[1], __ATOMIC_ACQUIRE);
-        for (; last != idx; last++, done++) {
-            uint32_t head = *(uint32_t *)(base + USED + 4 + 8 * (last % SIZE));
-            if (base[REQUESTS + STRIDE * (head / 3) + STATUS] != 0) {
+        publish(&ring);
+        for (uint16_t left = count_used(&ring); left != 0; left--, done++) {
+            unsigned slot = take(&ring).head / 3;
+            if (base[REQUESTS + STRIDE * slot + STATUS] != 0) {
                 fprintf(stderr, "a request failed\n");
                 exit(1);
             }
-            free_slots[free_count++] = head / 3;
+            free_slots[free_count++] = slot;
         }
         __builtin_ia32_pause();
     }

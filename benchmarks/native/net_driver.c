@@ -1,71 +1,33 @@
 /* The driver's side and the floor of `benchmarks/net.py`.
  *
  * `net_driver drive MEMORY KICK BYTES DEPTH COUNT` sends frames of so many bytes, virtio's header
- * apart, over a split ring at the beginning of a shared memory (descriptors at 0x1000, available ring
- * at 0x3000, used ring at 0x4000), with EVENT_IDX and without asking for interrupts. `net_driver
- * floor SOCKET BYTES DEPTH COUNT` writes as many frames to a socket. Both print frames a second. */
-#include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <sys/mman.h>
+ * apart, over a ring at the beginning of a shared memory (see `driver.h`). `net_driver floor
+ * SOCKET BYTES DEPTH COUNT` writes as many frames to a socket. Both print frames a second. */
+
 #include <sys/uio.h>
-#include <time.h>
-#include <unistd.h>
 
-enum { SIZE = 256, DESC = 0x1000, AVAIL = 0x3000, USED = 0x4000, DATA = 0x100000, HEADER = 12 };
+#include "driver.h"
 
-static double now(void)
-{
-    struct timespec time;
-    clock_gettime(CLOCK_MONOTONIC, &time);
-    return (double)time.tv_sec + (double)time.tv_nsec / 1e9;
-}
-
-static void die(const char *what)
-{
-    perror(what);
-    exit(1);
-}
-
-struct descriptor {
-    uint64_t address;
-    uint32_t length;
-    uint16_t flags, next;
-};
+enum { HEADER = 12 };
 
 static void drive(int memory, int kick, uint64_t bytes, unsigned depth, uint64_t count)
 {
     uint64_t stride = (bytes + HEADER + 127) / 128 * 128;
-    uint8_t *base = mmap(NULL, DATA + depth * stride, PROT_READ | PROT_WRITE, MAP_SHARED, memory, 0);
-    if (base == MAP_FAILED)
-        die("mmap");
-    struct descriptor *table = (struct descriptor *)(base + DESC);
-    uint16_t *available = (uint16_t *)(base + AVAIL), *used = (uint16_t *)(base + USED);
+    uint8_t *base = map_shared(memory, DATA + depth * stride);
+    struct ring ring = ring_at(base, kick);
     unsigned free_slots[SIZE], free_count = 0;
     for (unsigned i = 0; i < depth; i++) {
-        table[i] = (struct descriptor){DATA + i * stride, (uint32_t)bytes + HEADER, 0, 0};
+        ring.table[i] = (struct descriptor){DATA + i * stride, (uint32_t)bytes + HEADER, 0, 0};
         free_slots[free_count++] = i;
     }
-    uint16_t next = 0, published = 0, last = 0;
     uint64_t sent = 0, done = 0;
     double start = now();
     while (done < count) {
         for (; free_count != 0 && sent < count; sent++)
-            available[2 + next++ % SIZE] = (uint16_t)free_slots[--free_count];
-        if (next != published) {
-            __atomic_store_n(&available[1], next, __ATOMIC_RELEASE);
-            __atomic_thread_fence(__ATOMIC_SEQ_CST);
-            uint16_t event = __atomic_load_n(&used[2 + 4 * SIZE], __ATOMIC_RELAXED);
-            uint64_t one = 1;
-            if ((uint16_t)(next - event - 1) < (uint16_t)(next - published) &&
-                write(kick, &one, sizeof one) < 0)
-                die("kick");
-            published = next;
-        }
-        available[2 + SIZE] = (uint16_t)(last + 0x8000); /* used_event: far away */
-        uint16_t idx = __atomic_load_n(&used[1], __ATOMIC_ACQUIRE);
-        for (; last != idx; last++, done++)
-            free_slots[free_count++] = *(uint32_t *)(base + USED + 4 + 8 * (last % SIZE));
+            offer(&ring, free_slots[--free_count]);
+        publish(&ring);
+        for (uint16_t left = count_used(&ring); left != 0; left--, done++)
+            free_slots[free_count++] = take(&ring).head;
         __builtin_ia32_pause();
     }
     printf("%f\n", (double)count / (now() - start));

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from hypothesis import given
@@ -213,6 +214,29 @@ def test_the_command_measures_and_writes(
     assert command.main(arguments) == 0
     assert "MISSED" in capsys.readouterr().out
     assert json.loads(written.read_text())["rows"][0]["met"] is False
+
+
+def test_parts_of_a_suite_run_by_name(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The named parts run, or all of them; another name ends with those that there are."""
+
+    def part(name: str) -> Callable[[Bench], Iterator[Row]]:
+        return lambda bench: iter([bench.compare(f"row {name}", "ns", ours=lambda: 1.0)])
+
+    class Suite:
+        PARTS: ClassVar = {name: part(name) for name in ("a", "b")}
+
+    monkeypatch.setattr(command, "suites", lambda: ["demo"])
+    monkeypatch.setattr("importlib.import_module", lambda _name: Suite)
+    for chosen, expected in ((["b"], ["b"]), ([], ["a", "b"])):
+        assert command.main(["demo", *chosen, "--rounds", "1"]) == 0
+        printed = capsys.readouterr().out
+        assert [name for name in ("a", "b") if f"row {name}" in printed] == expected
+    with pytest.raises(SystemExit) as stop:
+        command.main(["demo", "c"])
+    assert stop.value.code == 2
+    assert "no part 'c'; it has a, b" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
