@@ -1,0 +1,148 @@
+"""Linux on the links of its network: `links.py KERNEL INITRD TRANSPORT LINK RING`.
+
+Runs where unmodified kernels run, in a network namespace of its own. LINK is `tap`, `vhost`,
+`passt`, or `cable`, which is between two machines of this process; RING is `split` or `packed`. The
+guest pings the other end, and iperf3 moves data both ways: at first, after a pause, and after the
+guest has taken its driver off the device and put it on again. Prints a JSON object.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shell import PATIENCE, power_off, ready, tell
+
+from virtio_queue.constants import F_RING_PACKED
+from vmm_reference.config import MachineConfig
+from vmm_reference.deviceconfig import parse_device
+from vmm_reference.devices.net import served
+from vmm_reference.machine import Machine
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+HERE, GUEST = "192.0.2.1", "192.0.2.2"
+BYTES = 1 << 20
+IPERF = "/iperf/lib/ld-linux-x86-64.so.2 --library-path /iperf/lib /iperf/iperf3"
+REBIND = (
+    "cd /sys/bus/virtio/drivers/virtio_net && device=$(basename virtio*) && "
+    "echo $device >unbind && echo $device >bind && cd /"
+)
+
+
+class PackedNet(served.ServedNet):
+    """An interface that offers packed rings, as no interface does unasked."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.device_features |= F_RING_PACKED
+
+
+def run(*words: str) -> subprocess.CompletedProcess[str]:
+    """A command of this machine, which has to succeed."""
+    return subprocess.run(words, check=True, capture_output=True, text=True, timeout=PATIENCE)
+
+
+def set_up(link: str) -> list[str]:
+    """This machine's end; the devices of the guests."""
+    run("ip", "link", "set", "lo", "up")
+    if link == "cable":
+        return ["net,socket=/run/a,peer=/run/b", "net,socket=/run/b,peer=/run/a"]
+    if link == "passt":
+        # Its guest has the address of an interface here, and reaches this machine as its router.
+        run("ip", "link", "add", "outside", "type", "veth", "peer", "name", "away")
+        for name in ("outside", "away"):
+            run("ip", "link", "set", name, "up")
+        run("ip", "addr", "add", f"{GUEST}/24", "dev", "outside")
+        run("ip", "route", "add", "default", "via", HERE, "dev", "outside")
+        Path("/proc/sys/net/ipv4/ping_group_range").write_text("0 2147483647")
+        return ["net,ports=5202:5201"]
+    run("ip", "tuntap", "add", "dev", "tap0", "mode", "tap", "vnet_hdr")
+    run("ip", "addr", "add", f"{HERE}/24", "dev", "tap0")
+    run("ip", "link", "set", "tap0", "up")
+    return [f"net,tap0{',vhost' if link == 'vhost' else ''}"]
+
+
+def moved(report: str) -> bool:
+    """Whether iperf3's bytes arrive; a receiver counts no further than the sender's end."""
+    end = json.loads(report)["end"]
+    sent, received = (end[f"sum_{side}"]["bytes"] for side in ("sent", "received"))
+    print(f"iperf3: {sent} bytes, {received} counted at the other end", file=sys.stderr)
+    return bool(sent >= BYTES and received > BYTES // 2)
+
+
+def traffic(machine: Machine, link: str) -> dict[str, bool]:
+    """What passes between the guest and the other end, which it finds at `HERE`."""
+    tell(machine, f"ip link set eth0 up && ip addr replace {GUEST}/24 dev eth0")
+    tell(machine, f"until ping -c 1 -w 1 {HERE} >/dev/null; do :; done")
+    found = {"ping": "0% packet loss" in tell(machine, f"ping -c 2 -w 60 {HERE}")}
+    for name, option in (("sends", ""), ("receives", "-R")):
+        found[name] = moved(tell(machine, f"{IPERF} -c {HERE} -n {BYTES} -J {option}"))
+    if link == "passt":
+        tell(machine, f"{IPERF} -s -1 -D")
+        tell(machine, "until netstat -ltn | grep -q :5201; do usleep 50000; done")
+        report = run("iperf3", "-c", "127.0.0.1", "-p", "5202", "-n", str(BYTES), "-J").stdout
+        found["is reached"] = moved(report)
+    return found
+
+
+def main(kernel: str, initrd: str, transport: str, link: str, ring: str) -> None:
+    """See the module."""
+    if ring == "packed":
+        served.ServedNet = PackedNet  # type: ignore[misc]
+    found: dict[str, Any] = {}
+    with ExitStack() as stack:
+        machines = []
+        for device in set_up(link):
+            config = MachineConfig(
+                kernel=kernel, initrd=initrd, cpus=1, memory="192M", transport=transport,
+                cmdline="console=ttyS0 panic=-1 quiet mitigations=off",
+                devices=[parse_device(device)],
+            )  # fmt: skip
+            machines.append(stack.enter_context(Machine(config)))
+        for each in machines:
+            ready(each)
+        machine, *others = machines
+        if others:
+            tell(others[0], f"ip link set eth0 up && ip addr add {HERE}/24 dev eth0")
+            tell(others[0], f"{IPERF} -s -D")
+        else:
+            run("iperf3", "-s", "-D")
+        bit = tell(machine, "cut -c 35 /sys/class/net/eth0/device/features")
+        found["ring"] = "packed" if bit == "1" else "split"
+        print(f"features: {bit}", file=sys.stderr)
+
+        def pause() -> None:
+            for each in machines:
+                each.pause()
+            for each in machines:
+                each.resume()
+
+        rounds: dict[str, Callable[[], object]] = {
+            "first": lambda: None,
+            "after a pause": pause,
+            "after a reset": lambda: tell(machine, REBIND),
+        }
+        for name, before in rounds.items():
+            start = time.monotonic()
+            before()
+            found[name] = traffic(machine, link)
+            print(f"{name}: {time.monotonic() - start:.1f} s, {found[name]}", file=sys.stderr)
+        name, counters = next(
+            (name, each) for name, each in machine.metrics().items() if name.startswith("net")
+        )
+        print(f"{name}: {counters}", file=sys.stderr)
+        found["refused"] = counters["refused"]
+        for each in machines:
+            power_off(each)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
