@@ -95,7 +95,8 @@ struct vp_counters {
     uint64_t last_errno;
     uint64_t received_frames, received_bytes, sent_frames, sent_bytes;
     uint64_t dropped_no_header, dropped_header, dropped_offload, dropped_short, dropped_long;
-    uint64_t dropped_no_room, dropped_link;
+    uint64_t dropped_no_room, dropped_link, dropped_filtered, dropped_away;
+    uint64_t dropped_bytes;
 };
 
 struct vp_queue {
@@ -118,7 +119,27 @@ struct vp_block {
     uint8_t id[20];
 };
 
+struct vp_filter {
+    uint32_t active;
+    uint32_t modes;
+    uint32_t unicast_count, multicast_count;
+    uint8_t mac[6];
+    uint8_t unicast[64][6], multicast[64][6];
+    uint8_t vlans[512];
+};
+
 struct vp_net {
+    uint32_t length;
+    struct vp_limiter *limiters[2];
+    uint8_t peer[128];
+    uint32_t peer_length;
+    ...;
+};
+
+struct vp_output {
+    int fd;
+    int lossy;
+    uint64_t offset;
     uint32_t length;
     ...;
 };
@@ -134,6 +155,7 @@ struct vp_pump {
     struct vp_counters counters;
     struct vp_block block;
     struct vp_net net;
+    struct vp_output output;
     ...;
 };
 
@@ -155,4 +177,8 @@ int vp_adopt(struct vp_pump *pump, uint32_t queue, uint32_t head, uint32_t reada
              uint32_t writable, const uint64_t *elements);
 struct vq_batch *vp_batch(struct vp_pump *pump, uint32_t queue, uint32_t number);
 void vp_leave(struct vp_pump *pump);
-int vp_net_open(struct vp_pump *pump, int fd, uint64_t features);
+int vp_net_open(struct vp_pump *pump, int fd, int link, uint64_t features);
+void vp_net_set_filter(struct vp_pump *pump, const struct vp_filter *filter);
+int vp_output_new(struct vp_pump *pump);
+void vp_output_open(struct vp_pump *pump);
+void vp_output_window(struct vp_pump *pump, uint8_t *bytes, uint32_t length, int read);

@@ -67,6 +67,8 @@ void vp_free(struct vp_pump *pump)
     if (pump->attention >= 0)
         close(pump->attention);
     free(pump->net.frame);
+    free(pump->net.received);
+    free(pump->output.window);
     free(pump->handed);
     free(pump->answers);
     pthread_mutex_destroy(&pump->lock);

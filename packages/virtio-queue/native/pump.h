@@ -13,6 +13,8 @@
 
 /* The longest frame: a segment of 64 KiB with its headers, one VLAN tag and virtio's included. */
 enum { VP_FRAME = 12 + 65535 + 14 + 4 };
+/* So much of a stream is received at once; a frame with its length is always less. */
+enum { VP_RECEIVED = 256 << 10 };
 enum { VP_QUEUES = 64, VP_BATCHES = 64, VP_CHAINS = 64, VP_HEADER = 16 };
 /* Most nanoseconds for which to look for chains before sleeping: about what being woken costs. */
 enum { VP_SPIN = 50000 };
@@ -55,7 +57,8 @@ struct vp_counters {
     uint64_t last_errno;
     uint64_t received_frames, received_bytes, sent_frames, sent_bytes;
     uint64_t dropped_no_header, dropped_header, dropped_offload, dropped_short, dropped_long;
-    uint64_t dropped_no_room, dropped_link;
+    uint64_t dropped_no_room, dropped_link, dropped_filtered, dropped_away;
+    uint64_t dropped_bytes;
 };
 
 /* --- one chain on its way --- */
@@ -129,11 +132,49 @@ struct vp_block {
     uint8_t id[20];
 };
 
+/* Which frames a driver wants (5.1.6.5.1 to 5.1.6.5.3). */
+enum { VP_ADDRESSES = 64 };
+struct vp_filter {
+    uint32_t active;            /* 0: all of them */
+    uint32_t modes;             /* bit n: the command n of the class VIRTIO_NET_CTRL_RX is on */
+    uint32_t unicast_count, multicast_count;
+    uint8_t mac[6];
+    uint8_t unicast[VP_ADDRESSES][6], multicast[VP_ADDRESSES][6];
+    uint8_t vlans[4096 / 8];
+};
+
+enum vp_link {
+    VP_TAP,                     /* a `struct virtio_net_hdr` in front of each frame */
+    VP_DATAGRAMS,               /* one frame each */
+    VP_STREAM,                  /* frames behind their lengths, four bytes, big-endian */
+};
+
 struct vp_net {
-    int fd;
+    int fd, link;
     uint64_t features;          /* negotiated */
-    uint32_t length;            /* of the frame that waits for buffers; 0: none */
-    uint8_t *frame, *bounce;
+    uint32_t length;            /* of the frame that waits, virtio's header included; 0: none */
+    uint32_t admitted;          /* a limit has let it through */
+    uint8_t *frame, *bounce;    /* room for one each */
+    struct vp_filter filter;    /* guarded by `lock` */
+    struct vp_limiter *limiters[2]; /* of receiving and of sending, or NULL; Python may give one */
+    uint8_t peer[128];          /* address of the other end, of datagrams */
+    uint32_t peer_length;
+    uint8_t *received;          /* of a stream: bytes from `start` to `end` are not yet taken */
+    uint32_t start, end;
+    uint8_t *unsent;            /* the rest of a frame whose beginning the stream has taken */
+    uint32_t unsent_start, unsent_end;
+};
+
+/* The most bytes that are kept for a descriptor that is slower than the driver. */
+enum { VP_WINDOW = 256 << 10 };
+struct vp_output {
+    int fd;
+    int lossy;                  /* what finds no room is dropped: the driver never waits */
+    int broken;
+    struct vp_request *current; /* under way; `offset` bytes of it are taken */
+    uint64_t offset;
+    uint8_t *window;            /* a ring of bytes that wait */
+    uint32_t start, length;
 };
 
 struct vp_uring {
@@ -165,6 +206,7 @@ struct vp_pump {
     struct vp_counters counters;
     struct vp_block block;
     struct vp_net net;
+    struct vp_output output;
     struct vp_uring uring;
     /* Guarded by `lock`; room for as many as can be in flight. */
     struct vp_request **handed;
@@ -220,6 +262,10 @@ struct vq_batch *vp_batch(struct vp_pump *pump, uint32_t queue, uint32_t number)
 void vp_leave(struct vp_pump *pump);
 /* The next chains into `current`: 1; 0 when it is worth asking again at once; -1 when it is not. */
 int vp_get_chains(struct vp_queue *queue);
+/* The next of them to be started; NULL until there is one, or the host has room for it. */
+struct vp_request *vp_next_request(struct vp_queue *queue);
+/* Whether a limit lets a request of so many bytes through now; else the thread wakes when it may. */
+int vp_admit(struct vp_pump *pump, struct vp_limiter **limiter, uint64_t bytes);
 void vp_give_back(struct vp_queue *queue);
 /* A chain is used, to be published with others; `vp_finish` may do that at once. */
 void vp_done(struct vp_request *request, uint64_t length);
@@ -239,11 +285,34 @@ int vp_block_step(struct vp_request *request, int64_t result);
 /* --- pump_net.c --- */
 int vp_net_receive(struct vp_queue *queue);
 int vp_net_send(struct vp_queue *queue);
-/* Serve the two queues that were added by this descriptor, from the start on. 0, or -1 without memory
- * of the host's. */
-int vp_net_open(struct vp_pump *pump, int fd, uint64_t features);
+/* Serve the two queues that were added by this link, from the start on. 0, or -1 without memory of
+ * the host's. */
+int vp_net_open(struct vp_pump *pump, int fd, int link, uint64_t features);
 /* Chains that were collected are available again; after `vp_give_back`. */
 void vp_net_give_back(struct vp_queue *queue);
+/* Have another filter, at any time. */
+void vp_net_set_filter(struct vp_pump *pump, const struct vp_filter *filter);
+
+/* --- pump_link.c --- */
+/* The next frame, behind the room for virtio's header, to net->frame: its length with that header;
+ * 0 when there is none; or -errno. */
+int64_t vp_link_receive(struct vp_net *net, struct vp_counters *counters);
+/* Send a frame in pieces, the first of them virtio's header. 0 or -errno; -EAGAIN without room. */
+int vp_link_send(struct vp_net *net, struct iovec *pieces, int count, uint64_t size,
+                 struct vp_counters *counters);
+/* Send what is left of a frame. 0, or -EAGAIN when there is still some. */
+int vp_link_flush(struct vp_net *net);
+/* Whether a driver wants a frame. */
+int vp_link_wants(const struct vp_filter *filter, const uint8_t *frame, uint64_t size);
+
+/* --- pump_output.c --- */
+int vp_output_serve(struct vp_queue *queue);
+/* Have a window. 0, or -1 without memory of the host's. */
+int vp_output_new(struct vp_pump *pump);
+/* Serve the queue that was added by the descriptor, from the start on. */
+void vp_output_open(struct vp_pump *pump);
+/* What waits in the window, to be read (1) or set (0); the pump does not run. */
+void vp_output_window(struct vp_pump *pump, uint8_t *bytes, uint32_t length, int read);
 
 /* --- pump_file.c --- */
 int vp_file_write_flags(const struct vp_block *disk);

@@ -325,16 +325,10 @@ static int start(struct vp_request *request)
     }
     if (pump->has_uring && !vp_uring_has_room(&pump->uring))
         return -1;
-    struct vp_limiter *limiter = __atomic_load_n(&pump->limiter, __ATOMIC_ACQUIRE);
-    if (limiter != NULL) {
-        uint64_t now = vp_now(), wait = vp_limiter_take(limiter, request->cost, now);
-        if (wait != 0) {
-            pump->counters.throttled += request->prepared == 1;
-            request->prepared = 2;
-            if (pump->wake == 0 || now + wait < pump->wake)
-                pump->wake = now + wait;
-            return -1;
-        }
+    if (!vp_admit(pump, &pump->limiter, request->cost)) {
+        pump->counters.throttled += request->prepared == 1;
+        request->prepared = 2;
+        return -1;
     }
     if (pump->has_uring && vp_uring_start(&pump->uring, request) == 0) {
         if (pump->uring.queued_bytes >= VP_SUBMIT)

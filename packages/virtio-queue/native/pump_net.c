@@ -1,5 +1,4 @@
-/* Frames between two queues and a descriptor that has a `struct virtio_net_hdr` of 12 bytes in front
- * of each (a tap), section 5.1.6: the first queue receives, the second sends.
+/* Frames between two queues and a link, section 5.1.6: the first queue receives, the second sends.
  *
  * A frame's header is copied, checked against what was negotiated, and only the copy is used. */
 
@@ -10,7 +9,6 @@
 #include <poll.h>
 #include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
 
 enum { HEADER = 12, ETHERNET_HEADER = 14, MOST = VP_FRAME - HEADER };
 enum { NEEDS_CSUM = 1, GSO_TCPV4 = 1, GSO_UDP = 3, GSO_TCPV6 = 4, GSO_ECN = 0x80 };
@@ -28,15 +26,6 @@ static const struct vq_chain *chain_of(const struct vp_request *request)
     return &request->batch->chains->chains[request->chain];
 }
 
-/* The next chain, or NULL: `asleep` until there is one, or the host has no room for it. */
-static struct vp_request *next_request(struct vp_queue *queue)
-{
-    while (queue->current == NULL || queue->next == queue->current->chains->count)
-        if (queue->asleep || vp_stopping(queue->pump) || vp_get_chains(queue) < 0)
-            return NULL;
-    return &queue->current->requests[queue->next++];
-}
-
 /* The descriptor is broken; its queue rests until the next start. */
 static void give_up(struct vp_queue *queue, int error)
 {
@@ -51,7 +40,7 @@ static void give_up(struct vp_queue *queue, int error)
 static int collect(struct vp_queue *queue, uint64_t size)
 {
     while (queue->room < size) {
-        struct vp_request *request = next_request(queue);
+        struct vp_request *request = vp_next_request(queue);
         if (request == NULL)
             return queue->held < queue->ring->size && (queue->asleep || vp_stopping(queue->pump))
                        ? 0 : -1;
@@ -99,6 +88,32 @@ static void deliver(struct vp_queue *queue, uint64_t size)
     vp_publish_much(queue);
 }
 
+/* Have a frame that the driver wants: 1; 0 when there is none. */
+static int get_frame(struct vp_queue *queue)
+{
+    struct vp_pump *pump = queue->pump;
+    struct vp_net *net = &pump->net;
+    int64_t length = vp_link_receive(net, &pump->counters);
+    if (length == 0) {
+        queue->fd_events = POLLIN;
+        return 0;
+    }
+    if (length < 0) {
+        queue->broken = 1;
+        give_up(queue, (int)-length);
+        return 0;
+    }
+    pthread_mutex_lock(&pump->lock);
+    int wanted = vp_link_wants(&net->filter, net->frame + HEADER, (uint64_t)length - HEADER);
+    pthread_mutex_unlock(&pump->lock);
+    if (wanted)
+        net->length = (uint32_t)length;
+    else
+        pump->counters.dropped_filtered++;
+    net->admitted = 0;
+    return 1;
+}
+
 int vp_net_receive(struct vp_queue *queue)
 {
     struct vp_pump *pump = queue->pump;
@@ -106,29 +121,19 @@ int vp_net_receive(struct vp_queue *queue)
     if (queue->asleep || queue->fd_events || queue->broken)
         return 0;
     for (int i = 0; i < BUDGET && !vp_stopping(pump); i++) {
-        if (net->length == 0) {
-            ssize_t length = read(net->fd, net->frame, VP_FRAME);
-            if (length < 0 && errno == EINTR)
-                continue;
-            if (length < 0 && errno == EAGAIN) {
-                queue->fd_events = POLLIN;
-                return 0;
-            }
-            if (length <= 0) {
-                queue->broken = 1;
-                give_up(queue, length < 0 ? errno : 0);
-                return 0;
-            }
-            if (length < HEADER + ETHERNET_HEADER) {
-                pump->counters.dropped_short++;
-                continue;
-            }
-            net->length = (uint32_t)length;
-        }
+        if (net->length == 0 && !get_frame(queue))
+            return 0;
         uint64_t size = net->length;
+        if (size == 0)
+            continue; /* it was not wanted */
         int enough = collect(queue, size);
         if (enough == 0)
             return 0;
+        if (enough > 0 && !vp_admit(pump, &net->limiters[0], size - HEADER)) {
+            pump->counters.throttled += !net->admitted;
+            net->admitted = 1;
+            return 0;
+        }
         deliver(queue, enough > 0 ? size : 0);
         if (enough > 0) {
             pump->counters.received_frames++;
@@ -206,50 +211,73 @@ static int gather(struct vp_request *request, uint8_t *header, struct iovec *pie
 int vp_net_send(struct vp_queue *queue)
 {
     struct vp_pump *pump = queue->pump;
+    struct vp_net *net = &pump->net;
     struct vp_request *request;
     struct iovec pieces[IOV_MAX];
-    if (queue->asleep || queue->fd_events)
+    if (queue->fd_events)
         return 0;
+    if (vp_link_flush(net) != 0) {
+        queue->fd_events = POLLOUT;
+        return 0;
+    }
     for (int i = 0; i < BUDGET; i++) {
-        request = next_request(queue);
+        request = vp_next_request(queue);
         if (request == NULL)
-            return 0;
+            break;
         uint64_t readable = chain_of(request)->readable_length;
         uint8_t *header = request->batch->chains->headers + VP_HEADER * (size_t)request->chain;
         uint64_t *fault = fault_of(queue, header, readable);
         if (fault == NULL) {
-            ssize_t sent = writev(pump->net.fd, pieces, gather(request, header, pieces));
-            if (sent < 0 && (errno == EAGAIN || errno == EINTR)) {
-                queue->fd_events = errno == EAGAIN ? POLLOUT : 0;
+            uint64_t size = readable - HEADER;
+            if (request->prepared != 2 && !vp_admit(pump, &net->limiters[1], size)) {
+                pump->counters.throttled += request->prepared == 0;
+                request->prepared = 1;
                 queue->next--;
-                return errno == EINTR;
+                break;
+            }
+            request->prepared = 2; /* its tokens are taken */
+            int sent = vp_link_send(net, pieces, gather(request, header, pieces), size,
+                                    &pump->counters);
+            if (sent == -EAGAIN) {
+                queue->fd_events = POLLOUT;
+                queue->next--;
+                return 0;
             }
             if (sent < 0) {
-                give_up(queue, errno);
+                give_up(queue, -sent);
             } else {
                 pump->counters.sent_frames++;
-                pump->counters.sent_bytes += request->cost = readable - HEADER;
+                pump->counters.sent_bytes += request->cost = size;
             }
         } else {
             ++*fault;
         }
         vp_finish(request, 0);
     }
-    return 1;
+    if (net->unsent_start != net->unsent_end)
+        queue->fd_events = POLLOUT;
+    return request != NULL && request->prepared != 1;
 }
 
 /* --- set-up --- */
 
-int vp_net_open(struct vp_pump *pump, int fd, uint64_t features)
+int vp_net_open(struct vp_pump *pump, int fd, int link, uint64_t features)
 {
     struct vp_net *net = &pump->net;
     net->fd = fd;
+    net->link = link;
     net->features = features;
     if (net->frame == NULL)
         net->frame = malloc(2 * VP_FRAME);
     if (net->frame == NULL)
         return -1;
     net->bounce = net->frame + VP_FRAME;
+    if (link == VP_STREAM && net->received == NULL) {
+        net->received = malloc(VP_RECEIVED + VP_FRAME);
+        if (net->received == NULL)
+            return -1;
+        net->unsent = net->received + VP_RECEIVED;
+    }
     for (uint32_t i = 0; i < pump->queue_count; i++) {
         struct vp_queue *queue = &pump->queues[i];
         queue->serve = i == 0 ? vp_net_receive : vp_net_send;
@@ -259,6 +287,13 @@ int vp_net_open(struct vp_pump *pump, int fd, uint64_t features)
             return -1;
     }
     return 0;
+}
+
+void vp_net_set_filter(struct vp_pump *pump, const struct vp_filter *filter)
+{
+    pthread_mutex_lock(&pump->lock);
+    pump->net.filter = *filter;
+    pthread_mutex_unlock(&pump->lock);
 }
 
 void vp_net_give_back(struct vp_queue *queue)

@@ -183,6 +183,25 @@ int vp_get_chains(struct vp_queue *queue)
     return -1;
 }
 
+struct vp_request *vp_next_request(struct vp_queue *queue)
+{
+    while (queue->current == NULL || queue->next == queue->current->chains->count)
+        if (queue->asleep || vp_stopping(queue->pump) || vp_get_chains(queue) < 0)
+            return NULL;
+    return &queue->current->requests[queue->next++];
+}
+
+int vp_admit(struct vp_pump *pump, struct vp_limiter **where, uint64_t bytes)
+{
+    struct vp_limiter *limiter = __atomic_load_n(where, __ATOMIC_ACQUIRE);
+    if (limiter == NULL)
+        return 1;
+    uint64_t now = vp_now(), wait = vp_limiter_take(limiter, bytes, now);
+    if (wait != 0 && (pump->wake == 0 || now + wait < pump->wake))
+        pump->wake = now + wait;
+    return wait == 0;
+}
+
 /* Chains that were taken last and not started are available again. */
 void vp_give_back(struct vp_queue *queue)
 {

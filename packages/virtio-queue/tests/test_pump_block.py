@@ -116,7 +116,7 @@ class Bench:
         used: list[Used] = []
         while len(used) < count:
             self.knock()
-            found = self.driver.reap() or self.driver.reap()
+            found = self.driver.reap()
             if not found:
                 ready, _, _ = select.select([self.interrupt], [], [], PATIENCE)
                 assert ready, "an interrupt was lost"

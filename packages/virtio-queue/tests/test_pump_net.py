@@ -7,17 +7,21 @@ import select
 import socket
 import struct
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from virtio_queue import ChainError, NetPump, Queue, UsageError
+from virtio_queue import ChainError, Limiter, NetPump, Queue, TokenBucket, UsageError
 from virtio_queue.constants import F_EVENT_IDX
 from virtio_queue.testing import Arena, SplitDriver, Used
 from vm_memory import GuestAddress, GuestMemory
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
 
 RX, TX = 0, 1
 F_MRG_RXBUF = 1 << 15
@@ -28,7 +32,13 @@ LEAD = bytes(12)
 class Bench:
     """A pair of queues under a pump, their driver, and the other end of the cable."""
 
-    def __init__(self, stack: ExitStack, *, sockets: int = socket.SOCK_DGRAM) -> None:
+    def __init__(
+        self,
+        stack: ExitStack,
+        *,
+        sockets: int = socket.SOCK_DGRAM,
+        link: Literal["tap", "datagrams", "stream"] = "tap",
+    ) -> None:
         self.memory = stack.enter_context(GuestMemory.from_ranges([(GuestAddress(0), 1 << 20)]))
         arena = Arena(0x1000, 0xF_0000)
         self.drivers = [
@@ -43,7 +53,7 @@ class Bench:
         self.kicks, self.calls = ([os.eventfd(0) for _ in range(2)] for _ in range(2))
         for fd in (*self.kicks, *self.calls):
             stack.callback(os.close, fd)
-        self.pump = NetPump(self.ours.fileno())
+        self.pump = NetPump(self.ours.fileno(), link)
         self.pump.wire(self.kicks, self.calls)
         stack.callback(self.pump.stop)
 
@@ -64,13 +74,18 @@ class Bench:
         """Wait for so many used buffers."""
         used: list[Used] = []
         while len(used) < count:
-            found = self.drivers[queue].reap() or self.drivers[queue].reap()
+            found = self.drivers[queue].reap()
             if not found:
                 ready, _, _ = select.select([self.calls[queue]], [], [], PATIENCE)
                 assert ready, "an interrupt was lost"
                 os.eventfd_read(self.calls[queue])
             used += found
         return used
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    while not condition():
+        select.select([], [], [], 0.001)
 
 
 @pytest.fixture
@@ -261,3 +276,300 @@ def test_what_can_not_be(bench: Bench) -> None:
         NetPump(bench.ours.fileno())
     with pytest.raises(UsageError, match="1 queues"):
         bench.pump.start(bench.memory, bench.queues[:1], 0)
+
+
+# Sockets.
+
+
+@pytest.fixture
+def stream() -> Iterator[Bench]:
+    """A pump whose frames are behind their lengths."""
+    with ExitStack() as stack:
+        yield Bench(stack, sockets=socket.SOCK_STREAM, link="stream")
+
+
+def sized(frame: bytes) -> bytes:
+    return len(frame).to_bytes(4, "big") + frame
+
+
+def read_frames(wire: socket.socket, count: int) -> list[bytes]:
+    """So many frames of a stream."""
+    frames: list[bytes] = []
+    with wire.makefile("rb") as file:
+        while len(frames) < count:
+            frames.append(file.read(int.from_bytes(file.read(4), "big")))
+    return frames
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes=st.lists(st.sampled_from([14, 60, 1514, 9000, 65553]), min_size=1, max_size=8),
+    cuts=st.lists(st.integers(1, 70_000), max_size=6),
+    stops=st.booleans(),
+)
+def test_frames_over_a_stream(sizes: list[int], cuts: list[int], stops: bool) -> None:
+    """Both ways, in order, however the stream is cut and over stops; the header is zeros."""
+    with ExitStack() as stack:
+        bench = Bench(stack, sockets=socket.SOCK_STREAM, link="stream")
+        bench.start()
+        frames = [bytes([n + 1]) * size for n, size in enumerate(sizes)]
+        data = b"".join(map(sized, frames))
+        places = sorted({0, len(data), *(cut for cut in cuts if cut < len(data))})
+        parts = [data[a:b] for a, b in pairwise(places)]
+        got = b""
+        for frame in frames:
+            bench.post(1 << 17)
+            while not (used := bench.drivers[RX].reap()):
+                if parts:
+                    bench.wire.setblocking(False)
+                    try:
+                        parts[0] = parts[0][bench.wire.send(parts[0]) :]
+                    except BlockingIOError:
+                        select.select([], [bench.wire], [], 0.01)
+                    if not parts[0]:
+                        del parts[0]
+                        if stops:
+                            bench.pump.stop()
+                            bench.start()
+                else:
+                    select.select([bench.calls[RX]], [], [], 0.01)
+            (each,) = used
+            assert each.data[:12] == bytes(10) + b"\1\0"
+            assert each.data[12:] == frame
+            bench.transmit(LEAD, frame)
+            bench.wire.setblocking(True)
+            bench.wire.settimeout(PATIENCE)
+            while len(got) < len(sized(frame)):
+                got += bench.wire.recv(1 << 17)
+            assert got == sized(frame)
+            got = b""
+        bench.pump.stop()
+        assert bench.pump.counters["received_frames"] == len(frames)
+
+
+def test_a_full_stream_cuts_frames(stream: Bench) -> None:
+    """What it has taken a part of comes whole, without another kick, and a stop loses nothing."""
+    stream.ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+    stream.start()
+    frames = [bytes([n]) * (3000 + n) for n in range(8)]
+    for frame in frames:
+        stream.transmit(LEAD, frame)
+    (first,) = read_frames(stream.wire, 1)
+    stream.pump.stop()
+    stream.start()
+    assert [first, *read_frames(stream.wire, 7)] == frames
+    assert len(stream.reap(TX, 8)) == 8
+    assert stream.pump.counters["sent_frames"] == 8
+
+
+@pytest.mark.parametrize("data", [b"\xff\xff\xff\xff", sized(bytes(65554)), b""])
+def test_a_stream_that_ends_or_lies(stream: Bench, data: bytes) -> None:
+    """Nothing more is read of one that can't be cut into frames; it is counted once."""
+    stream.start()
+    stream.post(100)
+    if data:
+        stream.wire.sendall(data)
+    else:
+        stream.wire.shutdown(socket.SHUT_WR)
+    wait_until(lambda: stream.pump.counters["dropped_link"])
+    stream.pump.stop()
+    assert stream.pump.counters["dropped_link"] == 1
+    assert stream.pump.counters["received_frames"] == 0
+
+
+def test_two_ends_of_a_cable(tmp_path: Path) -> None:
+    """Frames to an end that is away are lost and counted; it may come, go and come again."""
+    with ExitStack() as stack:
+        a = Bench(stack, link="datagrams")
+        mine = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
+        mine.bind(f"{tmp_path}/a")
+        mine.setblocking(False)
+        a.pump = NetPump(mine.fileno(), "datagrams", f"{tmp_path}/b")
+        stack.callback(a.pump.stop)
+        a.pump.wire(a.kicks, a.calls)
+        a.start()
+        for away, come in ((1, 1), (2, 2)):
+            a.transmit(LEAD, b"lost" * 20)
+            wait_until(lambda away=away: a.pump.counters["dropped_away"] == away)  # type: ignore[misc]
+            a.reap(TX, 1)
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
+                other.bind(f"{tmp_path}/b")
+                other.settimeout(PATIENCE)
+                a.transmit(LEAD, b"s" * 60, b"ent")
+                assert other.recv(1 << 16) == b"s" * 60 + b"ent"
+                a.reap(TX, 1)
+                other.connect(f"{tmp_path}/a")
+                a.post(200)
+                other.send(b"answer".ljust(60))
+                (used,) = a.reap(RX, 1)
+                assert used.data == bytes(10) + b"\1\0" + b"answer".ljust(60)
+                other.send(b"short")
+                wait_until(
+                    lambda come=come: a.pump.counters["dropped_short"] == come  # type: ignore[misc]
+                )
+            (tmp_path / "b").unlink()
+        assert a.pump.counters["sent_frames"] == 4
+
+
+def test_a_cable_that_is_pulled_with_frames_in_it(tmp_path: Path) -> None:
+    """An end that goes without having read is no end of ours; too long a datagram is dropped."""
+    with ExitStack() as stack:
+        a = Bench(stack, link="datagrams")
+        mine = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
+        mine.bind(f"{tmp_path}/a")
+        mine.setblocking(False)
+        a.pump = NetPump(mine.fileno(), "datagrams", f"{tmp_path}/b")
+        stack.callback(a.pump.stop)
+        a.pump.wire(a.kicks, a.calls)
+        a.start()
+        a.post(200)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
+            other.bind(f"{tmp_path}/b")
+            a.transmit(LEAD, b"unread" * 20)
+            a.reap(TX, 1)
+        (tmp_path / "b").unlink()
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
+            other.bind(f"{tmp_path}/b")
+            a.transmit(LEAD, b"to whom it is now" * 4)
+            a.reap(TX, 1)
+            other.connect(f"{tmp_path}/a")
+            other.send(bytes(70_000))
+            other.send(b"whole".ljust(60))
+        (used,) = a.reap(RX, 1)
+        assert used.data[12:] == b"whole".ljust(60)
+        assert a.pump.counters["dropped_long"] == 1
+        assert a.pump.counters["dropped_link"] == 0
+
+
+def test_a_stream_that_goes_with_half_a_frame(stream: Bench) -> None:
+    """The rest is nobody's any more, and each frame after it is lost and counted."""
+    stream.ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+    stream.start()
+    for n in range(6):
+        stream.transmit(LEAD, bytes([n]) * 9000)
+    assert stream.wire.recv(100)
+    stream.wire.close()
+    stream.reap(TX, 6)
+    sent = stream.pump.counters["sent_frames"]
+    wait_until(lambda: stream.pump.counters["dropped_link"] >= 7 - sent)  # reading ended too
+    assert sent < 6
+
+
+# What a driver wants, and what it may.
+
+GROUP, STRANGER, ME = (bytes.fromhex(n) for n in ("01005e000001", "020000000099", "0200000000fe"))
+BROADCAST = b"\xff" * 6
+TAGS = (b"\0\5", b"\xf0\7", b"\x0f\xff")
+ADDRESSES = st.sampled_from([GROUP, STRANGER, ME, BROADCAST, bytes.fromhex("33330000000a")])
+
+
+def wanted(frame: bytes, rules: dict[str, Any]) -> bool:
+    """The same in plain Python: 5.1.6.5.1 to 5.1.6.5.3."""
+    promiscuous, all_groups, all_stations, no_groups, no_stations, no_broadcast = (
+        bool(rules["modes"] >> bit & 1) for bit in range(6)
+    )
+    if promiscuous:
+        return True
+    target = frame[:6]
+    tagged = frame[12:14] == b"\x81\0" and len(frame) >= 16
+    if tagged and int.from_bytes(frame[14:16], "big") & 0xFFF not in rules["vlans"]:
+        return False
+    if target == BROADCAST:
+        return not no_broadcast
+    if target[0] & 1:
+        return not no_groups and (all_groups or target in rules["multicast"])
+    known = target == rules["mac"] or target in rules["unicast"]
+    return not no_stations and (all_stations or known)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    rules=st.fixed_dictionaries(
+        {
+            "mac": st.just(ME),
+            "modes": st.integers(0, 63) | st.sampled_from([0, 2, 4]),
+            "unicast": st.lists(ADDRESSES, max_size=3),
+            "multicast": st.lists(ADDRESSES, max_size=3),
+            "vlans": st.sets(st.sampled_from([0, 1, 5, 7, 8, 4095]), max_size=4),
+        }
+    ),
+    frames=st.lists(
+        st.tuples(
+            ADDRESSES,
+            st.sampled_from(
+                [b"\x08\0", b"\x81\0\0\5", b"\x81\0\xf0\7", b"\x81\0\x0f\xff", b"\x81\0"]
+            ),
+            st.sampled_from([0, 46]),
+        ),
+        min_size=1,
+        max_size=10,
+    ),
+)
+def test_only_frames_that_are_wanted(
+    rules: dict[str, Any], frames: list[tuple[bytes, bytes, int]]
+) -> None:
+    """As the plain rules have it, and the rest is counted."""
+    with ExitStack() as stack:
+        bench = Bench(stack)
+        bench.pump.set_filter(**rules)
+        bench.start()
+        sent = [target + b"\2source"[:6] + kind + bytes(rest) for target, kind, rest in frames]
+        passing = [frame for frame in sent if wanted(frame, rules)]
+        last = ME + b"source" + b"\x08\0last"
+        bench.post(*[200] * (len(passing) + 1))
+        for frame in sent:
+            bench.wire.send(LEAD + frame)
+        wait_until(lambda: not select.select([bench.ours], [], [], 0)[0])
+        bench.pump.stop()  # what was read is dealt with
+        bench.pump.clear_filter()
+        bench.start()
+        bench.wire.send(LEAD + last)
+        used = bench.reap(RX, len(passing) + 1)
+        assert [each.data[12:] for each in used] == [*passing, last]
+        assert bench.pump.counters["dropped_filtered"] == len(sent) - len(passing)
+
+
+def test_limits_hold_both_ways() -> None:
+    """A frame without a token waits, a stop changes nothing, and a lifted limit lets it through."""
+    with ExitStack() as stack:
+        bench = Bench(stack)
+        rare = TokenBucket(1, 1_000_000_000)
+        receive, send = Limiter(operations=rare), Limiter(operations=rare)
+        bench.pump.limit(receive, send)
+        bench.start()
+        bench.post(200, 200)
+        for _ in range(2):
+            bench.wire.send(LEAD + b"r" * 60)
+            bench.transmit(LEAD, b"s" * 60)
+        assert bench.wire.recv(1 << 16) == LEAD + b"s" * 60
+        bench.reap(RX, 1)
+        bench.reap(TX, 1)
+        wait_until(lambda: bench.pump.counters["throttled"] == 2)
+        bench.pump.stop()
+        assert not bench.drivers[RX].reap()
+        assert not bench.drivers[TX].reap()
+        bench.start()
+        bench.pump.limit(None, None)
+        bench.reap(RX, 1)
+        bench.reap(TX, 1)
+        assert bench.wire.recv(1 << 16) == LEAD + b"s" * 60
+        assert bench.pump.counters["sent_frames"] == bench.pump.counters["received_frames"] == 2
+
+
+@pytest.mark.parametrize(
+    ("rules", "field"),
+    [
+        ({"mac": b"short"}, "mac"), ({"unicast": [ME] * 65}, "unicast"),
+        ({"multicast": [b""]}, "multicast"), ({"vlans": [4096]}, "vlans"),
+    ],
+)  # fmt: skip
+def test_filters_that_can_not_be(bench: Bench, rules: dict[str, Any], field: str) -> None:
+    with pytest.raises(UsageError, match=field):
+        bench.pump.set_filter(**{"mac": ME, **rules})
+
+
+def test_links_that_can_not_be(bench: Bench) -> None:
+    with pytest.raises(UsageError, match="'radio' is none of tap, datagrams, stream"):
+        NetPump(bench.ours.fileno(), "radio")  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="107 are the most"):
+        NetPump(bench.ours.fileno(), "datagrams", "/" * 108)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from virtio_queue import Queue, QueueConfigError, QueueStateError, UsageError
+from virtio_queue import DescriptorChain, Queue, QueueConfigError, QueueStateError, UsageError
 from virtio_queue.constants import (
     F_EVENT_IDX,
     F_IN_ORDER,
@@ -316,3 +316,26 @@ def test_publishing_a_batch_is_seen_at_once(
 def test_drivers_have_one_interface() -> None:
     """Both ring drivers are drivers."""
     assert all(issubclass(kind, Driver) for kind in KINDS)
+
+
+@both
+def test_chains_are_served_as_they_come_those_in_flight_first(
+    kind: type[SplitDriver | PackedDriver], memory: GuestMemory
+) -> None:
+    """At most a ring's worth in a call; more than that is told of, for nobody kicks for it."""
+    driver, queue = _pair(kind, memory, size=8)
+    for n in range(3):
+        driver.add([bytes([n])], [1])
+    assert queue.pop(memory) is not None
+    served: list[bytes] = []
+
+    def answer(chain: DescriptorChain) -> int:
+        served.append(chain.reader(memory).read(1))
+        if len(served) > 1:  # the driver is as fast
+            driver.reap()
+            driver.add([bytes([len(served) + 1])], [1])
+        return 1
+
+    assert queue.serve(memory, answer)
+    assert served == [bytes([n]) for n in range(9)]
+    assert queue.in_flight == ()

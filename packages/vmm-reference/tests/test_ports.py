@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from vmm_reference.backends.ports import FilePort, PtyPort, SocketPort, TtyPort
+from vmm_reference.backends.ports import FilePort, GuestSide, PtyPort, SocketPort, TtyPort
 from vmm_reference.devices.console.setup import Ports
 from vmm_reference.errors import ConfigError, HostError
 from vmm_reference.loop import Loop
@@ -40,7 +40,8 @@ class Guest:
         self.gone += count
 
     def port(self, kind: Any, path: object) -> Any:
-        return kind(self.loop, str(path), self.receive, self.written, self.open.append)
+        side = GuestSide(self.loop, str(path), self.receive, self.written, self.open.append)
+        return kind(side)
 
 
 @pytest.fixture

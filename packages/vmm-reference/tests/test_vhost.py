@@ -6,14 +6,17 @@ have the real one.
 
 from __future__ import annotations
 
+import fcntl
 import os
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from virtio_queue import Queue
 from virtio_queue.constants import F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1
+from vmm_reference.backends import vhost
 from vmm_reference.backends.vhost import VhostVsock
 from vmm_reference.devices.net import features
 from vmm_reference.devices.net.served import ServedNet
@@ -31,6 +34,7 @@ MAC = bytes.fromhex("020000000001")
 class FakeKernel:
     """Notes what it is told."""
 
+    together = True
     attention = -1
 
     def __init__(self, features: int) -> None:
@@ -39,7 +43,7 @@ class FakeKernel:
         self.fails = False
         self.accepted = 0
 
-    def start(self, features: int, queues: Sequence[Queue]) -> None:
+    def start(self, features: int, queues: Mapping[int, Queue]) -> None:
         if self.fails:
             raise OSError(22, "Invalid argument")
         self.accepted = features
@@ -70,12 +74,6 @@ class FakeTap:
 
     def __init__(self) -> None:
         self.told: list[int] = []
-
-    def send(self, queue: int, pieces: Sequence[bytes | memoryview]) -> bool:
-        raise AssertionError("the kernel sends")
-
-    def receive(self, queue: int) -> bytes | None:
-        raise AssertionError("the kernel receives")
 
     def set_offloads(self, offloads: int) -> None:
         self.told.append(offloads)
@@ -159,3 +157,71 @@ def test_a_host_without_it() -> None:
     with pytest.raises(HostError, match="modprobe vhost_vsock"):
         VhostVsock(bench.memory, 7)
     bench.close()
+
+
+class Calls:
+    """The kernel's vhost device, as far as it is called."""
+
+    def __init__(self) -> None:
+        self.features: list[int] = []
+        self.flags: list[int] = []
+
+    def ioctl(self, fd: int, request: int, argument: Any = 0) -> bytes:
+        if request == 0x4008AF00:
+            self.features.append(int.from_bytes(argument, "little"))
+        elif request == 0x4028AF11:  # struct vhost_vring_addr: index, flags, addresses
+            self.flags.append(int.from_bytes(argument[4:8], "little"))
+        return bytes(argument) if isinstance(argument, bytes | bytearray) else b""
+
+
+def test_the_kernel_logs_pages_only_while_somebody_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """VHOST_F_LOG_ALL and the rings' flag follow the machine, also while the queues are served."""
+    kernel = Calls()
+    monkeypatch.setattr(fcntl, "ioctl", kernel.ioctl)
+    bench = Bench(Source())
+    queues = dict(enumerate(bench.device.queues))
+    monkeypatch.setattr(vhost.VhostQueues, "_run", lambda _self, *, on: on)
+    server = vhost.VhostQueues("/dev/null", bench.memory)
+    server._kicks = server._calls = [os.eventfd(0)]
+    told: list[Callable[[bool], object]] = []
+    wiring: Any = SimpleNamespace(on_dirty_log=told.append)
+    server.follow(bench.device, wiring)
+    (log,) = told
+    log(False)
+    server.start(0, queues)
+    log(True)
+    log(False)
+    assert kernel.features == [0, 1 << 26, 0]
+    assert kernel.flags == [0, 1, 0]
+    server.stop()
+    log(True)
+    server.start(0, queues)
+    assert kernel.features[3:] == [1 << 26]
+    assert kernel.flags[3:] == [1]
+    server.stop()
+    os.close(server._kicks[0])
+    os.close(server.fd)
+    bench.close()
+
+
+class Source:
+    """A device with one queue."""
+
+    device_id = 4
+    device_features = F_VERSION_1
+    queue_sizes = (8,)
+
+    def read_config(self, offset: int, length: int) -> bytes:
+        return b""
+
+    def write_config(self, offset: int, data: bytes) -> None:
+        pass
+
+    def activate(self, memory: object, driver_features: int, queues: object) -> None:
+        pass
+
+    def reset(self) -> None:
+        pass
+
+    def process(self, queue_index: int) -> None:
+        pass

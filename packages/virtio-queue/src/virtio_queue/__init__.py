@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from virtio_queue.pump_block import BlockPump
     from virtio_queue.pump_limit import Limiter, TokenBucket
     from virtio_queue.pump_net import NetPump
+    from virtio_queue.pump_output import OutputPump
     from virtio_queue.queue import Queue
     from virtio_queue.reader import Reader
     from virtio_queue.state import ChainState, DeviceState, MmioState, PciState, QueueState
@@ -50,6 +51,7 @@ __all__ = [
     "MmioState",
     "MmioTransport",
     "NetPump",
+    "OutputPump",
     "PciState",
     "PciTransport",
     "PumpError",
@@ -78,6 +80,7 @@ _MODULES = {
     "MmioState": "state",
     "MmioTransport": "mmio",
     "NetPump": "pump_net",
+    "OutputPump": "pump_output",
     "PciState": "state",
     "PciTransport": "pci",
     "Queue": "queue",

@@ -13,8 +13,9 @@ interrupt and sends it. Python configures, starts and stops it, and answers what
   what `Queue.pop` would.
 
 `virtio_queue.pump_block` has the pump of block devices, `virtio_queue.pump_net` that of network
-devices. All methods are for one thread at a time: hold `VirtioDevice.lock`. What is written to a
-pump's attributes while it runs takes effect with the next request.
+devices, `virtio_queue.pump_output` that of what is written as it comes. All methods are for one
+thread at a time: hold `VirtioDevice.lock`. What is written to a pump's attributes while it runs
+takes effect with the next request.
 
 A device model uses one like this:
 
@@ -51,7 +52,7 @@ _COUNTERS = tuple(name for name, _ in ffi.typeof("struct vp_counters").fields)
 
 
 class Pump:
-    """What `BlockPump` and `NetPump` have in common; not made by itself.
+    """What the pumps of all kinds have in common; not made by itself.
 
     Attributes:
         attention: an eventfd, readable when there is something to `take`.

@@ -36,7 +36,7 @@ from virtio_queue.errors import QueueStateError, UsageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from virtio_queue._native import CData
     from virtio_queue.chain import DescriptorChain
@@ -239,6 +239,28 @@ class Queue(QueueConfiguration):
             if chain is None:
                 return
             yield chain
+
+    def serve(self, memory: GuestMemory, answer: Callable[[DescriptorChain], int]) -> bool:
+        """Use chains as they come, at most `size` of them, and ask for kicks again.
+
+        Those in flight come first, as where a state with unfinished requests was restored.
+
+        Args:
+            memory: the guest's memory.
+            answer: carries out what a chain asks for, and returns `Writer.used_length`.
+
+        Returns:
+            Whether there are more, for which no kick comes.
+
+        Raises:
+            ChainError: as `chains`; the chains before it are used.
+            QueueStateError: the queue is not ready.
+        """
+        for chain in self.in_flight:
+            self.add_used(memory, chain.head, answer(chain))
+        for chain in self.chains(memory):
+            self.add_used(memory, chain.head, answer(chain))
+        return self.enable_notifications(memory)
 
     def pop_batch(
         self, memory: GuestMemory, limit: int | None = None, *, header: int = 0

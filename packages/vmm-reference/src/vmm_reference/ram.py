@@ -17,6 +17,8 @@ from .errors import ConfigError, HostError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from kvm_ioctls import Vm
     from vm_memory.backing import Backing
 
@@ -135,6 +137,7 @@ class Ram:
         self._lock = threading.Lock()
         self._shown: dict[int, int] = {}  # slots of what comes and goes, by guest address
         self._flags = 0
+        self._loggers: list[Callable[[bool], object]] = []
 
     def attach(self, vm: Vm) -> None:
         """Show a new virtual machine what is there from the start."""
@@ -179,9 +182,10 @@ class Ram:
             self._vm.set_user_memory_region(slot=slot, memory=None)
 
     def log_dirty_pages(self, *, on: bool) -> None:
-        """Let KVM note which pages the guest writes, or not; any thread."""
+        """Let KVM note which pages the guest writes, or not, and who else can; any thread."""
         assert self._vm is not None
         with self._lock:
+            loggers = list(self._loggers)
             self._flags = _KVM_MEM_LOG_DIRTY_PAGES * on
             for slot in self._vm.slots:
                 flags = slot.flags & ~_KVM_MEM_LOG_DIRTY_PAGES | self._flags
@@ -192,6 +196,20 @@ class Ram:
                         memory=self._buffer(slot.guest_phys_addr, slot.size),
                         flags=flags,
                     )
+        for log in loggers:
+            log(on)
+
+    def add_logger(self, log: Callable[[bool], object]) -> None:
+        """Tell somebody who writes memory on his own whether pages are noted; now and later."""
+        with self._lock:
+            self._loggers.append(log)
+            on = bool(self._flags)
+        log(on)
+
+    def remove_logger(self, log: Callable[[bool], object]) -> None:
+        """Tell him no more."""
+        with self._lock:
+            self._loggers.remove(log)
 
     def dirty(self) -> list[tuple[int, int]]:
         """Guest address and length of what guest and devices have written since the last call."""

@@ -39,11 +39,11 @@ class VirtioSlot:
 
     transport: MmioTransport | PciTransport
 
-    def __init__(self, wiring: Wiring, device: VirtioDevice, *, listens: bool) -> None:
+    def __init__(self, wiring: Wiring, device: VirtioDevice) -> None:
         self.device = device
         self._wiring = wiring
         self.kicks = tuple(self.eventfd() for _ in device.queues)
-        for queue in range(len(self.kicks) if listens else 0):
+        for queue in range(len(self.kicks)):
             wiring.on_close(partial(self.take_kick, queue))
             self.give_kick(queue)
 
@@ -92,8 +92,6 @@ class MmioSlot(VirtioSlot):
         model: DeviceModel,
         index: int,
         shared_memory: Mapping[int, tuple[int, int]],
-        *,
-        listens: bool,
     ) -> None:
         vm, window, self._gsi = (
             wiring.vm,
@@ -102,7 +100,7 @@ class MmioSlot(VirtioSlot):
         )
         self._calls: dict[int, int] = {}
         device = VirtioDevice(model, wiring.memory, self._interrupt, shared_memory=shared_memory)
-        super().__init__(wiring, device, listens=listens)
+        super().__init__(wiring, device)
         self._line = self.eventfd()
         vm.irqfd(self._line, self._gsi)
         for queue, kick in enumerate(self.kicks):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from kvm_ioctls.testing import assemble
@@ -13,6 +15,7 @@ from virtio_queue.testing import Arena, MmioDriver
 from vm_memory import GuestAddress, GuestMemory
 from vmm_reference.deviceconfig import parse_device
 from vmm_reference.devices import REGISTRY
+from vmm_reference.loop import READ, Loop
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -20,9 +23,8 @@ if TYPE_CHECKING:
 
     from virtio_queue.testing import PackedDriver, SplitDriver, Used
     from vmm_reference.deviceconfig import DeviceConfig
-    from vmm_reference.loop import Loop
 
-__all__ = ["KERNEL_ADDRESS", "Bench", "every_device", "tiny_kernel", "turn"]
+__all__ = ["KERNEL_ADDRESS", "Bench", "PumpBench", "every_device", "tiny_kernel", "turn"]
 
 KERNEL_ADDRESS = 0x100000
 
@@ -149,6 +151,110 @@ class Bench:
     def close(self) -> None:
         """Give the memory back."""
         self.memory.close()
+
+
+class PumpBench:
+    """What a virtio device has of a machine: for tests of devices whose queues pumps serve.
+
+    It stands for the wiring that a device's `build` is given, and for the slot that this gives.
+
+    Args:
+        size: bytes of RAM.
+        neighbour: another device of the same machine, whose loop this one shares; it is closed
+            after this one.
+
+    Attributes:
+        loop: listens for what is Python's; `wait` turns it.
+        calls: an eventfd for each queue's interrupts.
+        stop: what a pause does.
+        go: what the end of a pause does.
+    """
+
+    interrupt_word = None
+
+    def __init__(self, size: int = 1 << 20, *, neighbour: PumpBench | None = None) -> None:
+        self.memory = GuestMemory.from_ranges([(GuestAddress(0), size)])
+        self.errors: list[BaseException] = []
+        self.loop: Loop = neighbour.loop if neighbour else Loop(self.errors.append)
+        self._owns_loop = neighbour is None
+        self.stop: Callable[[], object] = lambda: None
+        self.go: Callable[[], object] = lambda: None
+        self._closing: list[Callable[[], object]] = [self.memory.close]
+
+    def virtio(self, model: Any) -> Any:
+        """Plug in the device, once."""
+        self.device = VirtioDevice(model, self.memory, lambda: None)
+        self.kicks, self.calls = (
+            [os.eventfd(0, os.EFD_NONBLOCK) for _ in self.device.queues] for _ in range(2)
+        )
+        transport = MmioTransport(self.device, self.kick)
+        size = self.memory.regions[0].size
+        self.driver = MmioDriver(transport, arena=Arena(0x1000, size - 0x1000))
+        for fds, answer in ((self.kicks, self._kicked), (self.calls, self._called)):
+            for queue, fd in enumerate(fds):
+                self.loop.add(fd, READ, partial(answer, queue))
+                self._closing += [partial(os.close, fd), partial(self.loop.remove, fd)]
+        return self
+
+    def kick(self, queue: int) -> None:
+        """As a driver does."""
+        os.eventfd_write(self.kicks[queue], 1)
+
+    def take_kick(self, queue: int) -> int:
+        """Let a pump listen."""
+        self.loop.remove(self.kicks[queue])
+        return self.kicks[queue]
+
+    def pump_call(self, queue: int) -> int:
+        """Where a pump's interrupts go."""
+        return self.calls[queue]
+
+    def on_close(self, callback: Callable[[], object]) -> None:
+        """Call it in `close`."""
+        self._closing.append(callback)
+
+    def on_pause(self, stop: Callable[[], object], go: Callable[[], object]) -> None:
+        """Have it as `stop` and `go`."""
+        self.stop, self.go = stop, go
+
+    def on_start(self, callback: Callable[[], object]) -> None:
+        """The machine has started."""
+        callback()
+
+    def wait(self, until: Callable[[], object], seconds: float = 30.0) -> None:
+        """Turn the loop, and take what is used of all queues, until something holds.
+
+        Raises:
+            TimeoutError: it does not within that time.
+        """
+
+        def reaped() -> object:
+            for queue in self.driver.queues:
+                queue.reap()
+            return until()
+
+        turn(self.loop, reaped, seconds)
+
+    def _kicked(self, queue: int, _events: int) -> None:
+        os.eventfd_read(self.kicks[queue])
+        if self.device.process(queue) and getattr(self.device.model, "unfinished", False):
+            self.kick(queue)
+
+    def _called(self, queue: int, _events: int) -> None:
+        os.eventfd_read(self.calls[queue])
+
+    def close(self) -> None:
+        """Stop the pumps, and close everything.
+
+        Raises:
+            BaseException: what a callback of the loop has raised.
+        """
+        for callback in reversed(self._closing):
+            callback()
+        if self._owns_loop:
+            self.loop.stop()
+        for error in self.errors:
+            raise error
 
 
 def turn(loop: Loop, until: Callable[[], object], seconds: float = 20.0) -> None:

@@ -65,7 +65,6 @@ class Wiring:
         model: DeviceModel,
         *,
         shared_memory: Mapping[int, tuple[int, int]] | None = None,
-        listens: bool = True,
     ) -> VirtioSlot:
         """Put a virtio device with this model into the machine, on the machine's transport.
 
@@ -76,7 +75,6 @@ class Wiring:
         Args:
             model: one with state has `save` and `restore`.
             shared_memory: guest address and length of each shared memory region, by its id.
-            listens: whether the loop serves kicks; else somebody else has `VirtioSlot.kicks`.
         """
         if hasattr(model, "save"):
             self.parts[f"{self.name}-model"] = model
@@ -94,12 +92,11 @@ class Wiring:
                 number,
                 root.routes,
                 placed=not self._board.running,
-                listens=listens,
             )
             self.parts[f"{self.name}-pci"] = slot
         else:
             index = self._board.take_mmio_index()
-            slot = MmioSlot(self, model, index, shared_memory or {}, listens=listens)
+            slot = MmioSlot(self, model, index, shared_memory or {})
         self.parts[f"{self.name}-transport"] = slot.transport
         self.parts[self.name] = slot.device
         self.slot = slot
@@ -180,6 +177,14 @@ class Wiring:
         neither called nor needed.
         """
         self._pauses.append((stop, go))
+
+    def on_dirty_log(self, log: Callable[[bool], object]) -> None:
+        """Call `log` now and whenever it changes whether written pages are to be noted.
+
+        For who writes the guest's memory by other ways than `memory`; any thread calls.
+        """
+        self._board.ram.add_logger(log)
+        self.on_close(lambda: self._board.ram.remove_logger(log))
 
     def on_hand_over(self, release: Callable[[], object], acquire: Callable[[], object]) -> None:
         """Call `release` when the machine goes to another VMM, `acquire` when it becomes ours.

@@ -91,6 +91,7 @@ class Driver:
         self.features = features
         self.arena = Arena(0x1000, 512 << 10) if arena is None else arena
         self.outstanding: dict[int, Buffer] = {}
+        self._interrupts = True
         self.descriptor_area, self.driver_area, self.device_area = self._allocate_rings()
 
     def _allocate_rings(self) -> tuple[int, int, int]:
@@ -145,6 +146,30 @@ class Driver:
         for block in buffer.blocks:
             self.arena.free(block)
         return Used(head, length, bytes(data))
+
+    def reap(self) -> list[Used]:
+        """Take back what the device has used, oldest first.
+
+        With interrupts asked for, the next used buffer sends one: those that came before it was
+        asked for are taken too (2.7.14).
+
+        Raises:
+            DeviceRuleError: the device broke a rule.
+        """
+        reaped = self._take_used()
+        if self._interrupts:
+            self.enable_interrupts()
+            while more := self._take_used():
+                reaped += more
+                self.enable_interrupts()
+        return reaped
+
+    def _take_used(self) -> list[Used]:
+        raise NotImplementedError
+
+    def enable_interrupts(self) -> None:
+        """Ask for a notification of the next used buffer."""
+        raise NotImplementedError
 
     def require_indirect(self, indirect: bool) -> None:
         """Refuse to make an indirect buffer that was not negotiated."""

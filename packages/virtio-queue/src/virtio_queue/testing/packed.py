@@ -74,7 +74,6 @@ class PackedDriver(Driver):
         self.used_wrap = 1
         self._unkicked = 0
         self._held: tuple[int, int] | None = None
-        self._interrupts = True
 
     def _allocate_rings(self) -> tuple[int, int, int]:
         areas = (
@@ -167,12 +166,7 @@ class PackedDriver(Driver):
             passed += self.size
         return passed % (2 * self.size) < added
 
-    def reap(self) -> list[Used]:
-        """Take back what the device has used, oldest first.
-
-        Raises:
-            DeviceRuleError: the device broke a rule.
-        """
+    def _take_used(self) -> list[Used]:
         reaped: list[Used] = []
         while self.outstanding:
             base = self.descriptor_area + 16 * self.next_used
@@ -188,8 +182,6 @@ class PackedDriver(Driver):
                     room = sum(size for _, size in self.outstanding[first].writable)
                     reaped.append(self._reap_one(first, room))
             reaped.append(self._reap_one(head, length))
-        if self._interrupts:
-            self.enable_interrupts()
         return reaped
 
     def _reap_one(self, head: int, length: int) -> Used:

@@ -69,7 +69,6 @@ class SplitDriver(Driver):
         self.next_avail = 0
         self.published = 0
         self.last_used = 0
-        self._interrupts = True
 
     def _allocate_rings(self) -> tuple[int, int, int]:
         areas = (
@@ -157,12 +156,7 @@ class SplitDriver(Driver):
         event = self.load16(self.device_area + 4 + 8 * self.size)
         return (self.next_avail - event - 1) & _MASK < (self.next_avail - old) & _MASK
 
-    def reap(self) -> list[Used]:
-        """Take back what the device has used, oldest first.
-
-        Raises:
-            DeviceRuleError: the device broke a rule.
-        """
+    def _take_used(self) -> list[Used]:
         idx = self.load16(self.device_area + 2)
         ahead = (idx - self.last_used) & _MASK
         if ahead > len(self.outstanding):
@@ -174,8 +168,6 @@ class SplitDriver(Driver):
             if self.features & F_IN_ORDER:
                 reaped += self._reap_batch(head)
             reaped.append(self._reap_one(head, length))
-        if self._interrupts:
-            self.enable_interrupts()
         return reaped
 
     def _reap_batch(self, last: int) -> list[Used]:

@@ -12,23 +12,12 @@ import os
 import socket
 import stat
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import Final
 
-from vmm_reference.devices.net.features import MAX_FRAME
 from vmm_reference.errors import HostError
-from vmm_reference.loop import READ, WRITE
-
-from .readiness import Readiness
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from vmm_reference.loop import Loop
 
 __all__ = ["DatagramLink", "bind_unix"]
 
-_AWAY = (errno.ENOENT, errno.ECONNREFUSED, errno.ENOTCONN, errno.ECONNRESET, errno.EDESTADDRREQ)
-_MOST_PIECES = 1000
 _BUFFER = 4 << 20  # bytes in flight that the sender's socket may hold
 
 
@@ -36,12 +25,11 @@ class DatagramLink:
     """One end of the cable.
 
     Args:
-        loop: where `readable` and `writable` are called.
         path: of this end's socket, which is made and, at the end, removed.
         peer: of the other's.
 
     Attributes:
-        away: frames that found nobody at the other end.
+        fds: the socket's descriptor, non-blocking.
 
     Raises:
         HostError: the socket can't be made.
@@ -50,13 +38,11 @@ class DatagramLink:
     vnet_header = False
     offloads = 0
     queues = 1
+    kind: Final = "datagrams"
 
-    def __init__(self, loop: Loop, path: str, peer: str) -> None:
-        self.readable: Callable[[int], object] = lambda _: None
-        self.writable: Callable[[int], object] = lambda _: None
-        self.away = 0
-        self._path, self._peer = path, peer
-        self._buffer = memoryview(bytearray(MAX_FRAME))
+    def __init__(self, path: str, peer: str) -> None:
+        self.peer = peer
+        self._path = path
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
         try:
             bind_unix(self._socket, path)
@@ -64,58 +50,19 @@ class DatagramLink:
             self._socket.close()
             raise
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER)
-        self._readiness = Readiness(
-            loop, self._socket.fileno(), lambda: self.readable(0), lambda: self.writable(0)
-        )
+        self.fds = [self._socket.fileno()]
 
     def close(self) -> None:
         """Pull the cable."""
-        self._readiness.close()
         self._socket.close()
         with suppress(FileNotFoundError):
             os.unlink(self._path)  # noqa: PTH108
-
-    def send(self, queue: int, pieces: Sequence[bytes | memoryview]) -> bool:
-        """Send one frame; False if the other end has no room."""
-        if len(pieces) > _MOST_PIECES:
-            pieces = [b"".join(pieces)]
-        try:
-            self._send(pieces)
-        except BlockingIOError:
-            self._readiness.wait(WRITE)
-            return False
-        except OSError as error:
-            if error.errno not in _AWAY:
-                raise
-            self.away += 1
-        return True
-
-    def receive(self, queue: int) -> memoryview | None:
-        """The next frame."""
-        while True:
-            try:
-                return self._buffer[: self._socket.recv_into(self._buffer)]
-            except BlockingIOError:
-                self._readiness.wait(READ)
-                return None
-            except ConnectionError:  # the other end went; it may come again
-                continue
 
     def set_offloads(self, offloads: int) -> None:
         """Nothing is offered."""
 
     def set_queues(self, pairs: int) -> None:
         """There is one."""
-
-    def _send(self, pieces: Sequence[bytes | memoryview]) -> None:
-        try:
-            self._socket.sendmsg(pieces)
-        except OSError as error:
-            if error.errno not in _AWAY:
-                raise
-            # Connected, so that the kernel says when the other end has room.
-            self._socket.connect(self._peer)
-            self._socket.sendmsg(pieces)
 
 
 def bind_unix(socket_: socket.socket, path: str) -> None:

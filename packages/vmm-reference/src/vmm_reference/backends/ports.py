@@ -11,7 +11,7 @@ import socket
 import termios
 import tty
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from vmm_reference.errors import HostError
 from vmm_reference.loop import READ
@@ -25,13 +25,34 @@ if TYPE_CHECKING:
 
     from vmm_reference.loop import Loop
 
-__all__ = ["FilePort", "PtyPort", "SocketPort", "TtyPort"]
+__all__ = ["FilePort", "GuestSide", "PtyPort", "SocketPort", "TtyPort"]
 
 _HISTORY = 64 << 10  # bytes of output that somebody who connects late still gets
 
 
+class GuestSide(NamedTuple):
+    """What a port meets of the guest.
+
+    Attributes:
+        loop: where the port is served.
+        path: of what it is on the host, or of a link to make to it.
+        receive: takes what comes from the host; returns how much the guest took.
+        written: told how much of the guest's output is gone.
+        opened: told when a client comes and goes.
+    """
+
+    loop: Loop
+    path: str
+    receive: Callable[[bytes], int]
+    written: Callable[[int], None]
+    opened: Callable[[bool], None]
+
+
 class FilePort:
     """Output to a file, at its end; no input. A named pipe may stand in for a file.
+
+    Attributes:
+        output: what writes to it.
 
     Raises:
         HostError: the file can't be written.
@@ -39,27 +60,20 @@ class FilePort:
 
     is_open = True
 
-    def __init__(
-        self,
-        loop: Loop,
-        path: str,
-        receive: Callable[[bytes], int],
-        written: Callable[[int], None],
-        opened: Callable[[bool], None],
-    ) -> None:
+    def __init__(self, guest: GuestSide) -> None:
         # For reading too: a named pipe is opened without waiting for a reader.
         flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
-        self._fd = _open(path, flags)
-        self._output = StreamOutput(loop, self._fd, written)
-        self.send = self._output.send
+        self._fd = _open(guest.path, flags)
+        self.output = StreamOutput(guest.loop, self._fd, guest.written)
+        self.send = self.output.send
 
     def more(self) -> None:
         """There is no input."""
 
     def close(self) -> None:
         """Write what is left, and close the file."""
-        self._output.drain(1.0)
-        self._output.abandon()
+        self.output.drain(1.0)
+        self.output.abandon()
         os.close(self._fd)
 
 
@@ -68,6 +82,7 @@ class TtyPort:
 
     Attributes:
         size: columns and rows.
+        output: what writes to it.
 
     Raises:
         HostError: it can't be opened, or is no terminal.
@@ -75,14 +90,8 @@ class TtyPort:
 
     is_open = True
 
-    def __init__(
-        self,
-        loop: Loop,
-        path: str,
-        receive: Callable[[bytes], int],
-        written: Callable[[int], None],
-        opened: Callable[[bool], None],
-    ) -> None:
+    def __init__(self, guest: GuestSide) -> None:
+        path = guest.path
         self._fd = _open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
         try:
             self._mode = termios.tcgetattr(self._fd)
@@ -91,17 +100,20 @@ class TtyPort:
             raise HostError(f"tty {path}", "is no terminal", "use file: or socket:") from None
         self.size = tuple(os.get_terminal_size(self._fd))
         tty.setraw(self._fd, termios.TCSANOW)
-        self._output = StreamOutput(loop, self._fd, written)
+        self._serve(guest)
+
+    def _serve(self, guest: GuestSide) -> None:
+        self.output = StreamOutput(guest.loop, self._fd, guest.written)
         self._input_fd = os.dup(self._fd)  # the loop knows a descriptor once only
-        self._input = StreamInput(loop, self._input_fd, receive)
+        self._input = StreamInput(guest.loop, self._input_fd, guest.receive)
         self._input.start()
-        self.send, self.more = self._output.send, self._input.more
+        self.send, self.more = self.output.send, self._input.more
 
     def close(self) -> None:
         """Give the terminal back as it was."""
         self._input.stop()
-        self._output.drain(1.0)
-        self._output.abandon()
+        self.output.drain(1.0)
+        self.output.abandon()
         with suppress(termios.error):
             termios.tcsetattr(self._fd, termios.TCSANOW, self._mode)
         os.close(self._input_fd)
@@ -109,30 +121,17 @@ class TtyPort:
 
 
 class PtyPort(TtyPort):
-    """A terminal of its own, for `screen` and its like.
-
-    Args:
-        loop: where it is served.
-        path: of a symbolic link to make to it, or nothing.
-        receive: takes what is typed.
-        written: told how much of the output is gone.
-        opened: never called.
+    """A terminal of its own, for `screen` and its like; the path is of a link to it, or empty.
 
     Attributes:
         path: of the terminal.
     """
 
-    def __init__(
-        self,
-        loop: Loop,
-        path: str,
-        receive: Callable[[bytes], int],
-        written: Callable[[int], None],
-        opened: Callable[[bool], None],
-    ) -> None:
+    def __init__(self, guest: GuestSide) -> None:
         # This end keeps the other open, so that a program that leaves hangs up nothing.
         master, self._slave = os.openpty()
         os.set_blocking(master, False)
+        path = guest.path
         self._fd, self._link = master, path
         self.path = os.ttyname(self._slave)
         tty.setraw(self._slave, termios.TCSANOW)
@@ -145,16 +144,12 @@ class PtyPort(TtyPort):
                 cause = error.strerror or str(error)
                 raise HostError(f"pty {path}", cause, "choose another path") from None
         self.size = (0, 0)
-        self._output = StreamOutput(loop, self._fd, written)
-        self._input_fd = os.dup(master)
-        self._input = StreamInput(loop, self._input_fd, receive)
-        self._input.start()
-        self.send, self.more = self._output.send, self._input.more
+        self._serve(guest)
 
     def close(self) -> None:
         """The terminal is gone, and the link to it."""
         self._input.stop()
-        self._output.abandon()
+        self.output.abandon()
         for fd in (self._input_fd, self._fd, self._slave):
             os.close(fd)
         if self._link:
@@ -167,29 +162,18 @@ class SocketPort:
 
     The end of what was sent while nobody was there is kept for who comes next.
 
-    Args:
-        loop: where it is served.
-        path: of the socket, which is made and, at the end, removed.
-        receive: takes what the client sends.
-        written: told how much of the output is gone.
-        opened: told when a client comes and goes.
+    Attributes:
+        output: nobody may write past what is kept.
 
     Raises:
         HostError: the socket can't be made.
     """
 
     is_open = False
+    output = None
 
-    def __init__(
-        self,
-        loop: Loop,
-        path: str,
-        receive: Callable[[bytes], int],
-        written: Callable[[int], None],
-        opened: Callable[[bool], None],
-    ) -> None:
-        self._loop, self._path = loop, path
-        self._receive, self._written, self._opened = receive, written, opened
+    def __init__(self, guest: GuestSide) -> None:
+        self._loop, self._path, self._receive, self._written, self._opened = guest
         self._history = bytearray()
         self._client: socket.socket | None = None
         self._output: StreamOutput | None = None
@@ -197,12 +181,12 @@ class SocketPort:
         self._duplicate = -1
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
-            bind_unix(self._listener, path)
+            bind_unix(self._listener, self._path)
         except BaseException:
             self._listener.close()
             raise
         self._listener.listen(1)
-        self._readiness = Readiness(loop, self._listener.fileno(), self._accept)
+        self._readiness = Readiness(self._loop, self._listener.fileno(), self._accept)
         self._readiness.wait(READ)
 
     def send(self, data: bytes) -> None:

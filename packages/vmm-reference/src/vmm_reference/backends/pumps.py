@@ -2,80 +2,129 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from vmm_reference.devices.offload import PumpServer
 
-from virtio_queue.pump_net import NetPump
-
+TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
+    from typing import Literal
 
-    from virtio_queue import Queue
+    from virtio_queue import NetPump, OutputPump, Queue
     from vm_memory import GuestMemory
-    from vmm_reference.slots import VirtioSlot
+    from vmm_reference.backends.stream import StreamOutput
+    from vmm_reference.devices import limiter
+    from vmm_reference.devices.net.control import Control
 
-__all__ = ["TapPump"]
+__all__ = ["Limits", "LinkPump", "PortPump"]
 
 
-class TapPump:
-    """Moves frames between a pair of queues and a queue of a tap.
+class Limits:
+    """What pumps may do, as the owner of a machine gives it.
+
+    Attributes:
+        limiter: for the pumps.
+    """
+
+    def __init__(self) -> None:
+        from virtio_queue.pump_limit import Limiter
+
+        self.limiter = Limiter()
+        self._buckets: dict[str, limiter.TokenBucket | None] = {"bandwidth": None, "ops": None}
+
+    def set(self, buckets: Mapping[str, limiter.TokenBucket | None]) -> None:
+        """Have other buckets, by `bandwidth` and `ops`; None lifts a limit."""
+        from virtio_queue.pump_limit import TokenBucket
+
+        self._buckets |= buckets
+        bandwidth, operations = (
+            None
+            if (bucket := self._buckets[name]) is None
+            else TokenBucket(bucket.size, bucket.refill_time, bucket.one_time_burst)
+            for name in ("bandwidth", "ops")
+        )
+        self.limiter.set(bandwidth, operations)
+
+
+class LinkPump(PumpServer):
+    """Moves frames between a pair of queues and a queue of a link.
 
     Args:
         memory: the guest's.
-        fd: of the tap's queue.
-
-    Attributes:
-        features: all that there are.
-        attention: readable when `attend` is to be called.
-        pump: the thread.
+        fd: of the link's queue.
+        kind: of the link.
+        peer: path of the other end of datagrams.
 
     Raises:
         PumpError: the host has no more descriptors.
     """
 
-    features = -1
+    pump: NetPump
 
-    def __init__(self, memory: GuestMemory, fd: int) -> None:
-        self._memory = memory
-        self.pump = NetPump(fd)
-        self.attention = self.pump.attention
+    def __init__(
+        self,
+        memory: GuestMemory,
+        fd: int,
+        kind: Literal["tap", "datagrams", "stream"] = "tap",
+        peer: str = "",
+    ) -> None:
+        from virtio_queue import NetPump
 
-    def connect(self, slot: VirtioSlot, numbers: Sequence[int]) -> None:
-        """Have the kicks of these queues, and send their interrupts."""
-        self.pump.wire(
-            [slot.take_kick(number) for number in numbers],
-            [slot.pump_call(number) for number in numbers],
-            slot.interrupt_word,
-        )
+        super().__init__(memory, NetPump(fd, kind, peer))
 
-    def start(self, features: int, queues: Sequence[Queue]) -> None:
-        """Serve the queues from where they are.
-
-        Raises:
-            PumpError: the host can't start a thread.
-        """
+    def _start(self, features: int, queues: Sequence[Queue]) -> None:
         self.pump.start(self._memory, queues, features)
-
-    def stop(self) -> None:
-        """Touch the queues no more."""
-        self.pump.stop()
 
     def forget(self) -> None:
         """Drop a frame that waits for the driver's buffers."""
         self.pump.forget()
 
-    def attend(self) -> None:
-        """Raise what went wrong.
+    def filter(self, control: Control | None) -> None:
+        """Give the guest what it wants by its control queue; None for all there is."""
+        if control is None:
+            self.pump.clear_filter()
+            return
+        self.pump.set_filter(
+            control.mac,
+            modes=control.modes,
+            unicast=control.unicast,
+            multicast=control.multicast,
+            vlans=control.vlans,
+        )
 
-        Raises:
-            ChainError: the driver broke a ring; the pump has stopped.
-        """
-        self.pump.take()
+    def limit(self, receive: Limits, send: Limits) -> None:
+        """Have these limits, as they are now and after each change of them."""
+        self.pump.limit(receive.limiter, send.limiter)
 
-    def metrics(self) -> dict[str, int]:
-        """What the pump counts."""
-        return self.pump.counters
 
-    def close(self) -> None:
-        """Give the thread's descriptors back."""
+WINDOW = 256 << 10  # of an output pump, in bytes
+
+
+class PortPump(PumpServer):
+    """Writes what a guest puts into a port's queue.
+
+    Args:
+        memory: the guest's.
+        output: of the port, which has what is left over whenever the pump does not run.
+        lossy: drop what finds no room.
+
+    Raises:
+        PumpError: the host has no more descriptors.
+    """
+
+    pump: OutputPump
+
+    def __init__(self, memory: GuestMemory, output: StreamOutput, *, lossy: bool) -> None:
+        from virtio_queue import OutputPump
+
+        super().__init__(memory, OutputPump(output.fd, lossy=lossy))
+        self._output = output
+
+    def _start(self, features: int, queues: Sequence[Queue]) -> None:
+        self.pump.fill_window(self._output.take(WINDOW))
+        self.pump.start(self._memory, queues)
+
+    def stop(self) -> None:
+        """Touch the queue no more; what is taken and not written is the port's."""
         self.pump.stop()
-        del self.pump
+        if left := self.pump.take_window():
+            self._output.send(left)

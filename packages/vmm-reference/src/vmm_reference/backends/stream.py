@@ -34,11 +34,16 @@ class StreamOutput:
         loop: where the writing happens.
         fd: the descriptor; it stays open and its flags stay as they are.
         written: called on the loop's thread with the number of bytes that left, written or dropped.
+
+    Attributes:
+        fd: the descriptor.
+        dropped: bytes that could not be written because the other end is gone.
+        broken: why that is, or None.
     """
 
     def __init__(self, loop: Loop, fd: int, written: Callable[[int], None]) -> None:
         self._loop = loop
-        self._fd = fd
+        self.fd = fd
         self._written = written
         self._lock = threading.Lock()
         self._pending = bytearray()
@@ -46,7 +51,7 @@ class StreamOutput:
         self._waiting = False
         self._poll = select.poll()
         self._poll.register(fd, select.POLLOUT)
-        self.dropped = 0  # bytes that could not be written because the other end is gone
+        self.dropped = 0
         self.broken: OSError | None = None
 
     def send(self, data: bytes) -> None:
@@ -58,6 +63,15 @@ class StreamOutput:
             self._scheduled = True
         self._loop.call_soon(self._gather)
 
+    def take(self, most: int) -> bytes:
+        """Have bytes that are queued: who writes to the descriptor now sends them first."""
+        with self._lock:
+            data = bytes(self._pending[:most])
+            del self._pending[:most]
+        if data:
+            self._written(len(data))
+        return data
+
     def drain(self, seconds: float) -> None:
         """Write what is left, waiting at most `seconds` for room. After the loop has stopped."""
         while self._pending and self.broken is None and self._poll.poll(seconds * 1000):
@@ -68,7 +82,7 @@ class StreamOutput:
     def close(self) -> None:
         """Write what the descriptor takes at once, and drop the rest. On the loop's thread."""
         if self._waiting:
-            self._loop.remove(self._fd)
+            self._loop.remove(self.fd)
             self._waiting = False
         self.drain(0)
 
@@ -76,7 +90,7 @@ class StreamOutput:
         """Write nothing more: what is pending is dropped. On the loop's thread."""
         self.broken = self.broken or BrokenPipeError()
         if self._waiting:
-            self._loop.remove(self._fd)
+            self._loop.remove(self.fd)
             self._waiting = False
         with self._lock:
             count = len(self._pending)
@@ -101,27 +115,26 @@ class StreamOutput:
 
     def _wait(self) -> None:
         self._waiting = True
-        self._loop.add(self._fd, WRITE, self._ready)
+        self._loop.add(self.fd, WRITE, self._ready)
 
     def _ready(self, _events: int) -> None:
-        self._loop.remove(self._fd)
+        self._loop.remove(self.fd)
         self._waiting = False
         self._flush()
 
     def _write(self) -> None:
-        with self._lock:
+        with self._lock:  # which the descriptor does not hold: it has room
             data = bytes(self._pending[:_CHUNK])
-        count = len(data)
-        if self.broken is None:
-            try:
-                count = os.write(self._fd, data)
-            except BlockingIOError:
-                return
-            except OSError as error:  # nobody reads any more; the guest runs on regardless
-                self.broken = error
-        if self.broken is not None:
-            self.dropped += count
-        with self._lock:
+            count = len(data)
+            if self.broken is None:
+                try:
+                    count = os.write(self.fd, data)
+                except BlockingIOError:
+                    return
+                except OSError as error:  # nobody reads any more; the guest runs on regardless
+                    self.broken = error
+            if self.broken is not None:
+                self.dropped += count
             del self._pending[:count]
         self._written(count)
 

@@ -11,9 +11,8 @@ import fcntl
 import os
 import socket
 from contextlib import ExitStack
-from functools import partial
 from struct import pack
-from typing import TYPE_CHECKING
+from typing import Final
 
 from vmm_reference.devices.net.features import (
     F_GUEST_CSUM,
@@ -24,17 +23,8 @@ from vmm_reference.devices.net.features import (
     GUEST_OFFLOADS,
     HEADER,
     HOST_OFFLOADS,
-    MAX_FRAME,
 )
 from vmm_reference.errors import HostError
-from vmm_reference.loop import READ, WRITE
-
-from .readiness import Readiness
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from vmm_reference.loop import Loop
 
 __all__ = ["Tap"]
 
@@ -49,33 +39,30 @@ _TUN_F = {
     F_GUEST_UFO: 0x10,
 }  # fmt: skip
 _IFNAMSIZ = 16
-_MOST_PIECES = 1000  # of a frame; the kernel takes IOV_MAX, 1024
 
 
 class Tap:
     """One interface, with one or several queues.
 
     Args:
-        loop: where `readable` and `writable` are called, with the queue's number.
         name: of an interface that is there.
         queues: how many to use.
 
     Attributes:
-        fds: a descriptor for each queue.
+        fds: a descriptor for each queue, non-blocking.
 
     Raises:
         HostError: there is no such interface, or it can't be had.
     """
 
     vnet_header = True
+    kind: Final = "tap"
+    peer = ""
 
-    def __init__(self, loop: Loop, name: str, queues: int = 1) -> None:
-        self.readable: Callable[[int], object] = lambda _: None
-        self.writable: Callable[[int], object] = lambda _: None
+    def __init__(self, name: str, queues: int = 1) -> None:
         self.queues = queues
         self.offloads = HOST_OFFLOADS | GUEST_OFFLOADS
         self._attached = queues
-        self._buffer = memoryview(bytearray(HEADER.size + MAX_FRAME))
         many = " multi_queue" if queues > 1 else ""
         hint = f"make it with: ip tuntap add dev {name} mode tap vnet_hdr{many} user $USER"
         try:
@@ -96,41 +83,11 @@ class Tap:
                 self.set_offloads(GUEST_OFFLOADS)
             except OSError:  # kernels since 5.x may be without UFO
                 self.offloads &= ~F_GUEST_UFO
-            self._readiness = []
-            for number, fd in enumerate(self.fds):
-                readiness = Readiness(
-                    loop,
-                    fd,
-                    partial(self._ready, READ, number),
-                    partial(self._ready, WRITE, number),
-                )
-                self._readiness.append(readiness)
-                stack.callback(readiness.close)
             self._resources = stack.pop_all()
 
     def close(self) -> None:
         """Let go of the interface; what made it is the host's own."""
         self._resources.close()
-
-    def send(self, queue: int, pieces: Sequence[bytes | memoryview]) -> bool:
-        """Send one frame with its header; False if there is no room."""
-        if len(pieces) > _MOST_PIECES:
-            pieces = [b"".join(pieces)]
-        try:
-            os.writev(self.fds[queue], pieces)
-        except BlockingIOError:
-            self._readiness[queue].wait(WRITE)
-            return False
-        return True
-
-    def receive(self, queue: int) -> memoryview | None:
-        """The next frame with its header."""
-        try:
-            length = os.readv(self.fds[queue], [self._buffer])
-        except BlockingIOError:
-            self._readiness[queue].wait(READ)
-            return None
-        return self._buffer[:length]
 
     def set_offloads(self, offloads: int) -> None:
         """Give frames with missing checksums, or larger than the MTU, to a guest that can."""
@@ -147,9 +104,6 @@ class Tap:
                 flag = _IFF_ATTACH_QUEUE if number < pairs else _IFF_DETACH_QUEUE
                 fcntl.ioctl(fd, _TUNSETQUEUE, _request("", flag))
         self._attached = pairs
-
-    def _ready(self, event: int, queue: int) -> None:
-        (self.readable if event == READ else self.writable)(queue)
 
     def _attach(self, fd: int, name: str) -> None:
         flags = _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR

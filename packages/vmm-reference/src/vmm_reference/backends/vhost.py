@@ -1,8 +1,8 @@
 """Devices of the host's kernel that serve a guest's queues themselves: <linux/vhost.h>.
 
 The kernel reads and writes the guest's memory directly, woken by the guest's kicks and raising its
-interrupts, without this process. It tells by a bitmap which pages it has written; when it stops,
-they count as written like any other.
+interrupts, without this process. While it is asked to, it tells by a bitmap which pages it has
+written; when it stops, they count as written like any other.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from vm_memory import GuestAddress
 from vmm_reference.errors import HostError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
-    from virtio_queue import Queue
+    from virtio_queue import Queue, VirtioDevice
     from vm_memory import GuestMemory
     from vmm_reference.slots import VirtioSlot
+    from vmm_reference.wiring import Wiring
 
 __all__ = ["VhostNet", "VhostQueues", "VhostVsock"]
 
@@ -49,12 +50,14 @@ class VhostQueues:
 
     Attributes:
         features: feature bits that the kernel works with.
+        together: it has both queues or none.
         attention: it asks for none.
 
     Raises:
         HostError: the host has no such device, or this user may not use it.
     """
 
+    together = True
     attention = -1
 
     def __init__(self, path: str, memory: GuestMemory) -> None:
@@ -65,6 +68,8 @@ class VhostQueues:
         self._kicks: Sequence[int] = ()
         self._calls: Sequence[int] = ()
         self._queues: Sequence[Queue] = ()
+        self._accepted = 0
+        self._logging = False
         end = max(int(region.guest_address) + region.size for region in memory.regions)
         self._log = mmap.mmap(-1, -(-end // _LOG_PAGE // 64 + 1) * 8 + 8)
 
@@ -88,15 +93,15 @@ class VhostQueues:
         self.stop()
         os.close(self.fd)
 
-    def start(self, features: int, queues: Sequence[Queue]) -> None:
-        """Serve the queues from where they are.
+    def start(self, features: int, queues: Mapping[int, Queue]) -> None:
+        """Serve both queues from where they are.
 
         Raises:
             OSError: the kernel refuses.
         """
         memory = self._memory
-        accepted = (features & self.features) | _F_LOG_ALL
-        fcntl.ioctl(self.fd, _SET_FEATURES, pack("<Q", accepted))
+        self._accepted = features & self.features
+        self._set_features()
         regions = [
             pack("<QQQQ", int(region.guest_address), region.size, region.host_address, 0)
             for region in memory.regions
@@ -105,19 +110,40 @@ class VhostQueues:
         fcntl.ioctl(self.fd, _SET_MEM_TABLE, table)
         place = addressof(c_char.from_buffer(self._log))
         fcntl.ioctl(self.fd, _SET_LOG_BASE, pack("<Q", place))
-        self._queues = queues
-        for index, queue in enumerate(queues):
+        self._queues = tuple(queues.values())
+        for index, queue in enumerate(self._queues):
             fcntl.ioctl(self.fd, _SET_VRING_NUM, pack("<II", index, queue.size))
             fcntl.ioctl(self.fd, _SET_VRING_BASE, pack("<II", index, queue.save().next_avail))
-            areas = (queue.descriptor_area, queue.device_area, queue.driver_area)
-            hosts = [self._host_address(area) for area in areas]
-            address = pack("<IIQQQQ", index, _VRING_F_LOG, *hosts, queue.device_area)
-            fcntl.ioctl(self.fd, _SET_VRING_ADDR, address)
+            self._set_addresses(index, queue)
             fcntl.ioctl(self.fd, _SET_VRING_CALL, pack("<Ii", index, self._calls[index]))
             fcntl.ioctl(self.fd, _SET_VRING_KICK, pack("<Ii", index, self._kicks[index]))
         self._run(on=True)
         for kick in self._kicks:  # one that came before is in no state
             os.eventfd_write(kick, 1)
+
+    def follow(self, device: VirtioDevice, wiring: Wiring) -> None:
+        """Note the pages that are written while the machine wants to know: each costs a look-up."""
+
+        def log(on: bool) -> None:
+            with device.lock:
+                self._logging = on
+                if self._queues:
+                    self._set_features()
+                    for index, queue in enumerate(self._queues):
+                        self._set_addresses(index, queue)
+
+        wiring.on_dirty_log(log)
+
+    def _set_features(self) -> None:
+        features = self._accepted | (_F_LOG_ALL if self._logging else 0)
+        fcntl.ioctl(self.fd, _SET_FEATURES, pack("<Q", features))
+
+    def _set_addresses(self, index: int, queue: Queue) -> None:
+        areas = (queue.descriptor_area, queue.device_area, queue.driver_area)
+        hosts = [self._host_address(area) for area in areas]
+        flags = _VRING_F_LOG if self._logging else 0
+        address = pack("<IIQQQQ", index, flags, *hosts, queue.device_area)
+        fcntl.ioctl(self.fd, _SET_VRING_ADDR, address)
 
     def stop(self) -> None:
         """Touch the queues no more; each is where the kernel left it."""

@@ -137,13 +137,8 @@ class MemoryDevice:
             ChainError: the driver broke the ring.
         """
         memory, queue = self._memory, self._queue
-        if memory is None or queue is None or queue_index != 0:
-            return
-        for chain in queue.in_flight:  # only where a state with unfinished requests was restored
-            queue.add_used(memory, chain.head, self._serve(chain, memory))
-        for chain in queue.chains(memory):
-            queue.add_used(memory, chain.head, self._serve(chain, memory))
-        self.unfinished = queue.enable_notifications(memory)
+        if memory is not None and queue is not None and queue_index == 0:
+            self.unfinished = queue.serve(memory, lambda chain: self._serve(chain, memory))
 
     def _serve(self, chain: DescriptorChain, memory: GuestMemory) -> int:
         reader, writer = chain.reader(memory), chain.writer(memory)

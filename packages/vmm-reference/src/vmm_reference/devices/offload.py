@@ -7,36 +7,43 @@ driver does, from DRIVER_OK to the reset, and stands still with the machine.
 from __future__ import annotations
 
 from functools import reduce
-from typing import TYPE_CHECKING, Protocol
 
 from virtio_queue.errors import ActivationError
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
+    from typing import Protocol
 
     from virtio_queue import Queue
+    from virtio_queue.pump import Pump
+    from vm_memory import GuestMemory
     from vmm_reference.slots import VirtioSlot
     from vmm_reference.wiring import Wiring
+else:
+    Protocol = object
 
-__all__ = ["Offload", "Server"]
+__all__ = ["Offload", "PumpServer", "Server"]
 
 
 class Server(Protocol):
-    """Who serves queues; see `vmm_reference.backends.vhost` and `vmm_reference.backends.pumps`.
+    """Who serves queues: a `PumpServer`, or one of `vmm_reference.backends.vhost`.
 
     Attributes:
         features: the feature bits of queues that it can work with.
+        together: whether all its queues have to be ready before it serves one.
         attention: readable when `attend` is to be called, or -1.
     """
 
     features: int
+    together: bool
     attention: int
 
     def connect(self, slot: VirtioSlot, numbers: Sequence[int]) -> None:
         """Have the kicks of these queues, and send their interrupts."""
 
-    def start(self, features: int, queues: Sequence[Queue]) -> None:
-        """Serve the queues from where they are.
+    def start(self, features: int, queues: Mapping[int, Queue]) -> None:
+        """Serve queues, by their numbers, from where they are.
 
         Raises:
             OSError: it can't.
@@ -57,6 +64,77 @@ class Server(Protocol):
 
     def metrics(self) -> dict[str, int]:
         """What is counted there."""
+
+
+class PumpServer:
+    """A thread of C that serves queues; each kind of device has its own.
+
+    Args:
+        memory: the guest's.
+        pump: the thread.
+
+    Attributes:
+        features: all that there are.
+        together: whether all its queues have to be ready before it serves one.
+        attention: readable when `attend` is to be called.
+    """
+
+    features = -1
+    together = True
+
+    def __init__(self, memory: GuestMemory, pump: Pump) -> None:
+        self._memory = memory
+        self.pump = pump
+        self.attention = pump.attention
+        self._slot: VirtioSlot | None = None
+
+    def connect(self, slot: VirtioSlot, numbers: Sequence[int]) -> None:
+        """Have the kicks of these queues, and send their interrupts."""
+        self._slot = slot
+        for number in numbers:
+            slot.take_kick(number)
+
+    def start(self, features: int, queues: Mapping[int, Queue]) -> None:
+        """Serve queues, by their numbers, from where they are.
+
+        Raises:
+            PumpError: the host can't start a thread.
+        """
+        slot = self._slot
+        assert slot is not None
+        self.pump.wire(
+            [slot.kicks[number] for number in queues],
+            [slot.pump_call(number) for number in queues],
+            slot.interrupt_word,
+        )
+        self._start(features, tuple(queues.values()))
+
+    def _start(self, features: int, queues: Sequence[Queue]) -> None:
+        raise NotImplementedError
+
+    def stop(self) -> None:
+        """Touch the queues no more."""
+        self.pump.stop()
+
+    def forget(self) -> None:
+        """Nothing is kept."""
+
+    def attend(self) -> None:
+        """Raise what went wrong.
+
+        Raises:
+            ChainError: the driver broke a ring; the pump has stopped.
+        """
+        self.pump.take()
+
+    def metrics(self) -> dict[str, int]:
+        """What the pump counts."""
+        return self.pump.counters
+
+    def close(self) -> None:
+        """Give the thread's descriptors back."""
+        self.pump.stop()
+        del self.pump
 
 
 class Offload:
@@ -136,10 +214,10 @@ class Offload:
             return
         features, queues = self._driver
         for server, numbers in self._servers:
-            its = [queues[number] for number in numbers]
-            if all(queue.ready for queue in its):
+            ready = {number: queues[number] for number in numbers if queues[number].ready}
+            if len(ready) == len(numbers) or (ready and not server.together):
                 self._running.append(server)
-                server.start(features, its)
+                server.start(features, ready)
 
     def stop(self) -> None:
         """Have them stop; the queues are where they were left."""

@@ -60,7 +60,6 @@ class PciSlot(VirtioSlot):
         model: of the device.
         bus: where it is plugged in, as `number`.
         routes: where its messages go.
-        listens: whether the loop serves kicks, rather than somebody who has taken the eventfds.
         placed: whether its BAR has an address from the start, as firmware would leave it.
     """
 
@@ -75,7 +74,6 @@ class PciSlot(VirtioSlot):
         routes: MsiRoutes,
         *,
         placed: bool,
-        listens: bool = True,
     ) -> None:
         self._bus = bus
         self.number = number
@@ -85,7 +83,7 @@ class PciSlot(VirtioSlot):
         self._intx_pending = False
         self._intx_lock = threading.Lock()
         device = VirtioDevice(model, wiring.memory, _never)
-        super().__init__(wiring, device, listens=listens)
+        super().__init__(wiring, device)
         vectors = min(len(device.queues) + 1, _MAX_VECTORS)
         self.msix = Msix(vectors, routes, wiring.vm.irqfd, wiring.vm.irqfd_deassign, self.eventfd)
         wiring.on_close(self.msix.close)

@@ -8,7 +8,7 @@ pause or another image, and told when the driver changes the cache mode.
 from __future__ import annotations
 
 from virtio_queue.pump_block import BlockPump
-from vmm_reference.loop import READ
+from vmm_reference.devices.offload import Offload, PumpServer
 
 from .model import (
     MAX_DATA,
@@ -22,17 +22,47 @@ from .model import (
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from typing import Literal
 
-    from virtio_queue import Queue
+    from virtio_queue import DescriptorChain, Queue
     from vm_memory import GuestMemory
     from vmm_reference.backends.file import FileBackend
+    from vmm_reference.backends.pumps import Limits
     from vmm_reference.devices.limiter import TokenBucket
-    from vmm_reference.slots import VirtioSlot
-    from vmm_reference.wiring import Wiring
 
 __all__ = ["PumpedBlock"]
+
+
+class DrivePump(PumpServer):
+    """Serves the request queues of a disk, as many as are ready.
+
+    Args:
+        memory: the guest's.
+        pump: the thread, with the image.
+        answer: carries out a request that the pump does not know, and returns what it has written.
+    """
+
+    pump: BlockPump
+    together = False
+
+    def __init__(
+        self, memory: GuestMemory, pump: BlockPump, answer: Callable[[DescriptorChain], int]
+    ) -> None:
+        super().__init__(memory, pump)
+        self._answer = answer
+
+    def _start(self, features: int, queues: Sequence[Queue]) -> None:
+        self.pump.start(self._memory, queues, features)
+
+    def attend(self) -> None:
+        """Answer what is left to Python.
+
+        Raises:
+            ChainError: a chain that can't be answered; the pump has stopped.
+        """
+        for index, chain in self.pump.take():
+            self.pump.complete(index, chain.head, self._answer(chain))
 
 
 class PumpedBlock(Block):
@@ -41,8 +71,12 @@ class PumpedBlock(Block):
     Args:
         backend: the image.
         engine: `sync` for one system call after the other, `io_uring` for many at once.
+        memory: the guest's.
         serial: as for `Block`.
         queues: as for `Block`.
+
+    Attributes:
+        offload: to be plugged in before a driver can come.
 
     Raises:
         PumpError: the host lacks the engine.
@@ -52,12 +86,13 @@ class PumpedBlock(Block):
         self,
         backend: FileBackend,
         engine: Literal["sync", "io_uring"],
+        memory: GuestMemory,
         *,
         serial: str = "",
         queues: int = 1,
     ) -> None:
         super().__init__(backend, serial=serial, queues=queues)
-        self.pump = BlockPump(
+        pump = BlockPump(
             backend.fileno(),
             sectors=backend.size // SECTOR,
             read_only=backend.read_only,
@@ -67,47 +102,22 @@ class PumpedBlock(Block):
             max_discard=(MAX_DISCARD_SECTORS, MAX_DISCARD_SEGMENTS),
             max_write_zeroes=(MAX_ZEROES_SECTORS, MAX_ZEROES_SEGMENTS),
         )
-        self._slot: VirtioSlot | None = None
-        self._limits: dict[str, TokenBucket | None] = {"bandwidth": None, "ops": None}
-        self._held = True  # until the machine starts, and while it is paused
-
-    def plug_in(self, slot: VirtioSlot, wiring: Wiring) -> None:
-        """Take kicks and interrupts from here; before a driver can come."""
-        self._slot = slot
-        device = slot.device
-
-        def attend(_events: int) -> None:
-            device.process(0)
-
-        def halt() -> None:
-            with device.lock:
-                self._held = True
-                self.pump.stop()
-
-        def go() -> None:
-            with device.lock:
-                self._held = False
-                if device.active:
-                    self.go()
-
-        def free() -> None:
-            del self.pump  # and with it its descriptors, at once
-
-        wiring.on_close(free)
-        wiring.loop.add(self.pump.attention, READ, attend)
-        wiring.on_close(lambda: wiring.loop.remove(self.pump.attention))
-        wiring.on_close(halt)
-        wiring.on_pause(halt, go)
-        wiring.on_start(go)
+        self.server = DrivePump(memory, pump, self._answer)
+        self.offload = Offload("the pump", [(self.server, range(queues))])
+        self._limits: Limits | None = None  # unlimited
 
     def activate(self, memory: GuestMemory, driver_features: int, queues: Sequence[Queue]) -> None:
-        """The driver is ready, and so is the pump."""
+        """The driver is ready, and so is the pump.
+
+        Raises:
+            ActivationError: the host can't start a thread.
+        """
         super().activate(memory, driver_features, queues)
-        self.go()
+        self.offload.activate(driver_features, queues)
 
     def reset(self) -> None:
         """Forget the driver, when the host has finished what it works on."""
-        self.pump.stop()
+        self.offload.reset()
         super().reset()
 
     def process(self, queue_index: int) -> None:
@@ -116,57 +126,39 @@ class PumpedBlock(Block):
         Raises:
             ChainError: a chain that can't be answered; the pump has stopped.
         """
-        if self._memory is None:
-            return
-        for index, chain in self.pump.take():
-            self.pump.complete(index, chain.head, self._serve(chain, self._memory))
+        if self._memory is not None:
+            self.offload.attend(queue_index)
 
-    def go(self) -> None:
-        """Serve the queues of a driver that is ready. Under the device's lock."""
-        ready = [number for number, queue in enumerate(self._queues) if queue.ready]
-        slot = self._slot
-        if self._memory is None or slot is None or not ready or self._held or self.pump.running:
-            return
-        self._settle_cache_mode()
-        self.pump.wire(
-            [slot.kicks[number] for number in ready],
-            [slot.pump_call(number) for number in ready],
-            slot.interrupt_word,
-        )
-        self.pump.start(self._memory, [self._queues[number] for number in ready], self._features)
+    def _answer(self, chain: DescriptorChain) -> int:
+        assert self._memory is not None
+        return self._serve(chain, self._memory)
 
     def exchange(self, backend: FileBackend) -> None:  # type: ignore[override]
         """Go on with another image."""
-        was_running = self.pump.running
-        self.pump.stop()
+        pump = self.server.pump
+        self.offload.stop()
         try:
             super().exchange(backend)
-            self.pump.set_file(backend.fileno())
-            self.pump.sectors = self._sectors
+            pump.set_file(backend.fileno())
+            pump.sectors = self._sectors
         finally:
-            if was_running:
-                self.go()
+            self.offload.go_on()
 
     def limit(self, buckets: Mapping[str, TokenBucket | None]) -> None:
         """Have other limits from now on; the device is locked."""
-        from virtio_queue import pump_limit
+        pump = self.server.pump
+        if self._limits is None:
+            from vmm_reference.backends.pumps import Limits
 
-        self._limits |= buckets
-        bandwidth, operations = (
-            None
-            if (bucket := self._limits[name]) is None
-            else pump_limit.TokenBucket(bucket.size, bucket.refill_time, bucket.one_time_burst)
-            for name in ("bandwidth", "ops")
-        )
-        if self.pump.limiter is None:
-            self.pump.limiter = pump_limit.Limiter()
-        self.pump.limiter.set(bandwidth, operations)
-        self.pump.nudge()
+            self._limits = Limits()
+            pump.limiter = self._limits.limiter
+        self._limits.set(buckets)
+        pump.nudge()
 
     def metrics(self) -> dict[str, int]:
         """What the pump did, and what it left to Python."""
-        return {**self.pump.counters, **super().metrics()}
+        return {**self.offload.metrics(), **super().metrics()}
 
     def _settle_cache_mode(self) -> None:
         super()._settle_cache_mode()
-        self.pump.writeback = self._writeback
+        self.server.pump.writeback = self._writeback

@@ -144,7 +144,9 @@ def _by_pump(config: Drive, wiring: Wiring, backend: FileBackend) -> tuple[Block
 
     engine: Literal["sync", "io_uring"] = "io_uring" if config.engine == "io_uring" else "sync"
     try:
-        block = PumpedBlock(backend, engine, serial=config.serial, queues=config.queues)
+        block = PumpedBlock(
+            backend, engine, wiring.memory, serial=config.serial, queues=config.queues
+        )
     except PumpError as error:
         hint = f"{error.hint}, or allow it to this process"
         raise HostError(f"drive {config.path}", error.strerror, hint) from error
@@ -152,6 +154,7 @@ def _by_pump(config: Drive, wiring: Wiring, backend: FileBackend) -> tuple[Block
         from vmm_reference.devices.limiter import parse_bucket
 
         block.limit({"bandwidth": parse_bucket(config.bandwidth), "ops": parse_bucket(config.ops)})
-    slot = wiring.virtio(block, listens=False)
-    block.plug_in(slot, wiring)
+    wiring.on_close(block.server.close)
+    slot = wiring.virtio(block)
+    block.offload.plug_in(slot, wiring)
     return block, slot.device

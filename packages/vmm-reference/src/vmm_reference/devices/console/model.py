@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from vm_memory import GuestMemory
     from vmm_reference.devices.states import ConsoleState
 
-__all__ = ["MAX_PORTS", "WINDOW", "Console", "PortSpec"]
+__all__ = ["MAX_PORTS", "WINDOW", "Console", "PortSpec", "transmit_queue"]
 
 # Feature masks, 5.3.3
 F_SIZE, F_MULTIPORT, F_EMERG_WRITE = 1 << 0, 1 << 1, 1 << 2
@@ -143,18 +143,20 @@ class Console:
         """The driver is ready."""
         self._memory, self._features, self._queues = memory, driver_features, queues
         for number, queue in enumerate(queues):
-            if not queue.ready or not queue.in_flight:
-                continue
-            # Of a restored device: what was under way goes on where it was.
-            index = _port_of(number)
-            chain, *others = queue.in_flight
-            if number & 1 and index is not None:
-                port = self._ports[index]
-                port.chain, port.reader = chain, chain.reader(memory)
-                port.reader.advance(min(port.offset, port.reader.available))
-            else:
-                others = list(queue.in_flight)
-            queue.add_used_batch(memory, [(other.head, 0) for other in others])
+            if queue.ready and queue.in_flight:
+                self.take_up(number, queue, memory)
+
+    def take_up(self, number: int, queue: Queue, memory: GuestMemory) -> None:
+        """Go on with what was under way in a device that was saved, where it was."""
+        index = _port_of(number)
+        chain, *others = queue.in_flight
+        if number & 1 and index is not None:
+            port = self._ports[index]
+            port.chain, port.reader = chain, chain.reader(memory)
+            port.reader.advance(min(port.offset, port.reader.available))
+        else:
+            others = list(queue.in_flight)
+        queue.add_used_batch(memory, [(other.head, 0) for other in others])
 
     def reset(self) -> None:
         """Forget the driver; what was sent already is on its way."""
@@ -237,7 +239,7 @@ class Console:
         port = self._ports[index]
         port.outstanding -= count
         if port.reader is not None:
-            self._kick(_transmit_queue(index))
+            self._kick(transmit_queue(index))
 
     # To the guest -----------------------------------------------------------------------
 
@@ -350,11 +352,16 @@ class Console:
             ports=len(self._ports),
             ready=tuple(port.ready for port in self._ports),
             guest_open=tuple(port.guest_open for port in self._ports),
-            offsets=tuple(port.offset if port.reader else 0 for port in self._ports),
+            offsets=tuple(self.offset_of(index) for index in range(len(self._ports))),
             columns=self.columns,
             rows=self.rows,
             messages=tuple(self._messages.values()),
         )
+
+    def offset_of(self, index: int) -> int:
+        """How many bytes of a port's buffer under way are taken."""
+        port = self._ports[index]
+        return port.offset if port.reader else 0
 
     def restore(self, state: ConsoleState) -> None:
         """Take up what was saved of a device with as many ports.
@@ -386,7 +393,8 @@ def _receive_queue(index: int) -> int:
     return 2 * index + 2 if index else 0
 
 
-def _transmit_queue(index: int) -> int:
+def transmit_queue(index: int) -> int:
+    """The number of the queue of what a port sends (5.3.2)."""
     return _receive_queue(index) + 1
 
 

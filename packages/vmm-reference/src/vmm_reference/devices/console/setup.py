@@ -12,7 +12,7 @@ from virtio_queue.errors import GuestError
 from vmm_reference.deviceconfig import DeviceConfig
 from vmm_reference.errors import ConfigError
 
-from .model import MAX_PORTS, Console, PortSpec
+from .model import MAX_PORTS, Console, PortSpec, transmit_queue
 
 if TYPE_CHECKING:
     from vmm_reference.slots import VirtioSlot
@@ -87,6 +87,10 @@ class Controls:
 def build(config: Ports, wiring: Wiring) -> Controls:
     """A console device with the ports that the configuration names."""
     from vmm_reference.backends import ports as backends
+    from vmm_reference.backends.pumps import PortPump
+    from vmm_reference.devices.offload import Offload
+
+    from .served import ServedConsole
 
     kinds: dict[str, Any] = {
         "file": backends.FilePort,
@@ -95,14 +99,7 @@ def build(config: Ports, wiring: Wiring) -> Controls:
         "tty": backends.TtyPort,
     }
     found = [match for word in config.ports.split() if (match := _PORT.fullmatch(word))]
-    ends: list[Any] = []
-    console = Console(
-        [PortSpec(console=match[1] is None, name=match[1] or "") for match in found],
-        lambda index, data: ends[index].send(data),
-        room=lambda index: ends[index].more(),
-        kick=lambda queue: slot.kick(queue),
-    )
-    slot = wiring.virtio(console)
+    specs = [PortSpec(console=match[1] is None, name=match[1] or "") for match in found]
 
     def receive(index: int, data: bytes) -> int:
         with slot.device.lock:
@@ -122,22 +119,40 @@ def build(config: Ports, wiring: Wiring) -> Controls:
 
     def opened(index: int, is_open: bool) -> None:
         # A console has no end that could be away: what is written then is kept for the next.
-        if not console.ports[index].console:
+        if not specs[index].console:
             with slot.device.lock:
                 console.set_open(index, is_open)
 
+    ends: list[Any] = []
+    pumps: dict[int, PortPump] = {}
     for index, match in enumerate(found):
-        end = kinds[match[2]](
+        guest = backends.GuestSide(
             wiring.loop,
             match[3] or "",
             partial(receive, index),
             partial(written, index),
             partial(opened, index),
         )
+        end = kinds[match[2]](guest)
         ends.append(end)
         wiring.on_close(end.close)
+        if end.output is not None:
+            pump = pumps[index] = PortPump(wiring.memory, end.output, lossy=specs[index].console)
+            wiring.on_close(pump.close)
+    offload = Offload("the pump", [(pumps[index], [transmit_queue(index)]) for index in pumps])
+    console = ServedConsole(
+        specs,
+        lambda index, data: ends[index].send(data),
+        offload,
+        pumps,
+        room=lambda index: ends[index].more(),
+        kick=lambda queue: slot.kick(queue),
+    )
+    slot: VirtioSlot = wiring.virtio(console)
+    offload.plug_in(slot, wiring)
+    for index, end in enumerate(ends):
         # Nobody is connected yet: a port says so, a console is heard all the same.
-        if not end.is_open and match[1] is not None:
+        if not end.is_open and not specs[index].console:
             console.set_open(index, False)
     size = getattr(ends[0], "size", (0, 0))
     console.resize(*size)

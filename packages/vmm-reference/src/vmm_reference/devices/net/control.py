@@ -74,6 +74,12 @@ class Control:
         self.unicast, self.multicast = list(state.unicast), list(state.multicast)
         self.vlans, self.offloads = set(state.vlans), state.offloads
 
+    @property
+    def modes(self) -> int:
+        """Receive modes with tables that are too long for all of their kind."""
+        over = (self.mode & OVER_UNI and ALLUNI) | (self.mode & OVER_MULTI and ALLMULTI)
+        return self.mode & ~(OVER_UNI | OVER_MULTI) | over
+
     def offloads_of(self, negotiated: int) -> int:
         """What the link is to do for the guest."""
         return negotiated if self.offloads is None else self.offloads & negotiated
@@ -81,19 +87,20 @@ class Control:
     def wants(self, start: bytes | bytearray | memoryview) -> bool:
         """Whether a frame passes, by its first 18 bytes or as many as it has."""
         start = bytes(start)
-        if self.mode & PROMISC:
+        modes = self.modes
+        if modes & PROMISC:
             return True
         tagged = start[12:14] == _VLAN_TAG and len(start) >= 16
         if tagged and int.from_bytes(start[14:16], "big") & 0xFFF not in self.vlans:
             return False
         target = start[:6]
         if target == _BROADCAST:
-            return not self.mode & NOBCAST
+            return not modes & NOBCAST
         if target[0] & 1:
-            passes = self.mode & (ALLMULTI | OVER_MULTI) or target in self.multicast
-            return bool(passes) and not self.mode & NOMULTI
-        passes = self.mode & (ALLUNI | OVER_UNI) or target == self.mac or target in self.unicast
-        return bool(passes) and not self.mode & NOUNI
+            passes = modes & ALLMULTI or target in self.multicast
+            return bool(passes) and not modes & NOMULTI
+        passes = modes & ALLUNI or target == self.mac or target in self.unicast
+        return bool(passes) and not modes & NOUNI
 
     def parse(self, reader: Reader, features: int) -> tuple[str, int] | None:
         """Take one command, and carry it out where it concerns nothing but filters.

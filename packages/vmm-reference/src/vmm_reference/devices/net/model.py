@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from vmm_reference.devices.limiter import Limiter
     from vmm_reference.devices.states import NetState
 
-__all__ = ["Link", "Net"]
+__all__ = ["Link", "Net", "PlainLink"]
 
 # struct virtio_net_config, 5.1.4: mac, status, max_virtqueue_pairs, mtu.
 CONFIG = Struct("<6sHHH")
@@ -64,10 +64,10 @@ MAX_PAIRS = 256
 BUDGET = 256
 
 
-class Link(Protocol):
-    """What a network device needs of the host; see `vmm_reference.backends`.
+class PlainLink(Protocol):
+    """What a network device sets up of the host's end; see `vmm_reference.backends`.
 
-    A link is non-blocking. It has one or several queues, one for each pair of the device's.
+    A link has one or several queues, one for each pair of the device's.
 
     Attributes:
         vnet_header: whether frames have a `struct virtio_net_hdr` of 12 bytes in front, both ways.
@@ -79,6 +79,16 @@ class Link(Protocol):
     offloads: int
     queues: int
 
+    def set_offloads(self, offloads: int) -> None:
+        """Deliver frames in a form that a driver understands that accepted these `GUEST_` bits."""
+
+    def set_queues(self, pairs: int) -> None:
+        """Use that many queues, from the first."""
+
+
+class Link(PlainLink, Protocol):
+    """A link whose frames go through Python; it is non-blocking."""
+
     def send(self, queue: int, pieces: Sequence[bytes | memoryview]) -> bool:
         """Send one frame; False if there is no room, and `writable` is called when there is."""
 
@@ -88,12 +98,6 @@ class Link(Protocol):
         Raises:
             OSError: the link is broken.
         """
-
-    def set_offloads(self, offloads: int) -> None:
-        """Deliver frames in a form that a driver understands that accepted these `GUEST_` bits."""
-
-    def set_queues(self, pairs: int) -> None:
-        """Use that many queues, from the first."""
 
 
 class Net:

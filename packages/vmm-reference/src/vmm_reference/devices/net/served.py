@@ -1,11 +1,11 @@
-"""A network device whose frames somebody else moves: the pump, or the host's kernel (vhost-net).
+"""A network device whose frames somebody else moves: pumps, or the host's kernel (vhost-net).
 
 The control queue stays here; what they do not do is not offered.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from virtio_queue.constants import (
     DEFAULT_QUEUE_FEATURES,
@@ -16,16 +16,21 @@ from virtio_queue.constants import (
     F_RING_PACKED,
     F_RING_RESET,
 )
+from vmm_reference.backends.pumps import Limits
 
 from .features import F_CTRL_RX, F_CTRL_RX_EXTRA, F_CTRL_VLAN, F_MRG_RXBUF
-from .model import Link, Net
+from .model import Net
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from virtio_queue import Queue
     from vm_memory import GuestMemory
+    from vmm_reference.backends.pumps import LinkPump
+    from vmm_reference.devices.limiter import TokenBucket
     from vmm_reference.devices.offload import Offload
+
+    from .model import Link, PlainLink
 
 __all__ = ["ServedNet"]
 
@@ -42,15 +47,39 @@ class ServedNet(Net):
         link: what the frames come from and go to; here it is only set up.
         mac: six bytes, of a unicast address.
         offload: who serves each pair.
+        pumps: those of them that know addresses and limits.
         options: as for `Net`.
     """
 
-    def __init__(self, link: Link, mac: bytes, offload: Offload, **options: Any) -> None:
-        super().__init__(link, mac, **options)
+    def __init__(
+        self,
+        link: PlainLink,
+        mac: bytes,
+        offload: Offload,
+        pumps: Sequence[LinkPump] = (),
+        **options: Any,
+    ) -> None:
+        super().__init__(cast("Link", link), mac, **options)
         self.offload = offload
         self.device_features &= offload.features | ~_RINGS
-        # Nobody there looks at addresses.
-        self.device_features &= ~(F_CTRL_RX | F_CTRL_VLAN | F_CTRL_RX_EXTRA)
+        self._pumps = pumps
+        self._limits = {"rx": Limits(), "tx": Limits()}
+        for pump in pumps:
+            pump.limit(*self._limits.values())
+        if not pumps:  # nobody there looks at addresses
+            self.device_features &= ~(F_CTRL_RX | F_CTRL_VLAN | F_CTRL_RX_EXTRA)
+
+    def limit(self, buckets: Mapping[str, TokenBucket | None]) -> None:
+        """Have other limits from now on; the device is locked."""
+        for way, limits in self._limits.items():
+            chosen = {
+                what: bucket
+                for name, bucket in buckets.items()
+                if (what := name.removeprefix(f"{way}_")) != name
+            }
+            limits.set(chosen)
+        for pump in self._pumps:
+            pump.limit(*self._limits.values())
 
     def metrics(self) -> dict[str, int]:
         """Frames and bytes that passed, as far as they are counted, and what was lost."""
@@ -63,6 +92,7 @@ class ServedNet(Net):
             ActivationError: as `Net.activate`, or somebody refuses.
         """
         super().activate(memory, driver_features, queues)
+        self._filter()
         self.offload.activate(self._features, queues)
 
     def take_up(self, memory: GuestMemory, queues: Sequence[Queue]) -> None:
@@ -81,5 +111,10 @@ class ServedNet(Net):
         """
         if queue_index == self._control_queue():
             super().process(queue_index)
+            self._filter()
         else:
             self.offload.attend(queue_index)
+
+    def _filter(self) -> None:
+        for pump in self._pumps:
+            pump.filter(self.control if self._features & F_CTRL_RX else None)

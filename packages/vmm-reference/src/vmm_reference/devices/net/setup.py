@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import os
 import re
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import attrs
 
 from vmm_reference.deviceconfig import DeviceConfig
-from vmm_reference.devices.limiter import build_limiter, parse_bucket
+from vmm_reference.devices.limiter import parse_bucket
 from vmm_reference.errors import ConfigError, HostError
 
-from .model import MAX_MTU, MAX_PAIRS, MIN_MTU, Net
+from .model import MAX_MTU, MAX_PAIRS, MIN_MTU
 
 if TYPE_CHECKING:
-    from vmm_reference.backends.pumps import TapPump
+    from vmm_reference.backends.datagram import DatagramLink
+    from vmm_reference.backends.passt import Passt
+    from vmm_reference.backends.pumps import LinkPump
+    from vmm_reference.backends.tap import Tap
     from vmm_reference.backends.vhost import VhostNet
     from vmm_reference.slots import VirtioSlot
     from vmm_reference.wiring import Wiring
 
+    from .served import ServedNet
+
 __all__ = ["Controls", "Interface", "build"]
+
+_LIMITS = ("rx_bandwidth", "rx_ops", "tx_bandwidth", "tx_ops")
 
 
 @attrs.frozen
@@ -101,8 +108,7 @@ class Interface(DeviceConfig):
         if type(self.queues) is not int or not 1 <= self.queues <= MAX_PAIRS:
             rule = f"must be a whole number from 1 to {MAX_PAIRS}"
             raise ConfigError(f"{field}.queues", self.queues, rule)
-        limits = self.rx_bandwidth or self.rx_ops or self.tx_bandwidth or self.tx_ops
-        if self.vhost and limits:
+        if self.vhost and any(getattr(self, name) for name in _LIMITS):
             raise ConfigError(
                 f"{field}.vhost", True, "the kernel limits no rates; use tc on the tap"
             )
@@ -121,7 +127,7 @@ class Interface(DeviceConfig):
         if mtu is not None and not (type(mtu) is int and MIN_MTU <= mtu <= MAX_MTU):
             rule = f"must be a whole number from {MIN_MTU} to {MAX_MTU}"
             raise ConfigError(f"{field}.mtu", mtu, rule)
-        for name in ("rx_bandwidth", "rx_ops", "tx_bandwidth", "tx_ops"):
+        for name in _LIMITS:
             parse_bucket(getattr(self, name), f"{field}.{name}")
 
 
@@ -144,10 +150,10 @@ class Controls:
         net: the device, for its counters.
     """
 
-    def __init__(self, net: Net, slot: VirtioSlot, wiring: Wiring) -> None:
+    def __init__(self, config: Interface, net: ServedNet, slot: VirtioSlot) -> None:
         self.net = net
+        self._config = config
         self._slot = slot
-        self._wiring = wiring
 
     def set_link(self, *, up: bool) -> None:
         """Plug the cable in or pull it, as far as the guest can see."""
@@ -166,79 +172,64 @@ class Controls:
             ConfigError: a value is no limit.
             HostError: the frames are not moved here.
         """
-        if self.net.rx_limiter is None:
-            hint = "start the interface with a limit, which may be a high one"
-            raise HostError("limit", "the frames of this interface are moved by others", hint)
+        if self._config.vhost:
+            hint = "use tc on the tap, or no vhost"
+            raise HostError("limit", "the kernel moves the frames of this interface", hint)
         parsed = {name: parse_bucket(text, name) for name, text in buckets.items()}
         with self._slot.device.lock:
-            for name, bucket in parsed.items():
-                way, _, what = name.partition("_")
-                setattr(self.net.rx_limiter if way == "rx" else self.net.tx_limiter, what, bucket)
-        for queue in range(2 * self.net.pairs):
-            self._slot.kick(queue)
+            self.net.limit(parsed)
 
 
 def build(config: Interface, wiring: Wiring) -> Controls:
-    """A network interface on the link that the configuration names."""
-    link: Any
-    if config.tap:
-        from vmm_reference.backends.tap import Tap
+    """A network interface on the link that the configuration names.
 
-        link = Tap(wiring.loop, config.tap, config.queues)
-    elif config.socket:
-        from vmm_reference.backends.datagram import DatagramLink
-
-        link = DatagramLink(wiring.loop, config.socket, config.peer)
-    else:
-        from vmm_reference.backends.passt import Passt
-
-        ports = [argument for port in config.ports.split() for argument in ("-t", port)]
-        link = Passt(wiring.loop, ports)
-    wiring.on_close(link.close)
-    mac = bytes.fromhex(config.mac.replace(":", "")) or _random_mac()
-    limited = config.rx_bandwidth or config.rx_ops or config.tx_bandwidth or config.tx_ops
-    if config.tap and not limited:
-        return _build_served(config, wiring, link, mac)
-    net = Net(
-        link,
-        mac,
-        keeps_mac=bool(config.mac),
-        mtu=config.mtu,
-        pairs=config.queues,
-        kick=lambda queue: slot.kick(queue),
-        rx_limiter=build_limiter(wiring, config.rx_bandwidth, config.rx_ops),
-        tx_limiter=build_limiter(wiring, config.tx_bandwidth, config.tx_ops),
-    )
-    link.readable, link.writable = net.readable, net.writable
-    slot = wiring.virtio(net)
-    return Controls(net, slot, wiring)
-
-
-def _build_served(config: Interface, wiring: Wiring, tap: Any, mac: bytes) -> Controls:
-    """An interface whose frames a thread of C, or the host's kernel, moves to and from the tap."""
+    A thread of C, or the host's kernel, moves the frames of each pair of queues.
+    """
     from vmm_reference.devices.offload import Offload
 
     from .served import ServedNet
 
-    make: type[VhostNet | TapPump]
-    if config.vhost:
-        from vmm_reference.backends import vhost
+    link = _link_of(config)
+    wiring.on_close(link.close)
+    servers: list[VhostNet | LinkPump] = []
+    pumps: list[LinkPump] = []
+    kernels: list[VhostNet] = []
+    for fd in link.fds:
+        if config.vhost:
+            from vmm_reference.backends.vhost import VhostNet
 
-        make = vhost.VhostNet
-    else:
-        from vmm_reference.backends import pumps
+            kernels.append(VhostNet(wiring.memory, fd))
+            servers.append(kernels[-1])
+        else:
+            from vmm_reference.backends.pumps import LinkPump
 
-        make = pumps.TapPump
-    servers = []
-    for pair, fd in enumerate(tap.fds):
-        server = make(wiring.memory, fd)
-        wiring.on_close(server.close)
-        servers.append((server, (2 * pair, 2 * pair + 1)))
-    offload = Offload("vhost-net" if config.vhost else "the pump", servers)
+            pumps.append(LinkPump(wiring.memory, fd, link.kind, link.peer))
+            servers.append(pumps[-1])
+        wiring.on_close(servers[-1].close)
+    pairs = [(server, (2 * pair, 2 * pair + 1)) for pair, server in enumerate(servers)]
+    offload = Offload("vhost-net" if config.vhost else "the pump", pairs)
     net = ServedNet(
-        tap, mac, offload, keeps_mac=bool(config.mac), mtu=config.mtu, pairs=config.queues,
+        link, bytes.fromhex(config.mac.replace(":", "")) or _random_mac(), offload, pumps,
+        keeps_mac=bool(config.mac), mtu=config.mtu, pairs=config.queues,
         kick=lambda queue: slot.kick(queue),
     )  # fmt: skip
+    net.limit({name: parse_bucket(getattr(config, name), name) for name in _LIMITS})
     slot: VirtioSlot = wiring.virtio(net)
     offload.plug_in(slot, wiring)
-    return Controls(net, slot, wiring)
+    for kernel in kernels:
+        kernel.follow(slot.device, wiring)
+    return Controls(config, net, slot)
+
+
+def _link_of(config: Interface) -> Tap | DatagramLink | Passt:
+    if config.tap:
+        from vmm_reference.backends.tap import Tap
+
+        return Tap(config.tap, config.queues)
+    if config.socket:
+        from vmm_reference.backends.datagram import DatagramLink
+
+        return DatagramLink(config.socket, config.peer)
+    from vmm_reference.backends.passt import Passt
+
+    return Passt([argument for port in config.ports.split() for argument in ("-t", port)])

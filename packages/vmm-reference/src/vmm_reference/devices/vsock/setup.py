@@ -94,5 +94,7 @@ def _build_vhost(config: Socket, wiring: Wiring) -> Vsock:
     wiring.on_hand_over(kernel.release, kernel.acquire)
     offload = Offload("vhost-vsock", [(kernel, range(2))])
     vsock = ServedVsock(config.cid, offload)
-    offload.plug_in(wiring.virtio(vsock), wiring)
+    slot = wiring.virtio(vsock)
+    offload.plug_in(slot, wiring)
+    kernel.follow(slot.device, wiring)
     return vsock
