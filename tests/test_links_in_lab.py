@@ -30,8 +30,9 @@ def initrd(kernels: dict[str, Kernel]) -> Path:
 @pytest.mark.parametrize(
     ("transport", "link", "ring"),
     [
-        ("pci", "cable", "packed"),
-        ("mmio", "passt", "split"),
+        # Each takes a minute: a guest starts iperf3 slowly, and a cable has two of them.
+        pytest.param("pci", "cable", "packed", marks=SOAK),
+        pytest.param("mmio", "passt", "split", marks=SOAK),
         pytest.param("mmio", "cable", "split", marks=SOAK),
         pytest.param("pci", "passt", "packed", marks=SOAK),
         pytest.param("pci", "tap", "packed", marks=SOAK),
