@@ -169,7 +169,6 @@ class Driver:
 
     def enable_interrupts(self) -> None:
         """Ask for a notification of the next used buffer."""
-        raise NotImplementedError
 
     def require_indirect(self, indirect: bool) -> None:
         """Refuse to make an indirect buffer that was not negotiated."""
