@@ -122,6 +122,8 @@ class HotLine(Line):
         self.hot = HotExits(self._handle, room=room, wake=self.wake)
         self.data = self.hot.post(BASE + DATA, pio=True, size=1)
         self.status = self.hot.answer(BASE + LSR, bytes(1), pio=True, size=1)
+        self._settling = threading.Lock()
+        self._told: tuple[bool, bytes] | None = None
         self._stop = False
         self._flusher = threading.Thread(target=self._flush)
         self._flusher.start()
@@ -138,12 +140,18 @@ class HotLine(Line):
 
     def settle(self) -> None:
         """Declare what the UART lets be served: a byte that only leaves, and a constant LSR."""
-        state = self.uart.save()
-        self.data.enabled = not state.lcr & LCR_DLAB and not state.mcr & MCR_LOOP
-        constant = not state.line_errors and not any(state.received_errors)
-        if constant:
-            self.status.answer(self.uart.read(LSR, 1))
-        self.status.enabled = constant
+        with self._settling:
+            state = self.uart.save()
+            leaves = not state.lcr & LCR_DLAB and not state.mcr & MCR_LOOP
+            constant = not state.line_errors and not any(state.received_errors)
+            answer = self.uart.read(LSR, 1) if constant else b""
+            # What changes is an ordinary exit meanwhile, as long as this thread is kept from it.
+            if (leaves, answer) != self._told:
+                self._told = leaves, answer
+                self.data.enabled = leaves
+                if constant:
+                    self.status.answer(answer)
+                self.status.enabled = constant
 
     def close(self) -> None:
         self._stop = True
