@@ -53,3 +53,8 @@ def test_nested_guests_breakpoints_and_hypercalls(linux: Lab | Direct) -> None:
     assert pae["same"]
     assert pae["before"] == [1, 2, 3, 4, 5]
     assert pae["after"] == [6, 7, 8, 9, 10]
+    counters = found["counters"]
+    assert counters["here"][1] == 0
+    assert counters["here"][2] > counters["second"]
+    assert counters["there"] == counters["here"]
+    assert counters["without"][1] <= -counters["second"]

@@ -3,20 +3,26 @@
 A hypervisor in the guest enters its own guest by VMRUN; its state is saved while the inner guest
 runs and put into another VM, where the inner guest goes on. And software breakpoints at ring 0, and
 hypercalls that user space answers; a level interrupt that stays in service until its handler ends
-it; and a vCPU in 32-bit PAE paging, with the page-directory pointers that it has loaded.
+it; and a vCPU in 32-bit PAE paging, with the page-directory pointers that it has loaded; and the
+counters of vCPUs, each of which takes long to restore.
 """
 
 from __future__ import annotations
 
 import json
-from struct import pack_into
+from struct import pack_into, unpack
+from time import sleep
+from typing import TYPE_CHECKING
 
 from attrs import evolve
 
-from kvm_ioctls import Kvm, MsiRoute, exits
+from kvm_ioctls import Kvm, MsiRoute, Vcpu, Vm, exits
 from kvm_ioctls.constants import KVM_CAP_EXIT_HYPERCALL, KVM_CAP_SPLIT_IRQCHIP
 from kvm_ioctls.msrs import msr_index
 from kvm_ioctls.testing import CODE, Guest, Mode
+
+if TYPE_CHECKING:
+    from kvm_ioctls.state import VcpuState
 
 VMCB, SAVE_AREA, INNER = 0x20000, 0x21000, 0x1100
 # The inner guest counts and makes port exits that its own hypervisor does not intercept.
@@ -178,9 +184,43 @@ def page_directory_pointers() -> dict[str, object]:
         }
 
 
+def counters() -> dict[str, object]:
+    """How far counters are apart: where saved, where restored, where restored one by one."""
+
+    def apart(vm: Vm) -> list[int]:
+        offsets = [unpack("<q", vcpu.get_device_attr(0, 0))[0] for vcpu in vm.vcpus]
+        return [offset - offsets[0] for offset in offsets]
+
+    def slowly(self: Vcpu, state: VcpuState) -> None:
+        sleep(1.5)
+        at_once(self, state)
+
+    at_once = Vcpu.restore
+    with Kvm() as kvm:
+        vms = [kvm.create_vm() for _ in range(3)]
+        for vm in vms:
+            vm.create_irqchip()
+            for number in range(3):
+                vm.create_vcpu(number)
+        here, there, without = vms
+        here.vcpus[2].set_msrs({msr_index("TSC"): 1 << 50})
+        sleep(0.2)
+        states = here.save_vcpus()
+        Vcpu.restore = slowly  # type: ignore[method-assign]
+        there.restore_vcpus(states)
+        for vcpu, state in zip(without.vcpus, states, strict=True):
+            vcpu.restore(state)
+        Vcpu.restore = at_once  # type: ignore[method-assign]
+        found = {"here": apart(here), "there": apart(there), "without": apart(without)}
+        for vm in vms:
+            vm.close()
+        return {**found, "second": 1000 * states[0].tsc_khz}
+
+
 if __name__ == "__main__":
     found = {
         "nested": nested(), "breakpoint": breakpoints(), "hypercall": hypercall(),
         "end of interrupt": end_of_interrupt(), "pae": page_directory_pointers(),
+        "counters": counters(),
     }  # fmt: skip
     print(json.dumps(found))

@@ -203,8 +203,8 @@ class Board:
         """All states but memory, by name; the guest is paused, and this is the loop's thread."""
         assert self.clock is not None
         yield "vm", evolve(self.vm.save(), clock=self.clock)
-        for thread in self._vcpus:
-            yield f"vcpu{thread.vcpu.id}", thread.vcpu.save()
+        for vcpu, state in zip(self.vm.vcpus, self.vm.save_vcpus(), strict=True):
+            yield f"vcpu{vcpu.id}", state
         for name, part in self.parts().items():
             yield name, part.save()
 
@@ -217,8 +217,7 @@ class Board:
         if self._filler is not None:
             fd = self._filler.fileno()
             self.loop.add(fd, READ, lambda _: self._filled(fd))
-        for thread, state in zip(self._vcpus, restored.vcpus, strict=True):
-            thread.vcpu.restore(state)
+        self.vm.restore_vcpus(restored.vcpus)
         self.vm.restore(evolve(restored.vm, clock=evolve(restored.vm.clock, flags=0)))
         self.clock = restored.vm.clock
         restored.apply(self.parts())

@@ -8,6 +8,7 @@ from struct import pack
 from kvm_ioctls._attributes import Attributes
 from kvm_ioctls._fd import Descriptor
 from kvm_ioctls._native import lib
+from kvm_ioctls.errors import ArgumentError
 from kvm_ioctls.vm.arm64 import VmArm64
 from kvm_ioctls.vm.events import VmEvents
 from kvm_ioctls.vm.guests import VmGuests
@@ -17,10 +18,11 @@ from kvm_ioctls.vm.platform import VmPlatform
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
     from typing import Self
 
     from kvm_ioctls.device import Device
-    from kvm_ioctls.state.snapshot import VmState
+    from kvm_ioctls.state.snapshot import VcpuState, VmState
     from kvm_ioctls.stats import Stats
     from kvm_ioctls.vcpu import Vcpu
 
@@ -109,6 +111,44 @@ class Vm(VmPages, VmIrq, VmEvents, VmPlatform, VmGuests, VmArm64, Attributes):
         from kvm_ioctls.state.snapshot import restore_vm
 
         restore_vm(self, state)
+
+    def save_vcpus(self, msr_indices: Iterable[int] | None = None) -> tuple[VcpuState, ...]:
+        """What Vcpu.save() gives of each vCPU; none runs.
+
+        Saving takes time: the counters (TSC) are those of the moment in which the first was saved,
+        where KVM tells how far they are apart (KVM_VCPU_TSC_OFFSET).
+
+        Args:
+            msr_indices: as for Vcpu.save().
+        """
+        from kvm_ioctls.state.counters import at_one_moment
+
+        if msr_indices is None:
+            from kvm_ioctls.kvm import Kvm
+
+            with Kvm() as kvm:
+                msr_indices = kvm.get_msr_index_list()
+        indices = tuple(msr_indices)
+        return at_one_moment(self.vcpus, [vcpu.save(indices) for vcpu in self.vcpus])
+
+    def restore_vcpus(self, states: Sequence[VcpuState]) -> None:
+        """Put back what save_vcpus() gave, into as many new vCPUs, before any of them runs.
+
+        However long it takes, their counters are as far apart as they were.
+
+        Raises:
+            ArgumentError: there are more or fewer states than vCPUs.
+            KvmError: this host cannot continue one of them.
+        """
+        from kvm_ioctls.state.counters import synchronize
+
+        vcpus = self.vcpus
+        if len(states) != len(vcpus):
+            counts = {"states": len(states), "vcpus": len(vcpus)}
+            raise ArgumentError("restore_vcpus", 22, counts, "each vCPU needs a state of its own")
+        for vcpu, state in zip(vcpus, states, strict=True):
+            vcpu.restore(state)
+        synchronize(vcpus, states)
 
     def close(self) -> None:
         """Close the vCPUs, then the VM, then let go of the memory."""
