@@ -23,7 +23,8 @@ __all__ = ["rehearse", "warm"]
 
 # What a machine imports only when it is made, saved or restored.
 _NEEDED = (
-    "kvm_ioctls.exits.plain", "kvm_ioctls.state.msrs", "kvm_ioctls.state.snapshot",
+    "kvm_ioctls.exits.plain", "kvm_ioctls.state.counters", "kvm_ioctls.state.msrs",
+    "kvm_ioctls.state.snapshot",
     "virtio_queue._device_saving", "virtio_queue._saving", "vmm_reference.backends.console",
     "vmm_reference.board",
 )  # fmt: skip
