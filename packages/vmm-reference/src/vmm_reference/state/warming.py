@@ -46,6 +46,6 @@ def warm(config: MachineConfig) -> None:
 
 def rehearse(board: Board) -> None:
     """Write and read the states of a board that waits for those of another one."""
-    states = [thread.vcpu.save() for thread in board._vcpus[:1]]
+    states = board.vm.save_vcpus()[:1]
     for state in (*states, board.vm.save(), *(part.save() for part in board.parts().values())):
         decode(pack(state), type(state), "rehearsal")
