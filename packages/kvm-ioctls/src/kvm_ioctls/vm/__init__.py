@@ -8,7 +8,6 @@ from struct import pack
 from kvm_ioctls._attributes import Attributes
 from kvm_ioctls._fd import Descriptor
 from kvm_ioctls._native import lib
-from kvm_ioctls.errors import ArgumentError
 from kvm_ioctls.vm.arm64 import VmArm64
 from kvm_ioctls.vm.events import VmEvents
 from kvm_ioctls.vm.guests import VmGuests
@@ -140,6 +139,7 @@ class Vm(VmPages, VmIrq, VmEvents, VmPlatform, VmGuests, VmArm64, Attributes):
             ArgumentError: there are more or fewer states than vCPUs.
             KvmError: this host cannot continue one of them.
         """
+        from kvm_ioctls.errors import ArgumentError
         from kvm_ioctls.state.counters import synchronize
 
         vcpus = self.vcpus
