@@ -24,7 +24,8 @@ def test_linux_notices_what_its_owner_does(linux: Lab | Direct, kernels: dict[st
     done = linux.run([sys.executable, SCRIPT, kernels["cloud"].vmlinuz, initrd], timeout=400)
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
     found = json.loads(done.stdout)
-    counted = ["balloon0", "bus", "cpus", "drive0", "i8042", "power", "rng0", "rtc", "serial"]
+    counted = ["balloon0", "bus", "cpus", "drive0", "i8042", "power", "pvpanic", "rng0", "rtc",
+               "serial", "system-control"]  # fmt: skip
     assert found.pop("counted") == counted
     assert (found.pop("refused"), found.pop("off")) == (0, True)
     assert list(found) == ["first", "after a reset"]
