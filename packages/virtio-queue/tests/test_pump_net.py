@@ -377,17 +377,23 @@ def test_a_stream_that_ends_or_lies(stream: Bench, data: bytes) -> None:
     assert stream.pump.counters["received_frames"] == 0
 
 
+def end_of_cable(stack: ExitStack, folder: Path) -> Bench:
+    """A pump whose own address is `a`, and which sends to `b`."""
+    bench = Bench(stack, link="datagrams")
+    mine = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
+    mine.bind(f"{folder}/a")
+    mine.setblocking(False)
+    bench.pump = NetPump(mine.fileno(), "datagrams", f"{folder}/b")
+    stack.callback(bench.pump.stop)
+    bench.pump.wire(bench.kicks, bench.calls)
+    bench.start()
+    return bench
+
+
 def test_two_ends_of_a_cable(tmp_path: Path) -> None:
     """Frames to an end that is away are lost and counted; it may come, go and come again."""
     with ExitStack() as stack:
-        a = Bench(stack, link="datagrams")
-        mine = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
-        mine.bind(f"{tmp_path}/a")
-        mine.setblocking(False)
-        a.pump = NetPump(mine.fileno(), "datagrams", f"{tmp_path}/b")
-        stack.callback(a.pump.stop)
-        a.pump.wire(a.kicks, a.calls)
-        a.start()
+        a = end_of_cable(stack, tmp_path)
         for away, come in ((1, 1), (2, 2)):
             a.transmit(LEAD, b"lost" * 20)
             wait_until(lambda away=away: a.pump.counters["dropped_away"] == away)  # type: ignore[misc]
@@ -414,14 +420,7 @@ def test_two_ends_of_a_cable(tmp_path: Path) -> None:
 def test_a_cable_that_is_pulled_with_frames_in_it(tmp_path: Path) -> None:
     """An end that goes without having read is no end of ours; too long a datagram is dropped."""
     with ExitStack() as stack:
-        a = Bench(stack, link="datagrams")
-        mine = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
-        mine.bind(f"{tmp_path}/a")
-        mine.setblocking(False)
-        a.pump = NetPump(mine.fileno(), "datagrams", f"{tmp_path}/b")
-        stack.callback(a.pump.stop)
-        a.pump.wire(a.kicks, a.calls)
-        a.start()
+        a = end_of_cable(stack, tmp_path)
         a.post(200)
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
             other.bind(f"{tmp_path}/b")

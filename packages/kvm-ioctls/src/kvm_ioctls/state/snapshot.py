@@ -22,6 +22,8 @@ from kvm_ioctls.state.sregs import Sregs, Sregs2
 from kvm_ioctls.state.xsave import Xcrs, Xsave
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from kvm_ioctls.vcpu import Vcpu
     from kvm_ioctls.vm import Vm
 
@@ -86,6 +88,16 @@ class VmState:
     pit: PitState2 | None = None
     routing: tuple[RoutingEntry, ...] | None = None
     version: int = attrs.field(default=1, kw_only=True)
+
+
+def chosen_msrs(indices: Iterable[int] | None) -> tuple[int, ...]:
+    """The MSRs to save: those given, or for None all that KVM saves."""
+    if indices is not None:
+        return tuple(indices)
+    from kvm_ioctls.kvm import Kvm
+
+    with Kvm() as kvm:
+        return tuple(kvm.get_msr_index_list())
 
 
 def save_vcpu(vcpu: Vcpu, msr_indices: tuple[int, ...]) -> VcpuState:

@@ -52,14 +52,9 @@ class Vcpu(
         Args:
             msr_indices: the MSRs to save, usually Kvm.get_msr_index_list(), which None asks for.
         """
-        from kvm_ioctls.state.snapshot import save_vcpu
+        from kvm_ioctls.state.snapshot import chosen_msrs, save_vcpu
 
-        if msr_indices is None:
-            from kvm_ioctls.kvm import Kvm
-
-            with Kvm() as kvm:
-                msr_indices = kvm.get_msr_index_list()
-        return save_vcpu(self, tuple(msr_indices))
+        return save_vcpu(self, chosen_msrs(msr_indices))
 
     def restore(self, state: VcpuState) -> None:
         """Put back what save() gave, into a new vCPU of a VM that was made alike.

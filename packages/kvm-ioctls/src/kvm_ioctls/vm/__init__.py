@@ -121,13 +121,9 @@ class Vm(VmPages, VmIrq, VmEvents, VmPlatform, VmGuests, VmArm64, Attributes):
             msr_indices: as for Vcpu.save().
         """
         from kvm_ioctls.state.counters import at_one_moment
+        from kvm_ioctls.state.snapshot import chosen_msrs
 
-        if msr_indices is None:
-            from kvm_ioctls.kvm import Kvm
-
-            with Kvm() as kvm:
-                msr_indices = kvm.get_msr_index_list()
-        indices = tuple(msr_indices)
+        indices = chosen_msrs(msr_indices)
         return at_one_moment(self.vcpus, [vcpu.save(indices) for vcpu in self.vcpus])
 
     def restore_vcpus(self, states: Sequence[VcpuState]) -> None:
