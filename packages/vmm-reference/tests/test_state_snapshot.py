@@ -10,11 +10,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import attrs
 import pytest
 
 from kvm_ioctls.state import VcpuState
+from vm_memory import GuestMemory, Options
 from vm_memory.looking import compare
 from vmm_reference.config import Drive, MachineConfig
 from vmm_reference.errors import HostError
@@ -117,6 +119,35 @@ def test_all_ways_give_the_same_memory(
                 restored.discard()
     with pytest.raises(HostError, match="does not run"):
         machine.snapshot(tmp_path / "d")
+
+
+def test_a_difference_brings_no_huge_page_over_what_is_to_come(
+    config: Callable[..., MachineConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the host gives huge pages unasked: what surrounds a changed page comes on demand."""
+    write = "movl $0x200000, %edi; movl $0x200000, %ecx; movl $1, %eax; rep stosl; PUT 'x';"
+    with Machine(config(write + FOREVER)) as machine:
+        machine.console.expect("x", 30)
+        machine.snapshot(tmp_path / "a", track=True)
+        time.sleep(0.02)
+        machine.pause()
+        machine.snapshot(tmp_path / "b", base=tmp_path / "a")
+        board = machine._board
+        assert board is not None
+        sound = GuestMemory.from_ranges
+
+        def always(ranges: Any, *, options: Options | None = None, **rest: Any) -> GuestMemory:
+            options = options or Options()
+            if options.transparent_hugepages is None:
+                options = attrs.evolve(options, transparent_hugepages=True)
+            return sound(ranges, options=options, **rest)
+
+        monkeypatch.setattr(GuestMemory, "from_ranges", always)
+        restored = snapshot.open_snapshot(tmp_path / "b", snapshot.Restore.ON_DEMAND, {})
+        assert restored.filler is not None
+        restored.filler.start()
+        assert list(compare(board.memory, restored.memory)) == []
+        restored.discard()
 
 
 def test_a_difference_is_small_and_a_whole_one_sparse(

@@ -76,7 +76,8 @@ class Filler:
     A child of fork does not take part: memory that is not complete is lost there.
 
     Args:
-        memory: new anonymous memory of whole pages that nobody has touched.
+        memory: new anonymous memory of whole pages. What somebody has touched is there and stays:
+            without `Options(transparent_hugepages=False)` that may be more than was touched.
         file: what to fill it with, laid out as `looking.export_sparse` does; it stays the
             caller's and must not be changed before the filler is complete.
         offset: where in the file the first region begins.

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from kvm_ioctls.state import VcpuState, VmState
-from vm_memory import Anonymous, FilePrivate, GuestAddress, GuestMemory, Memfd
+from vm_memory import Anonymous, FilePrivate, GuestAddress, GuestMemory, Memfd, Options
 from vm_memory._values import evolve
 from vm_memory.filler import Filler
 from vmm_reference.config import MachineConfig
@@ -330,7 +330,13 @@ def _memory(
         pages.load(memory, sources[1:])
     else:
         given = Memfd() if shared and how is Restore.EAGER else Anonymous()
-        memory = GuestMemory.from_ranges(ranges, backing=given, dirty_page_size=pages.PAGE)
+        options = Options()
+        if how is Restore.ON_DEMAND and sources[1:]:
+            # A huge page that a difference brings would cover pages that are to come on demand.
+            options = Options(transparent_hugepages=False)
+        memory = GuestMemory.from_ranges(
+            ranges, backing=given, options=options, dirty_page_size=pages.PAGE
+        )
         if how is Restore.EAGER:
             pages.load(memory, sources, digests)
         else:
