@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import json
 import shlex
+import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import attrs
 
 from benchmarks.harness import Bench, Goal, Row, Skip
 
-__all__ = ["Job", "Side", "compare", "ours", "program_files", "qemu"]
+if TYPE_CHECKING:
+    from lab.dialogue import Dialogue
+
+__all__ = ["Job", "Side", "compare", "followed", "ours", "program_files", "qemu"]
 
 HERE = Path(__file__).parent
 CMDLINE = "console=ttyS0 quiet mitigations=off panic=-1"
@@ -138,16 +145,43 @@ def compare(
     place = Direct() if runs_linux() else Lab(modules=modules, memory="4G", report=bench.note)
     command = [*shlex.split(namespace), sys.executable, str(HERE / "guest" / "alternate.py")]
     try:
-        done = place.run([*command, json.dumps(wanted)], timeout=1500)
+        done = place.converse([*command, json.dumps(wanted)], partial(followed, bench.note))
     finally:
         if isinstance(place, Lab):
             place.stop()
     if done.returncode:
         raise RuntimeError(f"the job ended with status {done.returncode}: {done.stderr[-2000:]}")
-    for line in done.stderr.splitlines():
-        if line.endswith("threads in the kernel"):
-            bench.note(line)
     yield from rows_of(done.stdout, pairs, jobs)
+
+
+def followed(
+    note: Callable[[str], object], job: Dialogue, seconds: float = 1500
+) -> subprocess.CompletedProcess[str]:
+    """Wait for a command's end, and pass on what it writes to its standard error meanwhile.
+
+    Raises:
+        LabTimeout: it did not end within so many seconds.
+    """
+    from lab.errors import LabTimeout
+
+    job.close_stdin()
+    deadline = time.monotonic() + seconds
+    passed_on = 0
+    while True:
+        rest = deadline - time.monotonic()
+        try:
+            status = job.wait(min(rest, 1))
+        except LabTimeout:
+            if rest <= 1:
+                raise
+            status = None
+        lines = job.stderr.splitlines(keepends=True)
+        for line in lines[passed_on:]:
+            if status is not None or line.endswith("\n"):
+                note(line.rstrip())
+                passed_on += 1
+        if status is not None:
+            return subprocess.CompletedProcess(job.argv, status, job.stdout, job.stderr)
 
 
 def rows_of(output: str, pairs: Sequence[tuple[Side, Side]], jobs: Sequence[Job]) -> Iterator[Row]:

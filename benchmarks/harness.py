@@ -32,6 +32,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 import timeit
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -236,6 +237,10 @@ def per_call(
     return lambda: timer.timeit(calls) / calls * 1e9
 
 
+def _say(text: str) -> None:
+    print(text, flush=True)  # a pipe too is to show how far a suite is
+
+
 @attrs.define
 class Bench:
     """What a suite is given: how many rounds to make, which peers are there, where notes go.
@@ -248,7 +253,7 @@ class Bench:
 
     rounds: int = ROUNDS
     peers: Mapping[str, Path] = attrs.field(factory=dict)
-    write: Callable[[str], object] = print
+    write: Callable[[str], object] = _say
 
     def note(self, text: str) -> None:
         """Print what a reader of the table should know; it does not enter the JSON form."""
@@ -302,7 +307,11 @@ class Bench:
         skipped = {key: value.reason for key, value in given.items() if isinstance(value, Skip)}
         columns = {key: value for key, value in given.items() if callable(value)}
         runs: dict[str, list[float]] = {key: [] for key in columns}
+        told = time.monotonic()
         for count in range((rounds or self.rounds) + 1):
+            if time.monotonic() - told > 2:
+                print(f"  {name}: round {count} of {rounds or self.rounds}", file=sys.stderr)
+                told = time.monotonic()
             for key in [key for key in columns if key not in skipped]:
                 try:
                     figure = columns[key]()

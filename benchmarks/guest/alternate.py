@@ -10,7 +10,7 @@ The specification is a JSON object:
 
 Only the guest whose turn it is runs; the processes of the others are stopped. Prints a JSON object
 a line for each run: vmm, job, round, seconds, the CPU seconds of the VMM's process with its guest
-and its threads in the kernel, and what the job printed.
+and its threads in the kernel, and what the job printed. How far it is goes to the standard error.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-PATIENCE = 240.0
+PATIENCE = 120.0
 TICK = os.sysconf("SC_CLK_TCK")
 
 
@@ -59,27 +59,35 @@ class Guest:
         self.process.stdin.write(text.encode())
         self.process.stdin.flush()
 
-    def expect(self, pattern: str) -> re.Match[str]:
-        """Wait for a pattern; what is before it is gone then."""
+    def expect(self, pattern: str) -> tuple[str, re.Match[str]]:
+        """Wait for a pattern, which is of one line: what comes before it, and its match.
+
+        A line is looked through again when more of it has come, and no text twice beside that: a
+        log arrives in thousands of pieces.
+        """
         assert self.process.stdout is not None
         fd = self.process.stdout.fileno()
         deadline = time.monotonic() + PATIENCE
-        while not (match := re.search(pattern, self.text)):
+        expression, line = re.compile(pattern), 0
+        while not (match := expression.search(self.text, line)):
+            line = self.text.rfind("\n") + 1
             ready, _, _ = select.select([fd], [], [], max(deadline - time.monotonic(), 0))
             data = os.read(fd, 1 << 16) if ready else b""
             if not data:
-                raise RuntimeError(f"{pattern!r} does not come: {self.text[-1000:]!r}")
+                raise RuntimeError(
+                    f"{pattern!r} does not come within {PATIENCE} s: {self.text[-1000:]!r}"
+                )
             self.text += data.decode(errors="replace").replace("\r", "")
-        self.text = self.text[match.end() :]
-        return match
+        before, self.text = self.text[: match.start()], self.text[match.end() :]
+        return before, match
 
     def tell(self, command: str) -> str:
         """Run a command; it has to succeed. Returns what it printed."""
         self.send(f"{command}\necho end-$?-end\n")
-        match = self.expect(r"(?s)(.*?)end-(\d+)-end\n")
-        if match[2] != "0":
-            raise RuntimeError(f"{command!r} exits with {match[2]}: {match[1][-1000:]}")
-        return match[1]
+        printed, match = self.expect(r"end-(\d+)-end\n")
+        if match[1] != "0":
+            raise RuntimeError(f"{command!r} exits with {match[1]}: {printed[-1000:]}")
+        return printed
 
     def cpu(self) -> float:
         """Seconds of the process and of the kernel's threads that serve it, guest included."""
@@ -89,9 +97,19 @@ class Guest:
             ticks += int(words[11]) + int(words[12])
         return ticks / TICK
 
+    def close(self) -> None:
+        """End the VMM."""
+        self.process.kill()
+        self.process.communicate()
+
     def find_workers(self) -> None:
         """The kernel threads that came with this process: they serve its vhost devices."""
         self.workers = sorted(vhost_threads() - self.others)
+
+
+def say(text: str) -> None:
+    """Tell who waits."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def main() -> None:
@@ -107,7 +125,7 @@ def main() -> None:
         guest.tell("true")
         guest.tell(wanted["ready"][name])
         guest.find_workers()
-        print(f"{name} has {len(guest.workers)} threads in the kernel", file=sys.stderr)
+        say(f"{name} is ready, with {len(guest.workers)} threads in the kernel")
         guest.process.send_signal(signal.SIGSTOP)
     for turn in range(wanted["rounds"]):
         for job, command in wanted["jobs"].items():
@@ -119,9 +137,9 @@ def main() -> None:
                 guest.process.send_signal(signal.SIGSTOP)
                 print(json.dumps({"vmm": name, "job": job, "round": turn, "seconds": seconds,
                                   "cpu": spent, "printed": printed}), flush=True)  # fmt: skip
+                say(f"round {turn} of {wanted['rounds'] - 1}, {name}, {job}: {seconds:.2f} s")
     for guest in guests.values():
-        guest.process.kill()
-        guest.process.wait()
+        guest.close()
 
 
 if __name__ == "__main__":

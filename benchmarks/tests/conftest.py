@@ -1,4 +1,4 @@
-"""Settings of the harness's own tests: the repository's root is where `benchmarks` is found."""
+"""Settings of the harness's own tests, and where `benchmarks` and the lab are found."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 from hypothesis import settings
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 settings.register_profile("ci", derandomize=True, deadline=None)
 settings.load_profile("ci")

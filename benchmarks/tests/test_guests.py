@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
+from functools import partial
+from pathlib import Path
 
-from benchmarks._guests import Job, Side, rows_of
+from lab.direct import Direct
+
+from benchmarks._guests import Job, Side, followed, rows_of
+from benchmarks.guest.alternate import Guest
 from benchmarks.harness import Goal
 
 
@@ -38,3 +44,39 @@ def test_a_job_has_a_goal_of_its_own() -> None:
     rows = list(rows_of("\n".join(output), pairs, [job]))
     assert [row.name for row in rows] == ["a, log", "a, log: CPU an operation"]
     assert [row.met for row in rows] == [False, True]
+
+
+def test_what_a_guest_prints_comes_in_pieces_and_is_looked_through_once(tmp_path: Path) -> None:
+    """A log of 3 MB: whoever begins anew with each piece needs hours for it."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "for n in range(40_000): print(n, 'end-of a line of many characters-' * 2, flush=True)\n"
+        "print('end-0-end')\nprint(input())"
+    )
+    guest = Guest(f"{sys.executable} {script}")
+    printed, status = guest.expect(r"end-(\d+)-end\n")
+    lines = printed.splitlines()
+    assert (len(lines), lines[-1][:5], status[1]) == (40_000, "39999", "0")
+    guest.send("the rest\n")
+    assert guest.expect("rest")[0] == "the "
+    guest.close()
+
+
+def test_what_a_job_says_is_passed_on_before_its_end(tmp_path: Path) -> None:
+    """Each line once, the last one too that has no end."""
+    heard: list[str] = []
+    script = (
+        "import pathlib, sys, time; print('first', file=sys.stderr, flush=True)\n"
+        "while not pathlib.Path(sys.argv[1]).exists(): time.sleep(0.01)\n"
+        "print('result'); sys.stderr.write('second\\nlast'); sys.exit(3)"
+    )
+
+    def note(text: str) -> None:
+        heard.append(text)
+        (tmp_path / "heard").touch()
+
+    done = Direct().converse(
+        [sys.executable, "-c", script, tmp_path / "heard"], partial(followed, note)
+    )
+    assert (done.returncode, done.stdout) == (3, "result\n")
+    assert heard == ["first", "second", "last"]
