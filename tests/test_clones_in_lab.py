@@ -13,6 +13,7 @@ from lab.lab import Lab
 
 from vmm_reference.image.initramfs import guest_initramfs
 from vmm_reference.image.kernels import Kernel
+from vmm_reference.outcome import Outcome
 
 pytestmark = [pytest.mark.linux, pytest.mark.soak, pytest.mark.timeout(1200)]
 
@@ -34,15 +35,20 @@ def test_ten_copies_share_nothing_that_they_must_not(
         timeout=900,
     )
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-30000:]}"
-    generation, forked = json.loads(done.stdout)
+    generation, forked, cloned = json.loads(done.stdout)
     assert len(forked) == COUNT
     for number, found in enumerate(forked):
         assert found["mac"] == found["seen"] == f"02:00:00:00:01:{number + 1:02x}", found
         assert found["address"] == f"192.0.2.{number + 10}", found
         assert found["cid"] == str(6 + number), found
-        assert found["disk"] == "common", found
+        assert (found["disk"], found["parent"]) == ("common", "parent"), found
+        assert found["own"] == str(number), found
         assert found["alive"] == str(number), found
         assert (found["tcp"], found["vsock"]) == ("heard", "heard"), found
         assert int(found["reseeded"]) == 1, found
     assert len({generation, *(found["generation"] for found in forked)}) == 1 + COUNT
     assert len({found["random"] for found in forked}) == COUNT
+    assert len({found["last"] for found in cloned}) == COUNT
+    for number in range(COUNT):
+        said = f"clone {number} ended with status {Outcome.STOPPED.status}"
+        assert said in cloned[number]["said"], cloned

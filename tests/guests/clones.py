@@ -1,22 +1,25 @@
 """Ten copies of one Linux: `clones.py KERNEL INITRD`.
 
 Runs where unmodified kernels run, as root. A guest is saved while it runs and copied by
-`Machine.fork`. Each copy has to be alive, with random numbers, a generation identifier, a network
-and a context identifier of its own. Prints what was found as JSON.
+`Machine.fork`, and by `vmm clone`. Each copy has to be alive, with random numbers, a generation
+identifier, a network, a context identifier and a disk of its own. Prints what was found as JSON.
 """
 
 from __future__ import annotations
 
 import json
+import re
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
-from shell import power_off, ready, tell
+from shell import PATIENCE, power_off, ready, tell
 from standstill import GUEST_OPTIONS
 
 from vmm_reference.config import MachineConfig
@@ -74,9 +77,11 @@ def look(number: int, clone: Machine) -> dict[str, Any]:
         f"cat /sys/class/net/eth0/address; {RANDOM}; "
         "dmesg | grep -c 'crng reseeded due to virtual machine fork'; "
         "head -c 6 /dev/vda; echo; "
+        "head -c 6 /dev/vdb; echo; echo $n | dd of=/dev/vdb oflag=direct bs=512 conv=sync "
+        "2>/dev/null; head -n 1 /dev/vdb; "
         f"echo $n | nc {HOST} 5000; echo $n | vsock 2 52",
     ).split("\n")
-    names = ("mac", "random", "reseeded", "disk", "tcp", "vsock")
+    names = ("mac", "random", "reseeded", "disk", "parent", "own", "tcp", "vsock")
     found: dict[str, Any] = dict(zip(names, map(str.strip, words), strict=True))
     return found | {"generation": clone.device("vmgenid0").identifier.hex()}
 
@@ -84,7 +89,9 @@ def look(number: int, clone: Machine) -> dict[str, Any]:
 def by_fork(parent: Machine) -> list[dict[str, Any]]:
     """Ten copies in this process, all running before the first is looked at."""
     heard = hear(socket.AF_INET, (HOST, 5000)), hear(socket.AF_VSOCK, (socket.VMADDR_CID_ANY, 52))
+    tell(parent, "echo parent | dd of=/dev/vdb oflag=direct bs=512 conv=sync 2>/dev/null")
     clones = parent.fork(COUNT, RUN / "forked")
+    tell(parent, "echo behind | dd of=/dev/vdb oflag=direct bs=512 conv=sync 2>/dev/null")
     try:
         for clone in clones:
             clone.start()
@@ -94,6 +101,8 @@ def by_fork(parent: Machine) -> list[dict[str, Any]]:
             peer = heard[0][str(number)]
             row |= {"address": peer, "seen": neighbours[peer], "cid": heard[1][str(number)]}
             row |= {"alive": tell(clones[number], "echo $n")}
+        if (said := tell(parent, "head -n 1 /dev/vdb")) != "behind":
+            raise RuntimeError(f"the machine's own disk has {said!r}")
         for clone in clones:
             power_off(clone)
     finally:
@@ -102,11 +111,40 @@ def by_fork(parent: Machine) -> list[dict[str, Any]]:
     return found
 
 
+def by_command(parent: Machine) -> list[dict[str, str]]:
+    """Ten more by `vmm clone`, whose guests say by themselves that they are alive: their logs."""
+    tell(parent, f"while :; do {RANDOM}; usleep 300000; done >/dev/console & usleep 1000000")
+    parent.snapshot(RUN / "saved")
+    parent.close()
+    out = RUN / "out"
+    command = [sys.executable, "-m", "vmm_reference", "clone", str(RUN / "saved"),
+               "-n", str(COUNT), "--run-folder", str(out)]  # fmt: skip
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        logs = [out / f"{number}.log" for number in range(COUNT)]
+        deadline = time.monotonic() + PATIENCE
+        while any(len(words(log)) < 3 for log in logs):
+            if process.poll() is not None or time.monotonic() > deadline:
+                process.terminate()
+                found = {log.name: words(log) for log in logs}
+                raise RuntimeError(f"status {process.wait()}: {process.communicate()[1]}, {found}")
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        said = process.communicate(timeout=PATIENCE)[1]
+    return [{"last": words(log)[-1], "said": said} for log in logs]
+
+
+def words(log: Path) -> list[str]:
+    """Whole random numbers that a clone's guest has printed."""
+    return re.findall(r"\b[0-9a-f]{32}\r\n", log.read_text()) if log.exists() else []
+
+
 def main(kernel: str, initrd: str) -> None:
     """Boot one, and copy it."""
     build_network()
     image = RUN / "disk.img"
     image.write_bytes(b"common".ljust(8 << 20, b"\0"))
+    written = RUN / "written.img"
+    written.write_bytes(bytes(8 << 20))
     config = MachineConfig(
         kernel=kernel,
         initrd=initrd,
@@ -117,6 +155,7 @@ def main(kernel: str, initrd: str) -> None:
             parse_device(text)
             for text in (
                 f"drive,{image},ro",
+                f"drive,{written}",
                 "net,tap0,mac=02:00:00:00:01:00",
                 "vmgenid",
                 f"vsock,vhost,cid={CID}",
@@ -126,7 +165,7 @@ def main(kernel: str, initrd: str) -> None:
     with Machine(config) as parent:
         ready(parent)
         generation = parent.device("vmgenid0").identifier.hex()
-        print(json.dumps([generation, by_fork(parent)]))
+        print(json.dumps([generation, by_fork(parent), by_command(parent)]))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from vmm_reference.devices.rtc import Rtc
 from vmm_reference.errors import ConfigError, HostError
 from vmm_reference.machine import Machine
 from vmm_reference.outcome import Outcome
+from vmm_reference.state.clone import identity
 
 ROM = 0xFFFF0000
 SIZE = 64 << 10
@@ -152,7 +153,7 @@ def test_variables_outlive_the_machine(tmp_path: Path) -> None:
 
 @pytest.mark.kvm
 def test_a_flash_is_restored_with_its_file(tmp_path: Path) -> None:
-    """A restored machine's chip has what it had, and so has the file again."""
+    """A restored machine's chip has what it had, and so has the file again; a clone has its own."""
     firmware, variables = tmp_path / "code", tmp_path / "variables"
     firmware.write_bytes(build(assemble("1: jmp 1b", bits=16, origin=0)))
     variables.write_bytes(b"before".ljust(4096, b"\xff"))
@@ -166,6 +167,7 @@ def test_a_flash_is_restored_with_its_file(tmp_path: Path) -> None:
         assert board is not None
         assert board.memory.read(GuestAddress(ROM - 4096), 6) == b"before"
     assert variables.read_bytes().startswith(b"before")
+    assert identity(config, 4)["variables"] == f"{variables}-4"
 
 
 def test_variables_need_firmware_and_a_file_to_write(firmware: Path, tmp_path: Path) -> None:

@@ -22,9 +22,11 @@ from vmm_reference.api.server import Control, Server
 from vmm_reference.backends.overlay import Overlay
 from vmm_reference.cli import main
 from vmm_reference.config import Drive, MachineConfig
+from vmm_reference.devices.blk.model import Block
 from vmm_reference.devices.console.setup import Ports
 from vmm_reference.devices.debug_console import DebugLog
 from vmm_reference.devices.net.setup import Interface
+from vmm_reference.devices.pmem import PersistentMemory
 from vmm_reference.devices.vmgenid import Generation
 from vmm_reference.devices.vsock.setup import Socket
 from vmm_reference.errors import ConfigError, HostError
@@ -198,6 +200,7 @@ def test_a_clone_has_what_only_one_can_have(tmp_path: Path) -> None:
     image = tmp_path / "disk"
     image.write_bytes(bytes(4096))
     (tmp_path / "kernel").write_bytes(tiny_kernel(ECHO))
+    (tmp_path / "pmem").write_bytes(bytes(2 << 20))
     config = MachineConfig(
         kernel=str(tmp_path / "kernel"),
         drives=[Drive(str(image), engine="sync"), Drive(str(image), read_only=True)],
@@ -209,6 +212,7 @@ def test_a_clone_has_what_only_one_can_have(tmp_path: Path) -> None:
             Socket(vhost=True, cid=70),
             Ports("pty agent=socket:/run/agent pty:/run/link file:/log tty:/dev/tty9"),
             DebugLog("/run/debug"),
+            PersistentMemory(str(tmp_path / "pmem")),
             Generation(),
         ],
     )
@@ -217,7 +221,8 @@ def test_a_clone_has_what_only_one_can_have(tmp_path: Path) -> None:
     writable, shared = clone.drives
     assert writable.overlay
     assert shared == config.drives[1]
-    tap, passt, cable, vsock, vhost, ports, log, _ = clone.devices
+    tap, passt, cable, vsock, vhost, ports, log, memory, _ = clone.devices
+    assert memory == PersistentMemory(str(tmp_path / "pmem"), private=True)
     assert isinstance(tap, Interface)
     assert (tap.tap, tap.mac) == ("tap0-4", "02:00:00:00:00:04")
     assert isinstance(passt, Interface)
@@ -258,6 +263,44 @@ def test_forks_share_what_none_of_them_writes(
                 assert clone.wait(60) is Outcome.POWER_OFF
 
 
+@pytest.mark.kvm
+@pytest.mark.parametrize("engine", ["sync", "python"])
+def test_forks_have_drives_as_they_were(
+    config: Callable[..., MachineConfig], tmp_path: Path, engine: str
+) -> None:
+    """The machine keeps its image and writes on; each fork has that of the moment for itself."""
+    image = tmp_path / "disk"
+    image.write_bytes(b"then".ljust(4 << 20, b"\1") + bytes(4 << 20))
+
+    def word(machine: Machine, written: bytes = b"") -> bytes:
+        """What the drive begins with, after writing there."""
+        assert machine._board is not None
+        slot = machine._board.devices["drive0"].slot
+        assert slot is not None
+        assert isinstance(slot.device.model, Block)
+        backend, data = slot.device.model.backend, bytearray(4)
+        if written:
+            backend.write(0, [memoryview(written)])
+        backend.read(0, [memoryview(data)])
+        return bytes(data)
+
+    with Machine(config(drives=[Drive(str(image), engine=engine)])) as machine:
+        answers(machine)
+        clones = machine.fork(2, tmp_path / "a")
+        with image.open("r+b") as file:
+            file.write(b"next")
+        later = machine.fork(1, tmp_path / "b")
+        with contextlib.ExitStack() as stack:
+            for clone in (*clones, *later):
+                stack.enter_context(clone)
+            for clone in [*clones, *later, machine]:
+                answers(clone)
+            assert [word(clone) for clone in (*clones, *later)] == [b"then", b"then", b"next"]
+            assert word(clones[0], b"mine") == b"mine"
+            assert word(clones[1]) == b"then"
+    assert image.read_bytes() == b"next".ljust(4 << 20, b"\1") + bytes(4 << 20)
+
+
 CLONE = """
 import os, sys
 from vmm_reference.state.clone import Template
@@ -288,8 +331,12 @@ def test_a_template_forks_machines(config: Callable[..., MachineConfig], tmp_pat
 def test_vmm_clone_runs_them_until_they_end(
     config: Callable[..., MachineConfig], tmp_path: Path
 ) -> None:
-    """With a control socket each."""
-    with Machine(config()) as machine:
+    """With a control socket each, and a log that has what the guest says when it says it."""
+    always = config()
+    (tmp_path / "kernel").write_bytes(
+        tiny_kernel("1: movl $9999, %ecx; 2: loop 2b; PUT 'x'; jmp 1b")
+    )
+    with Machine(always) as machine:
         machine.snapshot(tmp_path / "a")
     out = tmp_path / "out"
     command = [sys.executable, "-m", "vmm_reference", "clone", str(tmp_path / "a"), "-n", "3",
@@ -301,9 +348,30 @@ def test_vmm_clone_runs_them_until_they_end(
                 assert process.poll() is None
                 time.sleep(0.01)
             assert ask(str(path), "GET", "/", {})["state"] == "Running"
+            while not (out / f"{number}.log").read_text().endswith("x"):
+                assert process.poll() is None
+                time.sleep(0.01)
         process.terminate()
         assert process.wait(60) == Outcome.STOPPED.status
     assert len(list(out.glob("*.log"))) == 3
+
+
+@pytest.mark.kvm
+def test_clones_of_a_drive_that_is_in_use_are_refused_in_a_line(
+    config: Callable[..., MachineConfig], tmp_path: Path
+) -> None:
+    """Its machine may write it while they read it."""
+    image = tmp_path / "disk"
+    image.write_bytes(bytes(1 << 20))
+    command = [sys.executable, "-m", "vmm_reference", "clone", str(tmp_path / "a"),
+               "--run-folder", str(tmp_path)]  # fmt: skip
+    with Machine(config(drives=[Drive(str(image))])) as machine:
+        machine.snapshot(tmp_path / "a")
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 1
+    said = f"clone 0: drive {image}: another machine uses it; stop that machine"
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.kvm

@@ -229,21 +229,29 @@ class Machine(Control, Transfer):
         those of the configuration (`cloned` of each kind of device). They are this process's, and
         not started; a template process (`vmm_reference.state.clone`) has less to keep for each.
 
+        The machine goes on with its drives. What it may write is copied while it stands still,
+        and the overlays lie on that: at once where the folder's file system shares blocks between
+        files and has the image too, else for as long as copying what is no hole of it takes.
+
         Args:
             count: how many.
-            folder: where the snapshot goes that they live on, until the last of them has ended.
+            folder: where the snapshot and the copies of drives go that they live on, until the last
+                of them has ended.
             overrides: fields of `MachineConfig` that are others in all of them.
 
         Raises:
             HostError, ConfigError, TimeoutError: as for `snapshot` and `restore`.
         """
-        from .state.clone import identity
+        from .state.clone import identity, on_copies
 
-        self.snapshot(folder)
+        images: dict[str, str] = {}
+        with self._standstill:
+            self._save(folder, at_rest=lambda saving: images.update(saving.copy_drives()))
+            config = on_copies(self.config, images)
         clones: list[Machine] = []
         try:
             for number in range(count):
-                fields = identity(self.config, number)
+                fields = identity(config, number)
                 clones.append(Machine.restore(folder, **(fields | overrides)))
         except BaseException:
             for clone in clones:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .outcome import Outcome
     from .state.moving import Progress, Report
     from .state.outgoing import Outgoing
+    from .state.snapshot import Saving
 
 __all__ = ["Transfer"]
 
@@ -87,6 +88,17 @@ class Transfer:
                 machine does not run.
             TimeoutError: a vCPU does not come back from the kernel.
         """
+        return self._save(folder, base=base, track=track)
+
+    def _save(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        base: str | os.PathLike[str] | None = None,
+        track: bool = False,
+        at_rest: Callable[[Saving], object] = lambda _: None,
+    ) -> str:
+        """Save it; `at_rest` is called while the guest stands still, on the I/O thread."""
         from .state.snapshot import Saving
 
         def alive() -> None:
@@ -96,6 +108,7 @@ class Transfer:
         def save() -> None:
             alive()
             saving.paused()
+            at_rest(saving)
 
         with self._standstill:
             self._movable(f"snapshot {folder}")

@@ -34,7 +34,8 @@ def clone(folder: str, count: int, run_folder: str) -> int:
     """Run copies of the machine in the snapshot FOLDER, each in a process of its own.
 
     They share the memory that none of them writes, and have overlays in the place of drives that
-    they may write. Ends when the last one has; Ctrl-C ends all. The exit status is the highest.
+    they may write, whose images must be as they were: no machine may write them any more. Ends when
+    the last one has; Ctrl-C ends all. The exit status is the highest.
     """
     out = Path(run_folder)
     out.mkdir(parents=True, exist_ok=True)
@@ -43,9 +44,12 @@ def clone(folder: str, count: int, run_folder: str) -> int:
     # They are waited for, not handled: one that comes before the wait is not missed.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
-        with Template(folder) as template:
+        with Template(folder) as template, Path(os.devnull).open("rb") as nothing:
             for number in range(count):
-                children[template.fork(number, partial(_run, out, number))] = number
+                with (out / f"{number}.log").open("wb") as log:
+                    console = nothing.fileno(), log.fileno()
+                    run = partial(_run, out, number)
+                    children[template.fork(number, run, console=console)] = number
             click.echo(f"{count} clones run, with logs and control sockets in {out}", err=True)
             while children:
                 if signal.sigwait(_SIGNALS) != signal.SIGCHLD:
@@ -76,6 +80,5 @@ def _run(out: Path, number: int, machine: Machine) -> int:
     with Signals(machine, lambda _: machine.stop(), signal.SIGTERM):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
         with machine, Server(str(out / f"{number}.sock"), Control(machine)):
-            outcome = machine.wait()
-            (out / f"{number}.log").write_text(machine.console.output)
-    return outcome.status
+            machine.wait()
+            return machine.status

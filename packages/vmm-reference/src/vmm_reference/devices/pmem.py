@@ -157,6 +157,10 @@ class PersistentMemory(DeviceConfig):
     path: str
     private: bool = False
 
+    def cloned(self, number: int) -> PersistentMemory:
+        """What a clone writes stays its own; the snapshot has what the file had."""
+        return attrs.evolve(self, private=True)
+
     @property
     def reserved_memory(self) -> int:
         """As much as the file has."""

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from vm_memory._values import evolve
 from vmm_reference.config import MachineConfig
 from vmm_reference.cpu.compat import refuse_other_cpu
-from vmm_reference.errors import HostError
+from vmm_reference.errors import HostError, VmmError
 from vmm_reference.machine import Machine
 
 from .snapshot import Restore, open_snapshot
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from typing import Self
 
 
-__all__ = ["Template", "identity"]
+__all__ = ["Template", "identity", "on_copies"]
 
 
 def identity(config: MachineConfig, number: int) -> dict[str, Any]:
@@ -40,10 +40,27 @@ def identity(config: MachineConfig, number: int) -> dict[str, Any]:
         config: of the machine that was saved.
         number: of the clone, from 0.
     """
-    return {
-        "drives": [drive.cloned(number) for drive in config.drives],
-        "devices": [device.cloned(number) for device in config.devices],
+    fields: dict[str, Any] = {
+        "drives": tuple(drive.cloned(number) for drive in config.drives),
+        "devices": tuple(device.cloned(number) for device in config.devices),
     }
+    if config.variables is not None:
+        fields["variables"] = f"{config.variables}-{number}"
+    return fields
+
+
+def on_copies(config: MachineConfig, images: dict[str, str]) -> MachineConfig:
+    """The same machine with copies of drives' images, by the drives' names."""
+    paths = {id(config.named_devices()[name]): path for name, path in images.items()}
+
+    def copied(device: Any) -> Any:
+        return evolve(device, path=paths[id(device)]) if id(device) in paths else device
+
+    return evolve(
+        config,
+        drives=tuple(map(copied, config.drives)),
+        devices=tuple(map(copied, config.devices)),
+    )
 
 
 class Template:
@@ -72,12 +89,20 @@ class Template:
         gc.collect()
         gc.freeze()  # so that the collector of a clone writes to none of this
 
-    def fork(self, number: int, run: Callable[[Machine], int]) -> int:
+    def fork(
+        self,
+        number: int,
+        run: Callable[[Machine], int],
+        *,
+        console: tuple[int, int] | None = None,
+    ) -> int:
         """Start a clone in a process of its own; its identifier, for `os.waitpid`.
 
         Args:
             number: of the clone, from 0; no two have the same.
-            run: gets the machine, not started, in the new process; gives the exit status.
+            run: gets the machine, not started, in the new process; gives the exit status. What it
+                raises is printed, as one line where it is a fault of host or configuration.
+            console: as for a new machine.
 
         Raises:
             HostError: this process has a descriptor of KVM, or more than one thread.
@@ -92,12 +117,14 @@ class Template:
         status = 1
         try:
             config, fields = self.config, identity(self.config, number)
-            if any(list(getattr(config, name)) != value for name, value in fields.items()):
+            if any(getattr(config, name) != value for name, value in fields.items()):
                 config = evolve(config, **fields)  # only then: checking writes to many pages
             self._restored.config = config
-            machine = Machine(config)
+            machine = Machine(config, console=console)
             machine._restored = self._restored
             status = run(machine)
+        except (VmmError, OSError) as error:
+            print(f"clone {number}: {error}", file=sys.stderr)
         except BaseException:
             import traceback
 

@@ -191,6 +191,10 @@ class SnapshotWriter:
         """
         self._add(name, other.read(name))
 
+    def beside(self, name: str) -> str:
+        """Where a file may be put that belongs to this snapshot, and goes with it."""
+        return str(self._path / name)
+
     def _add(self, name: str, data: bytes) -> None:
         with _told(f"snapshot {self.folder}, {name}"):
             _write(self._path / f"{name}.json", data)

@@ -21,7 +21,7 @@ from kvm_ioctls.state import VcpuState, VmState
 from vm_memory import Anonymous, FilePrivate, GuestAddress, GuestMemory, Memfd, Options
 from vm_memory._values import evolve
 from vm_memory.filler import Filler
-from vmm_reference.config import MachineConfig
+from vmm_reference.config import Drive, MachineConfig
 from vmm_reference.errors import HostError
 
 from . import memory as pages
@@ -138,6 +138,25 @@ class Saving:
         writer.add("digests", MemoryDigests(tuple(self._digests)))
         for name, state in board.save():
             writer.add(name, state)
+
+    def copy_drives(self) -> dict[str, str]:
+        """Put copies of what the guest writes on drives beside it: their paths, by drive's name.
+
+        The guest stands still; on the I/O thread.
+
+        Raises:
+            HostError: one can't be copied.
+        """
+        from vmm_reference.devices.blk.setup import DriveControl
+
+        found = {}
+        for name, device in self._config.named_devices().items():
+            if isinstance(device, Drive) and not device.read_only:
+                control = self._board.control(name)
+                assert isinstance(control, DriveControl)
+                found[name] = self._writer.beside(f"{name}.img")
+                control.copy(found[name])
+        return found
 
     def commit(self) -> str:
         """Make it the folder's snapshot; its digest. The guest may run."""

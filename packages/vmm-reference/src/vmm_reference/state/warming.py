@@ -26,7 +26,7 @@ _NEEDED = (
     "kvm_ioctls.exits.plain", "kvm_ioctls.state.counters", "kvm_ioctls.state.msrs",
     "kvm_ioctls.state.snapshot",
     "virtio_queue._device_saving", "virtio_queue._saving", "vmm_reference.backends.console",
-    "vmm_reference.board",
+    "vmm_reference.backends.stream", "vmm_reference.board",
 )  # fmt: skip
 _STATES = ("kvm_ioctls.state", "virtio_queue.state", "vmm_reference.devices.states")
 

@@ -55,6 +55,14 @@ class DriveControl:
             with device.config_change():
                 self.block.exchange(self._backend)
 
+    def copy(self, path: str) -> None:
+        """Make a new file that has what the image has now. The machine is paused.
+
+        Raises:
+            HostError: the host can't.
+        """
+        self._backend.copy(path)
+
     def swap(self, path: str) -> None:
         """Take another image in place of this one, read-only or not as this one is.
 
