@@ -10,7 +10,8 @@ from typing import Any
 
 import attrs
 
-from vmm_reference.errors import VmmError
+from . import fields
+from .fields import StateError
 
 __all__ = [
     "BalloonState",
@@ -39,102 +40,6 @@ __all__ = [
 ]
 
 
-class StateError(VmmError, ValueError):
-    """A saved state that no device can have had: nothing was restored.
-
-    Attributes:
-        field: class and name of the field, such as `SerialState.ier`.
-        value: what it holds.
-        rule: what it must hold.
-    """
-
-    def __init__(self, field: str, value: object, rule: str) -> None:
-        super().__init__(field, value, rule)
-        self.field = field
-        self.value = value
-        self.rule = rule
-
-    def __str__(self) -> str:
-        return f"{self.field}: {self.value!r} {self.rule}"
-
-
-def _check(
-    state: object, field: attrs.Attribute[Any], good: bool, value: object, rule: str
-) -> None:
-    if not good:
-        raise StateError(f"{type(state).__name__}.{field.name}", value, rule)
-
-
-def _whole(low: int, high: int) -> Any:
-    """A field that is an int from `low` to `high`."""
-
-    def check(state: object, field: attrs.Attribute[int], value: object) -> None:
-        good = type(value) is int and low <= value <= high
-        _check(state, field, good, value, f"must be a whole number from {low} to {high}")
-
-    return attrs.field(validator=check)
-
-
-def _flag() -> Any:
-    """A field that is a bool."""
-
-    def check(state: object, field: attrs.Attribute[bool], value: object) -> None:
-        _check(state, field, isinstance(value, bool), value, "must be true or false")
-
-    return attrs.field(validator=check)
-
-
-def _bytes(low: int, high: int) -> Any:
-    """A field of `low` to `high` bytes."""
-
-    def check(state: object, field: attrs.Attribute[bytes], value: object) -> None:
-        good = isinstance(value, bytes) and low <= len(value) <= high
-        _check(state, field, good, value, f"must be {low} to {high} bytes")
-
-    return attrs.field(validator=check)
-
-
-def _levels() -> Any:
-    """A field of two whole numbers or none: a bucket's level and what is left of its burst."""
-
-    def check(state: object, field: attrs.Attribute[Any], value: Any) -> None:
-        good = isinstance(value, tuple) and len(value) in (0, 2)
-        good = good and all(type(item) is int and abs(item) < 1 << 127 for item in value)
-        good = good and (not value or value[1] >= 0)
-        _check(state, field, good, value, "must be a level and a burst, or empty")
-
-    return attrs.field(kw_only=True, validator=check)
-
-
-def _many(item: Any, most: int) -> Any:
-    """A field of a tuple of at most `most` items, each as the field `item`."""
-
-    def check(state: object, field: attrs.Attribute[Any], value: object) -> None:
-        good = isinstance(value, tuple) and len(value) <= most
-        _check(state, field, good, value, f"must be a tuple of at most {most} items")
-        for each in value:  # type: ignore[attr-defined]
-            item._validator(state, field, each)
-
-    return attrs.field(validator=check)
-
-
-def _maybe(item: Any) -> Any:
-    """A field as `item`, or None."""
-
-    def check(state: object, field: attrs.Attribute[Any], value: object) -> None:
-        if value is not None:
-            item._validator(state, field, value)
-
-    return attrs.field(validator=check)
-
-
-def _version() -> Any:
-    def check(state: object, field: attrs.Attribute[int], value: object) -> None:
-        _check(state, field, value == 1, value, "must be 1, the only version there is")
-
-    return attrs.field(default=1, validator=check, kw_only=True)
-
-
 @attrs.frozen
 class SerialState:
     """A `vmm_reference.devices.serial.Serial`; registers as the 16550 names them.
@@ -147,20 +52,20 @@ class SerialState:
         transmitting: the host had not taken all that the guest sent.
     """
 
-    ier: int = _whole(0, 0x0F)
-    fcr: int = _whole(0, 0xFF)
-    lcr: int = _whole(0, 0xFF)
-    mcr: int = _whole(0, 0x1F)
-    msr_delta: int = _whole(0, 0x0F)
-    scr: int = _whole(0, 0xFF)
-    dll: int = _whole(0, 0xFF)
-    dlm: int = _whole(0, 0xFF)
-    received: bytes = _bytes(0, 16)
-    received_errors: bytes = _bytes(0, 16)
-    line_errors: int = _whole(0, 0x1E)
-    thr_empty_pending: bool = _flag()
-    transmitting: bool = _flag()
-    version: int = _version()
+    ier: int = fields.whole(0, 0x0F)
+    fcr: int = fields.whole(0, 0xFF)
+    lcr: int = fields.whole(0, 0xFF)
+    mcr: int = fields.whole(0, 0x1F)
+    msr_delta: int = fields.whole(0, 0x0F)
+    scr: int = fields.whole(0, 0xFF)
+    dll: int = fields.whole(0, 0xFF)
+    dlm: int = fields.whole(0, 0xFF)
+    received: bytes = fields.octets(0, 16)
+    received_errors: bytes = fields.octets(0, 16)
+    line_errors: int = fields.whole(0, 0x1E)
+    thr_empty_pending: bool = fields.flag()
+    transmitting: bool = fields.flag()
+    version: int = fields.version()
 
     def __attrs_post_init__(self) -> None:
         if len(self.received_errors) != len(self.received):
@@ -185,14 +90,14 @@ class RtcState:
         more: the 128 registers behind it.
     """
 
-    index: int = _whole(0, 0x7F)
-    cmos: bytes = _bytes(128, 128)
-    offset: int = _whole(-(1 << 62), 1 << 62)
-    updated: int = _whole(-(1 << 62), 1 << 62)
-    ticked: int = _whole(-(1 << 62), 1 << 62)
-    bank: int = _whole(0, 0x7F)
-    more: bytes = _bytes(128, 128)
-    version: int = _version()
+    index: int = fields.whole(0, 0x7F)
+    cmos: bytes = fields.octets(128, 128)
+    offset: int = fields.whole(-(1 << 62), 1 << 62)
+    updated: int = fields.whole(-(1 << 62), 1 << 62)
+    ticked: int = fields.whole(-(1 << 62), 1 << 62)
+    bank: int = fields.whole(0, 0x7F)
+    more: bytes = fields.octets(128, 128)
+    version: int = fields.version()
 
 
 @attrs.frozen
@@ -205,10 +110,10 @@ class FwCfgState:
         address_high: the upper half of a DMA access's address, until its lower half comes.
     """
 
-    key: int = _whole(0, 0xFFFF)
-    offset: int = _whole(0, 1 << 32)
-    address_high: int = _whole(0, 0xFFFFFFFF)
-    version: int = _version()
+    key: int = fields.whole(0, 0xFFFF)
+    offset: int = fields.whole(0, 1 << 32)
+    address_high: int = fields.whole(0, 0xFFFFFFFF)
+    version: int = fields.version()
 
 
 @attrs.frozen
@@ -220,30 +125,30 @@ class FlashState:
         status: the status register.
     """
 
-    mode: int = _whole(0, 0xFF)
-    status: int = _whole(0, 0xFF)
-    version: int = _version()
+    mode: int = fields.whole(0, 0xFF)
+    status: int = fields.whole(0, 0xFF)
+    version: int = fields.version()
 
 
 @attrs.frozen
 class I8042State:
     """A `vmm_reference.devices.i8042.I8042`."""
 
-    status: int = _whole(0, 0xFF)
-    command_byte: int = _whole(0, 0xFF)
-    output_port: int = _whole(0, 0xFF)
-    output: int = _whole(0, 0xFF)
-    expecting: int = _whole(0, 0xFF)
-    released: bool = _flag()
-    version: int = _version()
+    status: int = fields.whole(0, 0xFF)
+    command_byte: int = fields.whole(0, 0xFF)
+    output_port: int = fields.whole(0, 0xFF)
+    output: int = fields.whole(0, 0xFF)
+    expecting: int = fields.whole(0, 0xFF)
+    released: bool = fields.flag()
+    version: int = fields.version()
 
 
 @attrs.frozen
 class SystemControlState:
     """A `vmm_reference.devices.i8042.SystemControl`."""
 
-    value: int = _whole(0, 0xFF)
-    version: int = _version()
+    value: int = fields.whole(0, 0xFF)
+    version: int = fields.version()
 
 
 @attrs.frozen
@@ -262,68 +167,41 @@ class KeyboardState:
         types: of the keys of set 3, by code.
     """
 
-    leds: int = _whole(0, 7)
-    scanning: bool = _flag()
-    typematic: int = _whole(0, 0x7F)
-    expecting: int = _whole(0, 0xFF)
-    last: int = _whole(0, 0xFF)
-    answers: bytes = _bytes(0, 4)
-    codes: bytes = _bytes(0, 16)
-    number: int = _whole(1, 3)
-    types: bytes = _bytes(256, 256)
-    version: int = _version()
+    leds: int = fields.whole(0, 7)
+    scanning: bool = fields.flag()
+    typematic: int = fields.whole(0, 0x7F)
+    expecting: int = fields.whole(0, 0xFF)
+    last: int = fields.whole(0, 0xFF)
+    answers: bytes = fields.octets(0, 4)
+    codes: bytes = fields.octets(0, 16)
+    number: int = fields.whole(1, 3)
+    types: bytes = fields.octets(256, 256)
+    version: int = fields.version()
 
 
 @attrs.frozen
 class Pm1State:
     """A `vmm_reference.devices.pm1.Pm1`; status is always 0."""
 
-    enable: int = _whole(0, 0xFFFF)
-    control: int = _whole(0, 0xFFFF)
-    version: int = _version()
+    enable: int = fields.whole(0, 0xFFFF)
+    control: int = fields.whole(0, 0xFFFF)
+    version: int = fields.version()
 
 
 @attrs.frozen
 class PmTimerState:
     """A `vmm_reference.devices.pm_timer.PmTimer`: what it shows."""
 
-    counter: int = _whole(0, (1 << 24) - 1)
-    version: int = _version()
+    counter: int = fields.whole(0, (1 << 24) - 1)
+    version: int = fields.version()
 
 
 @attrs.frozen
 class PvpanicState:
     """A `vmm_reference.devices.pvpanic.Pvpanic`: which events the guest may report."""
 
-    supported: int = _whole(0, 0xFF)
-    version: int = _version()
-
-
-def _numbers() -> Any:
-    """A field of different whole numbers that fit into a byte."""
-
-    def check(state: object, field: attrs.Attribute[tuple[int, ...]], value: object) -> None:
-        good = (
-            isinstance(value, tuple)
-            and all(type(number) is int and 0 <= number <= 255 for number in value)
-            and len(set(value)) == len(value)
-        )
-        _check(state, field, good, value, "must be different whole numbers from 0 to 255")
-
-    return attrs.field(validator=check)
-
-
-def _tuples(length: int, most: int) -> Any:
-    """A field of a tuple of at most `most` tuples, each of so many whole numbers from 0."""
-
-    def check(state: object, field: attrs.Attribute[Any], value: Any) -> None:
-        good = isinstance(value, tuple) and len(value) <= most
-        good = good and all(isinstance(item, tuple) and len(item) == length for item in value)
-        good = good and all(type(n) is int and 0 <= n < 1 << 63 for item in value for n in item)
-        rule = f"must be at most {most} tuples of {length} whole numbers"
-        _check(state, field, good, value, rule)
-
-    return attrs.field(validator=check)
+    supported: int = fields.whole(0, 0xFF)
+    version: int = fields.version()
 
 
 @attrs.frozen
@@ -336,10 +214,10 @@ class ModulesState:
         down: of those that the guest is to give up, and has not looked at.
     """
 
-    present: tuple[tuple[int, int, int], ...] = _tuples(3, 16)
-    up: tuple[int, ...] = _numbers()
-    down: tuple[int, ...] = _numbers()
-    version: int = _version()
+    present: tuple[tuple[int, int, int], ...] = fields.tuples(3, 16)
+    up: tuple[int, ...] = fields.numbers()
+    down: tuple[int, ...] = fields.numbers()
+    version: int = fields.version()
 
 
 @attrs.frozen
@@ -351,9 +229,9 @@ class MemoryDeviceState:
         plugged: first block and number of blocks of each run that is plugged, by blocks.
     """
 
-    requested: int = _whole(0, (1 << 63) - 1)
-    plugged: tuple[tuple[int, int], ...] = _tuples(2, 1 << 20)
-    version: int = _version()
+    requested: int = fields.whole(0, (1 << 63) - 1)
+    plugged: tuple[tuple[int, int], ...] = fields.tuples(2, 1 << 20)
+    version: int = fields.version()
 
 
 @attrs.frozen
@@ -366,19 +244,19 @@ class CpusState:
         down: those that the guest is to give up, and has not looked at.
     """
 
-    present: tuple[int, ...] = _numbers()
-    up: tuple[int, ...] = _numbers()
-    down: tuple[int, ...] = _numbers()
-    version: int = _version()
+    present: tuple[int, ...] = fields.numbers()
+    up: tuple[int, ...] = fields.numbers()
+    down: tuple[int, ...] = fields.numbers()
+    version: int = fields.version()
 
 
 @attrs.frozen
 class PowerState:
     """A `vmm_reference.devices.pm.PowerManagement`."""
 
-    events: int = _whole(0, 0xFF)
-    wake_status: bool = _flag()
-    version: int = _version()
+    events: int = fields.whole(0, 0xFF)
+    wake_status: bool = fields.flag()
+    version: int = fields.version()
 
 
 @attrs.frozen
@@ -390,23 +268,23 @@ class BlockState:
         sectors: the disk's size; a restore needs a disk of the same.
     """
 
-    writeback: bool = _flag()
-    sectors: int = _whole(1, 1 << 55)
-    version: int = _version()
+    writeback: bool = fields.flag()
+    sectors: int = fields.whole(1, 1 << 55)
+    version: int = fields.version()
 
 
 @attrs.frozen
 class LimiterState:
     """A `vmm_reference.devices.limiter.Limiter`: level and burst of each bucket, or nothing."""
 
-    bandwidth: tuple[int, ...] = _levels()
-    ops: tuple[int, ...] = _levels()
-    version: int = _version()
+    bandwidth: tuple[int, ...] = fields.levels()
+    ops: tuple[int, ...] = fields.levels()
+    version: int = fields.version()
 
 
 def _is_limiter(state: object, field: attrs.Attribute[Any], value: object) -> None:
     good = value is None or isinstance(value, LimiterState)
-    _check(state, field, good, value, "must be a LimiterState or None")
+    fields.require(state, field, good, value, "must be a LimiterState or None")
 
 
 @attrs.frozen(kw_only=True)
@@ -422,21 +300,21 @@ class NetState:
         features: what the driver accepted, where the device is active.
     """
 
-    mac: bytes = _bytes(6, 6)
-    permanent_mac: bytes = _bytes(6, 6)
-    mode: int = _whole(0, 0xFF)
-    unicast: tuple[bytes, ...] = _many(_bytes(6, 6), 64)
-    multicast: tuple[bytes, ...] = _many(_bytes(6, 6), 64)
-    vlans: tuple[int, ...] = _many(_whole(0, 4095), 4096)
-    offloads: int | None = _maybe(_whole(0, (1 << 64) - 1))
-    pairs: int = _whole(1, 256)
-    active_pairs: int = _whole(1, 256)
-    announce: bool = _flag()
-    waiting: tuple[bytes, ...] = _many(_bytes(0, 12 + 65535 + 18), 256)
-    features: int = _whole(0, (1 << 64) - 1)
+    mac: bytes = fields.octets(6, 6)
+    permanent_mac: bytes = fields.octets(6, 6)
+    mode: int = fields.whole(0, 0xFF)
+    unicast: tuple[bytes, ...] = fields.many(fields.octets(6, 6), 64)
+    multicast: tuple[bytes, ...] = fields.many(fields.octets(6, 6), 64)
+    vlans: tuple[int, ...] = fields.many(fields.whole(0, 4095), 4096)
+    offloads: int | None = fields.maybe(fields.whole(0, (1 << 64) - 1))
+    pairs: int = fields.whole(1, 256)
+    active_pairs: int = fields.whole(1, 256)
+    announce: bool = fields.flag()
+    waiting: tuple[bytes, ...] = fields.many(fields.octets(0, 12 + 65535 + 18), 256)
+    features: int = fields.whole(0, (1 << 64) - 1)
     rx_limiter: LimiterState | None = attrs.field(default=None, validator=_is_limiter)
     tx_limiter: LimiterState | None = attrs.field(default=None, validator=_is_limiter)
-    version: int = _version()
+    version: int = fields.version()
 
     def __attrs_post_init__(self) -> None:
         if self.active_pairs > self.pairs:
@@ -453,9 +331,9 @@ class VsockState:
         transport_reset: the guest is to be told that they are gone.
     """
 
-    cid: int = _whole(3, 0xFFFFFFFE)
-    transport_reset: bool = _flag()
-    version: int = _version()
+    cid: int = fields.whole(3, 0xFFFFFFFE)
+    transport_reset: bool = fields.flag()
+    version: int = fields.version()
 
 
 @attrs.frozen(kw_only=True)
@@ -470,14 +348,14 @@ class ConsoleState:
         messages: what the driver is still to be told.
     """
 
-    ports: int = _whole(1, 31)
-    ready: tuple[bool, ...] = _many(_flag(), 31)
-    guest_open: tuple[bool, ...] = _many(_flag(), 31)
-    offsets: tuple[int, ...] = _many(_whole(0, 1 << 32), 31)
-    columns: int = _whole(0, 0xFFFF)
-    rows: int = _whole(0, 0xFFFF)
-    messages: tuple[bytes, ...] = _many(_bytes(8, 1024), 31 * 8)
-    version: int = _version()
+    ports: int = fields.whole(1, 31)
+    ready: tuple[bool, ...] = fields.many(fields.flag(), 31)
+    guest_open: tuple[bool, ...] = fields.many(fields.flag(), 31)
+    offsets: tuple[int, ...] = fields.many(fields.whole(0, 1 << 32), 31)
+    columns: int = fields.whole(0, 0xFFFF)
+    rows: int = fields.whole(0, 0xFFFF)
+    messages: tuple[bytes, ...] = fields.many(fields.octets(8, 1024), 31 * 8)
+    version: int = fields.version()
 
     def __attrs_post_init__(self) -> None:
         for name in ("ready", "guest_open", "offsets"):
@@ -498,20 +376,20 @@ class BalloonState:
         answering: the one that it answered last.
     """
 
-    target: int = _whole(0, 0xFFFFFFFF)
-    actual: int = _whole(0, 0xFFFFFFFF)
-    last: int = _whole(1, 0xFFFFFFFF)
-    wanted: int = _whole(0, 0xFFFFFFFF)
-    answering: int = _whole(0, 0xFFFFFFFF)
-    version: int = _version()
+    target: int = fields.whole(0, 0xFFFFFFFF)
+    actual: int = fields.whole(0, 0xFFFFFFFF)
+    last: int = fields.whole(1, 0xFFFFFFFF)
+    wanted: int = fields.whole(0, 0xFFFFFFFF)
+    answering: int = fields.whole(0, 0xFFFFFFFF)
+    version: int = fields.version()
 
 
 @attrs.frozen
 class GenerationState:
     """A `vmm_reference.devices.vmgenid.VmGeneration`: what the guest that was saved had."""
 
-    identifier: bytes = _bytes(16, 16)
-    version: int = _version()
+    identifier: bytes = fields.octets(16, 16)
+    version: int = fields.version()
 
 
 @attrs.frozen(kw_only=True)
@@ -523,6 +401,6 @@ class WatchdogState:
         left: milliseconds until it is at zero, or None where it does not run.
     """
 
-    count: int = _whole(10, 6000)
-    left: int | None = _maybe(_whole(0, 600_000))
-    version: int = _version()
+    count: int = fields.whole(10, 6000)
+    left: int | None = fields.maybe(fields.whole(0, 600_000))
+    version: int = fields.version()
