@@ -36,12 +36,19 @@ def initrd(kernels: dict[str, Kernel], tmp_path_factory: pytest.TempPathFactory)
     ("transport", "kind", "steps"),
     [
         ("mmio", "user", ["pause", "on-demand"]),
-        ("pci", "kernel", ["copy-on-write"]),
-        *(pytest.param("mmio", "user", [move], marks=pytest.mark.soak) for move in MOVES),
+        ("pci", "kernel", ["copy-on-write", "on-demand"]),  # the second is a difference
         *(
-            pytest.param(transport, kind, steps * 7, marks=pytest.mark.soak)
-            for transport, kind in (("mmio", "user"), ("pci", "kernel"))
-            for steps in (RESTORES, MOVES)
+            pytest.param(transport, kind, steps, marks=pytest.mark.soak)
+            for transport in ("mmio", "pci")
+            for kind in ("user", "kernel")
+            for steps in (["pause", *RESTORES], MOVES)
+        ),
+        # Twenty in a row. What is restored otherwise than eagerly has no memory to hand over.
+        pytest.param(
+            "pci",
+            "kernel",
+            ["eager", "hand-over", *RESTORES[:2], *MOVES[:3]] * 3,
+            marks=pytest.mark.soak,
         ),
     ],
 )

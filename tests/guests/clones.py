@@ -31,11 +31,17 @@ HOST = "192.0.2.1"
 CID = 5
 RANDOM = "head -c 16 /dev/urandom | od -An -tx1 | tr -d ' '"
 RUN = Path(tempfile.mkdtemp(prefix="clones-"))
+START = time.monotonic()
 
 
 def ip(*words: str) -> str:
     """Configure the network of this machine."""
     return subprocess.run(["ip", *words], check=True, capture_output=True, text=True).stdout
+
+
+def done(what: str) -> None:
+    """Tell how far this is, and when."""
+    print(f"{time.monotonic() - START:.1f} s: {what}", file=sys.stderr, flush=True)
 
 
 def build_network() -> None:
@@ -83,6 +89,7 @@ def look(number: int, clone: Machine) -> dict[str, Any]:
     ).split("\n")
     names = ("mac", "random", "reseeded", "disk", "parent", "own", "tcp", "vsock")
     found: dict[str, Any] = dict(zip(names, map(str.strip, words), strict=True))
+    done(f"clone {number} has been looked at")
     return found | {"generation": clone.device("vmgenid0").identifier.hex()}
 
 
@@ -91,10 +98,12 @@ def by_fork(parent: Machine) -> list[dict[str, Any]]:
     heard = hear(socket.AF_INET, (HOST, 5000)), hear(socket.AF_VSOCK, (socket.VMADDR_CID_ANY, 52))
     tell(parent, "echo parent | dd of=/dev/vdb oflag=direct bs=512 conv=sync 2>/dev/null")
     clones = parent.fork(COUNT, RUN / "forked")
+    done("forked")
     tell(parent, "echo behind | dd of=/dev/vdb oflag=direct bs=512 conv=sync 2>/dev/null")
     try:
         for clone in clones:
             clone.start()
+        done("all run")
         found = [look(number, clone) for number, clone in enumerate(clones)]
         neighbours = {row["dst"]: row.get("lladdr") for row in json.loads(ip("-j", "neigh"))}
         for number, row in enumerate(found):
@@ -105,6 +114,7 @@ def by_fork(parent: Machine) -> list[dict[str, Any]]:
             raise RuntimeError(f"the machine's own disk has {said!r}")
         for clone in clones:
             power_off(clone)
+        done("all are off")
     finally:
         for clone in clones:
             clone.close()
@@ -116,6 +126,7 @@ def by_command(parent: Machine) -> list[dict[str, str]]:
     tell(parent, f"while :; do {RANDOM}; usleep 300000; done >/dev/console & usleep 1000000")
     parent.snapshot(RUN / "saved")
     parent.close()
+    done("saved")
     out = RUN / "out"
     command = [sys.executable, "-m", "vmm_reference", "clone", str(RUN / "saved"),
                "-n", str(COUNT), "--run-folder", str(out)]  # fmt: skip
@@ -128,8 +139,10 @@ def by_command(parent: Machine) -> list[dict[str, str]]:
                 found = {log.name: words(log) for log in logs}
                 raise RuntimeError(f"status {process.wait()}: {process.communicate()[1]}, {found}")
             time.sleep(0.1)
+        done("all have said something")
         process.send_signal(signal.SIGTERM)
         said = process.communicate(timeout=PATIENCE)[1]
+    done("all have ended")
     return [{"last": words(log)[-1], "said": said} for log in logs]
 
 
@@ -164,6 +177,7 @@ def main(kernel: str, initrd: str) -> None:
     )
     with Machine(config) as parent:
         ready(parent)
+        done("booted")
         generation = parent.device("vmgenid0").identifier.hex()
         print(json.dumps([generation, by_fork(parent), by_command(parent)]))
 
