@@ -433,8 +433,7 @@ def report(suite: str, rows: Sequence[Row]) -> str:
 
 
 def measure(suite: Callable[[Bench], Iterable[Row]], bench: Bench) -> Iterator[Row]:
-    """The rows of a suite, each announced as it becomes known when a person watches."""
+    """The rows of a suite, each told on the standard error output as it becomes known."""
     for row in suite(bench):
-        if sys.stderr.isatty():
-            print(f"  {row.name}: {_figure(row.ours)} {row.unit}", file=sys.stderr)
+        print(f"  {row.name}: {_figure(row.ours)} {row.unit}", file=sys.stderr, flush=True)
         yield row
