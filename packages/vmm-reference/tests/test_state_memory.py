@@ -7,12 +7,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import xxhash
+from attrs import evolve
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vm_memory import GuestAddress, GuestMemory
 from vm_memory.errors import TransferError
 from vmm_reference.state import memory as pages
+from vmm_reference.state.format import FormatError, decode
+from vmm_reference.state.memory import Algorithm, MemoryDigests, MemoryState, Source
 
 MIB = 1 << 20
 # Two regions side by side, and one that ends within a MiB.
@@ -48,16 +52,20 @@ def memory_of(model: bytes) -> GuestMemory:
     return memory
 
 
-def digests_of(model: bytes) -> list[str]:
+def digests_of(model: bytes, algorithm: Algorithm = Algorithm.XXH3_128) -> MemoryDigests:
     """One a MiB of each region, none where all is zero."""
     found, place = [], 0
     for _, size in REGIONS:
         for start in range(place, place + size, MIB):
             chunk = model[start : min(start + MIB, place + size)]
-            full = chunk != bytes(len(chunk))
-            found.append(hashlib.sha256(chunk).hexdigest() if full else "")
+            if chunk == bytes(len(chunk)):
+                found.append("")
+            elif algorithm is Algorithm.SHA256:
+                found.append(hashlib.sha256(chunk).hexdigest())
+            else:
+                found.append(xxhash.xxh3_128(chunk).hexdigest())
         place += size
-    return found
+    return MemoryDigests(tuple(found), algorithm)
 
 
 @pytest.fixture
@@ -78,13 +86,14 @@ def content(fd: int) -> bytes:
 
 
 @settings(max_examples=25)
-@given(spans, spans)
+@given(spans, spans, st.sampled_from(Algorithm))
 def test_the_file_is_the_memory_and_the_digests_are_its(
     tmp_path_factory: pytest.TempPathFactory,
     before: list[tuple[int, int, int]],
     after: list[tuple[int, int, int]],
+    algorithm: Algorithm,
 ) -> None:
-    """Whole, and then what has changed: against a model that is bytes."""
+    """Whole, and then what has changed, to a base of any release: against a model that is bytes."""
     path = tmp_path_factory.getbasetemp() / "memory"
     path.unlink(missing_ok=True)
     fd = os.open(path, os.O_RDWR | os.O_CREAT)
@@ -105,13 +114,46 @@ def test_the_file_is_the_memory_and_the_digests_are_its(
                         ranges.append((start + at - place, 4096))
                     place += size
         with memory_of(later) as memory:
-            changed = pages.store(memory, fd, found, ranges)
+            changed = pages.store(memory, fd, digests_of(model, algorithm), ranges)
             assert content(fd) == later
-            wanted = digests_of(later)
             # A MiB that has become zero has the digest of zeros, not none.
-            assert [d if d != pages._ZEROS else "" for d in changed] == wanted
+            zeros = {algorithm.digest(bytes(MIB)), algorithm.digest(bytes(MIB // 2 + 4096))}
+            chunks = tuple("" if digest in zeros else digest for digest in changed.chunks)
+            assert evolve(changed, chunks=chunks) == digests_of(later, algorithm)
     finally:
         os.close(fd)
+
+
+@pytest.mark.parametrize("algorithm", Algorithm)
+def test_what_was_changed_in_the_file_is_refused(
+    target: Callable[[], int], algorithm: Algorithm
+) -> None:
+    """A bit of a page, a page that became a hole, and a hole that became a page."""
+    model, fd = model_of(DATA), target()
+    with memory_of(model) as memory:
+        pages.store(memory, fd)
+        source = Source(fd, MemoryState(pages.describe(memory)))
+    digests = digests_of(model, algorithm)
+    regions = [(GuestAddress(start), size) for start, size in REGIONS]
+    with GuestMemory.from_ranges(regions) as memory:
+        pages.load(memory, [source], digests)
+        assert memory.read(GuestAddress(0), 8192) == model[:8192]
+    bit = bytes([model[5000] ^ 0x10])
+    for place, changed in ((5000, bit), (4096, ZERO), (650 * 4096, b"\1")):
+        os.pwrite(fd, changed, place)
+        with GuestMemory.from_ranges(regions) as memory, pytest.raises(FormatError, match="memory"):
+            pages.load(memory, [source], digests)
+        os.pwrite(fd, model[place : place + len(changed)], place)
+    os.close(fd)
+
+
+def test_digests_of_the_first_releases_are_read() -> None:
+    """They were SHA-256, which nothing said."""
+    old = b'{"sha256": ["' + b"0" * 64 + b'", ""], "version": 1}'
+    found = decode(old, MemoryDigests, "digests")
+    assert found == MemoryDigests(("0" * 64, ""), Algorithm.SHA256)
+    with pytest.raises(FormatError, match=r"digests\.chunks"):
+        decode(old.replace(b"1}", b"2}"), MemoryDigests, "digests")
 
 
 DATA = [(0, 600, 1), (700, 1, 2), (2000, 900, 3)]

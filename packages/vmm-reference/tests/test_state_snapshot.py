@@ -175,6 +175,47 @@ def test_a_difference_is_small_and_a_whole_one_sparse(
         snapshot.verify(tmp_path / name)
 
 
+@attrs.frozen
+class FirstDigests:
+    """How the first release wrote the digests of memory."""
+
+    sha256: tuple[str, ...]
+    version: int = 1
+
+
+def test_a_snapshot_of_the_first_release_is_read_and_built_upon(
+    config: Callable[..., MachineConfig], tmp_path: Path
+) -> None:
+    """Its digests are SHA-256: compared, and gone on with in a difference."""
+    with Machine(config(FOREVER)) as machine:
+        machine.pause()
+        machine.snapshot(tmp_path / "a")
+    with (
+        SnapshotReader(tmp_path / "a") as reader,
+        SnapshotWriter(tmp_path / "old") as writer,
+        snapshot.open_snapshot(tmp_path / "a", snapshot.Restore.EAGER, {}).memory as memory,
+    ):
+        plain = pages.MemoryDigests(
+            reader.state("digests", pages.MemoryDigests).chunks, pages.Algorithm.SHA256
+        )
+        everything = [(r.guest_address, r.size) for r in pages.describe(memory)]
+        found = pages.store(memory, writer.memory, plain, everything)
+        for name in reader.names():
+            if name == "digests":
+                writer.add(name, FirstDigests(found.chunks))
+            else:
+                writer.copy(name, reader)
+        writer.commit("0")
+    with Machine.restore(tmp_path / "old", "eager", track=True) as machine:
+        time.sleep(0.02)
+        machine.snapshot(tmp_path / "new", base=tmp_path / "old")
+    snapshot.verify(tmp_path / "new")
+    with SnapshotReader(tmp_path / "new") as reader:
+        digests = reader.state("digests", pages.MemoryDigests)
+    assert digests.algorithm is pages.Algorithm.SHA256
+    assert all(len(digest) == 64 for digest in digests.chunks)
+
+
 def test_a_machine_goes_on_after_a_snapshot(
     config: Callable[..., MachineConfig], twin: tuple[Remains, bytes], tmp_path: Path
 ) -> None:

@@ -64,7 +64,7 @@ class Tracking:
         digests: of its memory.
     """
 
-    def __init__(self, folder: Path, digest: str, digests: list[str]) -> None:
+    def __init__(self, folder: Path, digest: str, digests: MemoryDigests) -> None:
         self.folder = folder
         self.digest = digest
         self.digests = digests
@@ -104,7 +104,7 @@ class Saving:
                 raise HostError(f"snapshot {folder}", "is the base itself", hint)
             self._base = known
         self._writer = SnapshotWriter(folder)
-        self._digests = list(known.digests) if self._base is not None and known else None
+        self._digests = known.digests if self._base is not None and known else None
         self._ranges: set[tuple[int, int]] | None = None if self._base is None else set()
 
     def running(self) -> None:
@@ -135,7 +135,7 @@ class Saving:
         writer = self._writer
         writer.add_table("config", self._config.to_mapping())
         writer.add("memory", MemoryState(regions, ranges))
-        writer.add("digests", MemoryDigests(tuple(self._digests)))
+        writer.add("digests", self._digests)
         for name, state in board.save():
             writer.add(name, state)
 
@@ -308,7 +308,7 @@ def open_snapshot(
             stack.callback(filler.close)
         tracking = None
         if track and digests is not None:
-            tracking = Tracking(Path(folder).resolve(), top.digest, list(digests.sha256))
+            tracking = Tracking(Path(folder).resolve(), top.digest, digests)
         restored = Restored(top, config, memory, filler, tracking)
         for reader in readers[:-1]:
             reader.close()
