@@ -64,6 +64,24 @@ def test_a_restored_guest_goes_on_as_its_twin(mode: Mode, cpl: int, irqchip: boo
         assert len(set(expected)) > 5
 
 
+def test_leaves_that_were_set_before_need_not_be_in_a_state() -> None:
+    """They are what takes longest, and no guest changes them."""
+    with Guest(COUNT, Mode.LONG) as guest, Guest(COUNT, Mode.LONG) as other:
+        leaves = [leaf for leaf in guest.vcpu.get_cpuid2() if leaf.function != 0x80000004]
+        for vcpu in (guest.vcpu, other.vcpu):
+            vcpu.set_cpuid2(leaves)
+        next_output(guest)
+        settle(guest.vcpu)
+        whole, (state,) = guest.vcpu.save(), guest.vm.save_vcpus(cpuid=False)
+        assert state.cpuid == ()
+        assert state.regs == whole.regs
+        assert whole.cpuid
+        other.memory[:] = guest.memory[:]
+        other.vm.restore_vcpus([state])
+        assert other.vcpu.get_cpuid2() == whole.cpuid
+        assert next_output(other) == next_output(guest)
+
+
 def test_time_goes_on_from_where_it_was() -> None:
     """Neither the kvmclock nor the TSC is behind what was saved."""
     with Guest(COUNT, Mode.LONG, irqchip=True) as guest:

@@ -140,6 +140,32 @@ def test_timers_fire_in_time_order(loop: Loop) -> None:
     assert time.monotonic() - start >= 0.06
 
 
+def test_a_loop_that_stands_by_does_nothing_yet(loop: Loop) -> None:
+    """Nobody can wait for it; what was added meanwhile is served from its start on."""
+    seen: list[str] = []
+    loop.stand_by()
+    loop.call_soon(lambda: seen.append("called"))
+    with pytest.raises(RuntimeError, match="does not run"):
+        loop.call(lambda: None)
+    with pytest.raises(RuntimeError, match="does not run"), loop.hold():
+        pass
+    assert seen == []
+    loop.start()
+    loop.call(lambda: seen.append("waited for"))
+    loop.stop()
+    assert seen == ["called", "waited for"]
+
+
+def test_a_loop_that_stands_by_is_stopped(loop: Loop) -> None:
+    """Its thread ends, and has called nobody."""
+    seen: list[str] = []
+    loop.stand_by()
+    loop.call_soon(lambda: seen.append("called"))
+    loop.stop()
+    assert seen == []
+    assert "io" not in [thread.name for thread in threading.enumerate()]
+
+
 def test_a_stopped_loop_takes_no_more_calls(loop: Loop) -> None:
     """After stop, which may come twice and from any thread, call_soon does nothing."""
     loop.start()

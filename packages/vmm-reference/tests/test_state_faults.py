@@ -93,8 +93,8 @@ def test_another_version_is_refused(config: Callable[..., MachineConfig]) -> Non
     ):
         where = Address.parse(incoming.address)
         with socket.create_connection((where.host, where.port)) as sock:
-            sock.sendall(b"vmmove\x02\x00")
-            assert sock.recv(8) == b"vmmove\x01\x01"
+            sock.sendall(b"vmmove\x01\x00")
+            assert sock.recv(8) == b"vmmove\x02\x01"
             assert sock.recv(1) == b""
         with socket.create_server(("127.0.0.1", 0)) as server:
 
@@ -124,7 +124,7 @@ def test_a_stalled_link_is_given_up(config: Callable[..., MachineConfig]) -> Non
         def answer() -> None:
             kept.append(server.accept()[0])
             kept[0].recv(8)
-            kept[0].sendall(b"vmmove\x01\x00")
+            kept[0].sendall(b"vmmove\x02\x00")
 
         thread = threading.Thread(target=answer)
         thread.start()
@@ -201,7 +201,7 @@ def test_the_death_of_the_source_at_each_step(config: Callable[..., MachineConfi
                 assert incoming.side.phase is Destination.ABSENT
                 with pytest.raises(HostError, match="nothing to resolve"):
                     incoming.resolve()
-    assert number > 5
+    assert number == 5  # instead of OFFER, STATES, STATE, COMMIT and BYE
     assert moved >= resolved == 1
 
 

@@ -199,11 +199,14 @@ class Board:
             found |= wiring.parts
         return found
 
-    def save(self) -> Iterator[tuple[str, object]]:
-        """All states but memory, by name; the guest is paused, and this is the loop's thread."""
+    def save(self, *, cpuid: bool = True) -> Iterator[tuple[str, object]]:
+        """All states but memory, by name; the guest is paused, and this is the loop's thread.
+
+        `cpuid` says whether those of the vCPUs have the leaves, which no guest changes.
+        """
         assert self.clock is not None
         yield "vm", evolve(self.vm.save(), clock=self.clock)
-        for vcpu, state in zip(self.vm.vcpus, self.vm.save_vcpus(), strict=True):
+        for vcpu, state in zip(self.vm.vcpus, self.vm.save_vcpus(cpuid=cpuid), strict=True):
             yield f"vcpu{vcpu.id}", state
         for name, part in self.parts().items():
             yield name, part.save()
@@ -236,16 +239,29 @@ class Board:
             where = f"reading the memory's file at {status.error_offset:#x}"
             self._ended(Outcome.HOST_FAILURE, f"{where}: {os.strerror(status.error)}")
 
-    def start(self) -> None:
-        """Let the vCPUs run."""
-        if self.clock is not None:
-            from .state.snapshot import start_clock
+    def stand_by(self) -> None:
+        """Have the vCPUs' threads ready for `run`."""
+        for vcpu in self._vcpus:
+            vcpu.stand_by()
 
-            start_clock(self)
+    def start(self) -> None:
+        """Let the devices work, and the vCPUs run."""
+        self.begin()
+        self.run()
+
+    def begin(self) -> None:
+        """Let the devices work."""
         self.running = True
         for wiring in self.devices.values():
             for started in wiring.starts:
                 started()
+
+    def run(self) -> None:
+        """Let the vCPUs run, behind `begin`."""
+        if self.clock is not None:
+            from .state.snapshot import start_clock
+
+            start_clock(self)
         for vcpu in self._vcpus:
             vcpu.start()
 

@@ -45,18 +45,26 @@ class Loop:
         self._stopping = False
         self._closed = False
         self._thread: threading.Thread | None = None
+        self._started = threading.Event()
         self._epoll.register(self._wake, READ)
 
-    def start(self) -> None:
-        """Start the thread. A loop is started once."""
+    def stand_by(self) -> None:
+        """Have the thread ready for `start`; until then the loop counts as not started."""
         self._thread = threading.Thread(target=self._run, name="io", daemon=True)
         self._thread.start()
+
+    def start(self) -> None:
+        """Let the thread run, and start it unless it stands by. A loop is started once."""
+        if self._thread is None:
+            self.stand_by()
+        self._started.set()
 
     def stop(self) -> None:
         """End the thread after what it is doing now, and close what the loop owns. Idempotent."""
         if self._closed:
             return
         self._stopping = True
+        self._started.set()
         os.eventfd_write(self._wake, 1)
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
@@ -93,7 +101,7 @@ class Loop:
                 done.set()
 
         thread = self._thread
-        if self._closed or thread is None:
+        if self._closed or thread is None or not self._started.is_set():
             raise RuntimeError("the I/O loop does not run")
         self.call_soon(run)
         while not done.wait(1):
@@ -121,7 +129,7 @@ class Loop:
                 callback()
 
         thread = self._thread
-        if self._closed or thread is None:
+        if self._closed or thread is None or not self._started.is_set():
             raise RuntimeError("the I/O loop does not run")
         self.call_soon(stand_still)
         try:
@@ -170,6 +178,7 @@ class Loop:
         self._run_timers()
 
     def _run(self) -> None:
+        self._started.wait()
         while not self._stopping:
             self.turn()
 

@@ -272,16 +272,23 @@ class Machine(Control, Transfer):
         """Be ready for the state of a machine that another VMM runs: all but running."""
         self.timeline["start"] = time.monotonic()
         self._power_on(incoming=memory)
-
-    def _go(self, *, moved: bool) -> None:
-        """Run what was prepared; `moved` says that the network is to be told."""
         assert self._board is not None
-        self._board.start()
+        self._board.stand_by()
+        self._loop.stand_by()
+
+    def _go(self) -> None:
+        """Run what was prepared."""
+        assert self._board is not None
+        self._board.begin()
         self._loop.start()
         self._started = True
         if self._input is not None:
             self._loop.call_soon(self._input.start)
-        if moved:
+        self._board.run()  # last: from here on the guest has the processors too
+
+    def _announce(self) -> None:
+        """Tell the network where the machine is now."""
+        if self._board is not None:
             self._loop.call_soon(self._board.announce)
 
     def _gone(self, outcome: Outcome, detail: str) -> None:

@@ -56,9 +56,17 @@ class VcpuThread:
         self._parked = threading.Event()
         self._thread = threading.Thread(target=self._main, name=f"vcpu{vcpu.id}", daemon=True)
 
-    def start(self) -> None:
-        """Start the thread, and with it the vCPU."""
+    def stand_by(self) -> None:
+        """Start the thread, with the vCPU parked until `start`."""
+        self._running.clear()
         self._thread.start()
+
+    def start(self) -> None:
+        """Let the vCPU run, on a thread that is started unless it stands by."""
+        if self._thread.ident is None:
+            self._thread.start()
+        else:
+            self.resume()
 
     @property
     def thread(self) -> int:
@@ -104,7 +112,8 @@ class VcpuThread:
 
     def _main(self) -> None:
         try:
-            if self._first_run is not None:
+            self._park()
+            if self._first_run is not None and not self._stopping:
                 self._first_run()
             self._loop()
         except Exception as error:

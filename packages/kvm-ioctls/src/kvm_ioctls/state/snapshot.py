@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING
 
 import attrs
@@ -41,7 +42,7 @@ class VcpuState:
     """A vCPU between two runs.
 
     Attributes:
-        cpuid: the leaves the guest sees.
+        cpuid: the leaves the guest sees; none if they are known elsewhere, and set there.
         tsc_khz: its TSC's rate.
         sregs: and regs, xcrs, xsave, debugregs, events, mp_state: as the ioctls give them.
         msrs: the MSRs that KVM saves, by index.
@@ -92,15 +93,18 @@ class VmState:
 
 def chosen_msrs(indices: Iterable[int] | None) -> tuple[int, ...]:
     """The MSRs to save: those given, or for None all that KVM saves."""
-    if indices is not None:
-        return tuple(indices)
+    return _all_msrs() if indices is None else tuple(indices)
+
+
+@cache
+def _all_msrs() -> tuple[int, ...]:
     from kvm_ioctls.kvm import Kvm
 
     with Kvm() as kvm:
         return tuple(kvm.get_msr_index_list())
 
 
-def save_vcpu(vcpu: Vcpu, msr_indices: tuple[int, ...]) -> VcpuState:
+def save_vcpu(vcpu: Vcpu, msr_indices: tuple[int, ...], *, cpuid: bool = True) -> VcpuState:
     """Read everything. The run state comes first, because asking for it settles INIT and SIPI."""
     mp_state = vcpu.get_mp_state()
     nested = None
@@ -114,7 +118,7 @@ def save_vcpu(vcpu: Vcpu, msr_indices: tuple[int, ...]) -> VcpuState:
         lapic = None
     sregs = vcpu.get_sregs()
     return VcpuState(
-        cpuid=vcpu.get_cpuid2(),
+        cpuid=vcpu.get_cpuid2() if cpuid else (),
         tsc_khz=vcpu.get_tsc_khz(),
         regs=vcpu.get_regs(),
         sregs=sregs,

@@ -44,20 +44,23 @@ class Vcpu(
         self._init_run(fd, mmap_size)
         Descriptor.__init__(self, fd)
 
-    def save(self, msr_indices: Iterable[int] | None = None) -> VcpuState:
+    def save(self, msr_indices: Iterable[int] | None = None, *, cpuid: bool = True) -> VcpuState:
         """Everything that KVM knows of this vCPU, between two runs.
 
         After an exit for I/O, run once more with a kick pending, so that KVM completes it.
 
         Args:
             msr_indices: the MSRs to save, usually Kvm.get_msr_index_list(), which None asks for.
+            cpuid: whether to ask for the leaves too, which no guest changes.
         """
         from kvm_ioctls.state.snapshot import chosen_msrs, save_vcpu
 
-        return save_vcpu(self, chosen_msrs(msr_indices))
+        return save_vcpu(self, chosen_msrs(msr_indices), cpuid=cpuid)
 
     def restore(self, state: VcpuState) -> None:
         """Put back what save() gave, into a new vCPU of a VM that was made alike.
+
+        Without leaves in it, those that were set with set_cpuid2() before stay.
 
         Raises:
             KvmError: this host cannot continue it.

@@ -111,7 +111,9 @@ class Vm(VmPages, VmIrq, VmEvents, VmPlatform, VmGuests, VmArm64, Attributes):
 
         restore_vm(self, state)
 
-    def save_vcpus(self, msr_indices: Iterable[int] | None = None) -> tuple[VcpuState, ...]:
+    def save_vcpus(
+        self, msr_indices: Iterable[int] | None = None, *, cpuid: bool = True
+    ) -> tuple[VcpuState, ...]:
         """What Vcpu.save() gives of each vCPU; none runs.
 
         Saving takes time: the counters (TSC) are those of the moment in which the first was saved,
@@ -119,12 +121,14 @@ class Vm(VmPages, VmIrq, VmEvents, VmPlatform, VmGuests, VmArm64, Attributes):
 
         Args:
             msr_indices: as for Vcpu.save().
+            cpuid: as for Vcpu.save().
         """
         from kvm_ioctls.state.counters import at_one_moment
         from kvm_ioctls.state.snapshot import chosen_msrs
 
         indices = chosen_msrs(msr_indices)
-        return at_one_moment(self.vcpus, [vcpu.save(indices) for vcpu in self.vcpus])
+        states = [vcpu.save(indices, cpuid=cpuid) for vcpu in self.vcpus]
+        return at_one_moment(self.vcpus, states)
 
     def restore_vcpus(self, states: Sequence[VcpuState]) -> None:
         """Put back what save_vcpus() gave, into as many new vCPUs, before any of them runs.

@@ -25,7 +25,7 @@ from .wire import Link, LinkLost, ProtocolError, Role, reason
 
 __all__ = ["VERSION", "Address", "Listener", "Tls", "connect", "greet", "secure"]
 
-VERSION = 1
+VERSION = 2
 
 _MAGIC = b"vmmove"
 _PREAMBLE = struct.Struct("<6sBB")

@@ -43,6 +43,7 @@ __all__ = [
     "encode_fields",
     "fields",
     "pack",
+    "pack_parts",
     "parse",
     "prepare",
     "state",
@@ -106,6 +107,15 @@ def pack(state: object) -> bytes:
         TypeError: as for `encode`.
     """
     return json.dumps(_form(type(state)).write(state)).encode()
+
+
+def pack_parts(parts: Iterable[tuple[str, object]]) -> bytes:
+    """States by name in one piece; `parse` and `fields` give it back, and `state` each of them.
+
+    Raises:
+        TypeError: as for `encode`.
+    """
+    return json.dumps({name: _form(type(part)).write(part) for name, part in parts}).encode()
 
 
 def encode_fields(plain: dict[str, Any]) -> bytes:

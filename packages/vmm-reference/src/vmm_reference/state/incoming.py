@@ -1,6 +1,7 @@
 """The side that a machine moves to: waits, takes it in, and runs it once it is told to.
 
-`handover.destination` decides; here it is carried out, on a thread of its own. What comes over the
+`handover.destination` decides; here it is carried out, on a thread of its own, with the machine
+that is on its way (`arriving`). What comes over the
 links is checked before it is believed, and nothing of the machine runs before the source has let
 it go. The listening socket stays open until the source has said good-bye, so that the two can meet
 again after a cut.
@@ -14,24 +15,18 @@ import queue
 import select
 import threading
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
-from vm_memory import Anonymous, GuestAddress, GuestMemory, Memfd, sharing
-from vmm_reference.config import MachineConfig
-from vmm_reference.cpu.compat import refuse_other_cpu
 from vmm_reference.errors import HostError
-from vmm_reference.machine import Machine
-from vmm_reference.outcome import Outcome
 
 from . import handover
+from .arriving import Arrival
 from .connection import Address, Listener, Tls, greet, secure
-from .format import FormatError, decode, fields, parse
 from .handover import Action, Destination, Event, Message, Side, Step, Word
-from .moving import MAX_STREAMS, MigrationError, Offer
+from .moving import MigrationError
 from .postcopy import PostCopy
-from .snapshot import Restored
-from .stream import Pages, receive_pages
-from .warming import rehearse
+from .stream import receive_pages
+from .warming import warm
 from .wire import WORDS, Frame, Kind, Link, LinkLost, ProtocolError, Role
 
 if TYPE_CHECKING:
@@ -39,33 +34,14 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
+    from vm_memory import GuestMemory
+    from vmm_reference.machine import Machine
+
 __all__ = ["Incoming"]
 
-_MOST_PARTS = 4096
-_MOST_BYTES = 256 << 20
 _MOST_GREETINGS = 16
 _SILENCE = 30.0
 _LOST = "the machine is lost: some of its pages were at its source alone, which is dead"
-
-T = TypeVar("T")
-
-
-class _States:
-    """The states that came over the link, as a snapshot's reader gives them."""
-
-    def __init__(self, parts: dict[str, bytes]) -> None:
-        self._parts = parts
-
-    def names(self) -> list[str]:
-        return list(self._parts)
-
-    def state(self, name: str, kind: type[T]) -> T:
-        if name not in self._parts:
-            raise FormatError("states", name, f"is no part of this; there are {self.names()}")
-        return decode(self._parts[name], kind, name)
-
-    def close(self) -> None:
-        pass
 
 
 class Incoming:
@@ -99,7 +75,7 @@ class Incoming:
         self.address = str(self._listener.address)
         self.side = Side(Destination.ABSENT)
         self.reports: list[str] = []  # what there is to say to who waits
-        self._machine: Machine | None = None
+        self._arrival: Arrival | None = None
         self._owned = threading.Event()
         self._changed = threading.Condition()
         self._controls: queue.Queue[tuple[Link, Frame, bytes]] = queue.Queue(1)
@@ -108,13 +84,7 @@ class Incoming:
         self._closing = False
         self._resolving = False
         self._link: Link | None = None
-        self._config: MachineConfig | None = None
-        self._pages: Pages | None = None
-        self._post_copy: PostCopy | None = None
-        self._parts: dict[str, bytes] = {}
-        self._streams: list[Link] = []
-        self._expected = self._size = self._seen = 0
-        self._local = self._parted = False
+        self._parted = False
         self._threads = [
             threading.Thread(target=self._accept, name="incoming-accept", daemon=True),
             threading.Thread(target=self._serve, name="incoming", daemon=True),
@@ -134,9 +104,9 @@ class Incoming:
         """
         if not self._owned.wait(timeout):
             raise TimeoutError(f"no machine came to {self.address} in {timeout:g} s")
-        if self._machine is None:
+        if self._arrival is None:
             raise MigrationError(f"incoming at {self.address}", "it was closed")
-        return self._machine
+        return self._arrival.machine
 
     def resolve(self) -> None:
         """Run a machine that is whole here: somebody states that its source never will again.
@@ -218,9 +188,10 @@ class Incoming:
         try:
             try:
                 if role is Role.FAULTS:
-                    if self._post_copy is None:
+                    arrival = self._arrival
+                    if arrival is None or arrival.post_copy is None:
                         raise ProtocolError("role", role.name, "is not expected")
-                    self._post_copy.give(sock)  # which proves it
+                    arrival.post_copy.give(sock)  # which proves it
                     return
                 link = secure(sock, role, self._listener.context)
                 frame = link.receive(1 << 20)
@@ -256,14 +227,12 @@ class Incoming:
     def _join(self, link: Link, frame: Frame) -> None:
         fits = frame.kind is Kind.JOIN and frame.extra == self.side.attempt
         with self._changed:
-            room = len(self._streams) < self._expected
-            if not fits or not room or self.side.phase is not Destination.RECEIVING:
+            arrival = self._arrival if self.side.phase is Destination.RECEIVING else None
+            if not fits or arrival is None or not arrival.expects_streams:
                 raise ProtocolError("JOIN", frame.argument, "is for no migration here")
-            self._streams.append(link)
-            pages = self._pages
-        assert pages is not None
+            arrival.streams.append(link)
         try:
-            receive_pages(link, pages)
+            receive_pages(link, arrival.pages)
         except LinkLost:
             pass
         except ProtocolError as error:
@@ -277,6 +246,7 @@ class Incoming:
 
     def _serve(self) -> None:
         try:
+            warm()  # while nothing else is to be done
             while not self._closing and not self._parted:
                 self._wait()
         finally:
@@ -307,21 +277,26 @@ class Incoming:
             self._told()
         elif link is not None and (pending or link.socket in ready):
             self._guarded(self._frame)
-        elif self.side.phase is Destination.RECEIVING and not self._moves():
+        elif self.side.phase is Destination.RECEIVING and not self._arriving.moves():
             self._lost(LinkLost("migration link", "nothing came for too long"))
 
-    def _moves(self) -> bool:
-        """Whether the streams have brought anything since the last look."""
-        seen = sum(link.received for link in self._streams)
-        moves, self._seen = seen != self._seen, seen
-        return moves
+    @property
+    def _arriving(self) -> Arrival:
+        """The machine in every phase but `ABSENT`."""
+        assert self._arrival is not None
+        return self._arrival
+
+    @property
+    def _post_copy(self) -> PostCopy | None:
+        return None if self._arrival is None else self._arrival.post_copy
 
     def _told(self) -> None:
         """Another thread has something."""
-        if self._post_copy is not None:  # first: what it tells is of the links before
-            for report in self._post_copy.reports():
+        pages = self._post_copy
+        if pages is not None:  # first: what it tells is of the links before
+            for report in pages.reports():
                 self._say(report)
-                if self.side.phase is Destination.FILLING and not self._post_copy.filled:
+                if self.side.phase is Destination.FILLING and not pages.filled:
                     self._lost(LinkLost("migration link", report))  # so that the source learns it
         with suppress(queue.Empty):
             link, frame, payload = self._controls.get_nowait()
@@ -378,8 +353,13 @@ class Incoming:
         assert link is not None
         frame = link.receive()
         payload = link.payload(frame)
-        if frame.kind is Kind.PART:
-            self._part(payload)
+        if frame.kind in (Kind.STATES, Kind.MISSING):
+            if self.side.phase is not Destination.RECEIVING:
+                raise ProtocolError("frame", frame.kind.name, "has no place here")
+            if frame.kind is Kind.STATES:
+                self._arriving.receive_states(payload)
+            else:
+                self._arriving.receive_missing(payload)
             return
         if frame.kind is Kind.BYE:
             self._parted = self.side.phase is Destination.OWNING
@@ -389,85 +369,33 @@ class Incoming:
             raise ProtocolError("frame", frame.kind.name, "has no place here")
         receiving = self.side == Side(Destination.RECEIVING, frame.extra)
         if receiving and word in (Word.STATE, Word.SPLIT):
-            self._take(split=word is Word.SPLIT)
+            self._arriving.take(split=word is Word.SPLIT)
         self._step(handover.destination(self.side, Message(word, frame.extra)))
         if self.side.phase is Destination.ABSENT:
             self._forget()
-
-    def _part(self, payload: bytes) -> None:
-        name, zero, data = payload.partition(b"\0")
-        if self.side.phase is not Destination.RECEIVING or not zero or len(name) > 64:
-            raise ProtocolError("PART", name[:64], "has no place here")
-        self._size += len(data)
-        if len(self._parts) >= _MOST_PARTS or self._size > _MOST_BYTES:
-            raise ProtocolError("PART", len(self._parts), "parts are too many")
-        text = name.decode("ascii", errors="replace")
-        if text in self._parts:
-            raise ProtocolError("PART", text, "is there twice")
-        self._parts[text] = data
 
     # What the phases consist of.
 
     def _offered(self, frame: Frame, payload: bytes) -> None:
         """Build the machine around memory that is still to come."""
-        link = self._link
-        assert link is not None
-        offer = decode(payload, Offer, "offer")
-        if not 0 <= offer.streams <= MAX_STREAMS:
-            raise FormatError("offer.streams", offer.streams, f"must be at most {MAX_STREAMS}")
-        given = parse(offer.config.encode(), "offer.config")
-        table = fields(given, "offer.config") | self._overrides
-        config = MachineConfig.from_mapping(table, "offer.config")
-        refuse_other_cpu(offer.cpuid)
-        regions = [(GuestAddress(r.guest_address), r.size) for r in offer.memory.regions]
-        if offer.local:
-            memory = sharing.receive(link.socket, dirty_page_size=4096)
-        else:
-            backing = Memfd() if config.shared_memory else Anonymous()
-            memory = GuestMemory.from_ranges(regions, backing=backing, dirty_page_size=4096)
-        try:
-            if [(region.guest_address, region.size) for region in memory.regions] != regions:
-                raise FormatError("offer.memory", regions, "is not what came with it")
-            machine = Machine(config, console=self._console)
-            machine._prepare(memory)
-        except BaseException:
-            memory.close()
-            raise
-        self._machine, self._config = machine, config
-        self._local, self._expected = offer.local, 0 if offer.local else offer.streams
-        self._pages = Pages(memory)
-        if offer.post_copy:
-            self._post_copy = PostCopy(
-                memory, frame.extra, self._listener, self._tls, self._wake, self._met
-            )
-        self._step(handover.destination(self.side, Message(Word.OFFER, frame.extra)))
-        assert machine._board is not None
-        rehearse(machine._board)  # while memory comes
+        assert self._link is not None
 
-    def _take(self, *, split: bool) -> None:
-        """Become the machine whose states have come; nothing runs yet."""
-        assert self._machine is not None
-        assert self._machine._board is not None
-        board = self._machine._board
-        if split != ("missing" in self._parts):
-            raise ProtocolError("SPLIT", split, "must come with what is missing, and alone")
-        if split:
-            if self._post_copy is None:
-                raise ProtocolError("SPLIT", split, "was not offered")
-            board.missing = self._post_copy
-            self._post_copy.begin(self._parts.pop("missing"))
-        assert self._config is not None
-        restored = Restored(_States(self._parts), self._config, board.memory, None, None)
-        board.restore(restored)
+        def supplier(memory: GuestMemory) -> PostCopy:
+            return PostCopy(memory, frame.extra, self._listener, self._tls, self._wake, self._met)
+
+        self._arrival = Arrival(
+            self._link, payload, console=self._console, overrides=self._overrides,
+            supplier=supplier,
+        )  # fmt: skip
+        self._step(handover.destination(self.side, Message(Word.OFFER, frame.extra)))
+        self._arrival.rehearse()  # while memory comes
 
     def _event(self, event: Event) -> None:
         self._step(handover.destination(self.side, event))
 
     def _step(self, step: Step) -> None:
         if Action.ACQUIRE in step.actions:
-            assert self._machine is not None
-            assert self._machine._board is not None
-            self._machine._board.acquire()  # or nothing changes
+            self._arriving.acquire()  # or nothing changes
         runs = self.side.phase.runs
         with self._changed:
             self.side = step.side
@@ -478,21 +406,23 @@ class Incoming:
             elif action is Action.DISCARD:
                 self._discard()
             elif action is Action.RESUME:
-                assert self._machine is not None
-                self._machine._go(moved=not self._local)
-                self._owned.set()
+                self._arriving.go()
             elif action is Action.REPORT:
                 self._say(self._state_of_affairs())
-        for message in step.send:
-            if self._link is not None:
-                self._link.send(WORDS[message.word], extra=message.attempt)
+        try:
+            for message in step.send:
+                if self._link is not None:
+                    self._link.send(WORDS[message.word], extra=message.attempt)
+        finally:
+            if Action.RESUME in step.actions:  # whoever waits is told last: the source waits too
+                self._arriving.settle()
+                self._owned.set()
         if self.side.phase is Destination.FILLING:
             os.eventfd_write(self._wake, 1)  # the last page may have come before the decision
 
     def _lose(self) -> None:
         """Pages of a machine that runs are nowhere: it ends here, and is its owner's to close."""
-        assert self._machine is not None
-        self._machine._ended(Outcome.HOST_FAILURE, _LOST)
+        self._arriving.lose(_LOST)
         self._parted = True
 
     def _state_of_affairs(self) -> str:
@@ -506,20 +436,14 @@ class Incoming:
         return "pages of the machine are at its source alone: recover there (vmm migrate --recover)"
 
     def _discard(self) -> None:
-        machine, self._machine = self._machine, None
-        for link in self._streams:
-            link.close()
-        if self._post_copy is not None:
-            self._post_copy.close()
-        if machine is not None:
-            machine.close()
+        arrival, self._arrival = self._arrival, None
+        if arrival is not None:
+            arrival.discard()
 
     def _forget(self) -> None:
         """Ready for another machine."""
-        self._machine = self._config = self._pages = self._post_copy = None
-        self._parts, self._streams = {}, []
-        self._expected = self._size = self._seen = 0
-        self._local = self._parted = False
+        self._arrival = None
+        self._parted = False
 
     def _say(self, words: str) -> None:
         with self._changed:

@@ -162,7 +162,7 @@ class Offer:
         writer: the release that speaks; for people.
         config: of the machine, in the written form of its table.
         memory: its regions.
-        cpuid: leaves that its guest sees.
+        cpuid: leaves that its guest sees, of each vCPU.
         streams: links for pages that will follow.
         post_copy: whether one for faults follows.
         local: whether memory's descriptors follow behind this, instead of pages.
@@ -171,7 +171,7 @@ class Offer:
     writer: str
     config: str
     memory: MemoryState
-    cpuid: tuple[CpuidEntry, ...]
+    cpuid: tuple[tuple[CpuidEntry, ...], ...]
     streams: int
     post_copy: bool
     local: bool

@@ -7,6 +7,7 @@ case, and whoever knows of it tells the other side by `resolve`.
 
 from __future__ import annotations
 
+import gc
 import secrets
 import time
 from contextlib import ExitStack, suppress
@@ -22,7 +23,7 @@ from . import handover
 from . import memory as pages
 from .connection import Address, connect
 from .faults import FaultServer
-from .format import encode, encode_fields, pack
+from .format import encode, encode_fields, pack_parts
 from .handover import Action, Event, Message, Side, Source, Step, Word
 from .memory import MemoryState
 from .moving import MigrationError, Offer, Options, Progress, Report, Round
@@ -41,8 +42,11 @@ if TYPE_CHECKING:
 __all__ = ["Outgoing"]
 
 _PAGE = 4096
-# Rounds that bring nothing nearer end in the same way as a time limit does.
-_MOST_ROUNDS = 30
+# Rounds that bring nothing nearer end in the same way as a time limit does: when they have sent so
+# many times what the first did, or there were so many.
+_MOST_PASSES = 30
+_MOST_ROUNDS = 1000
+_LITTLE = 1 << 20  # bytes
 _LAST_WORD = 0.5  # seconds
 _LOST = "the machine is lost: its newest pages were on the other side alone, which is dead"
 
@@ -195,10 +199,10 @@ class Outgoing:
         self._pace = Pace(options.bandwidth)
         self._link = self._links.enter_context(connect(self.address, Role.CONTROL, options.tls))
         self._step(handover.begin(self.side, secrets.randbits(63) | 1))
+        warm(self._machine.config)  # while the other side builds the machine
         frame = self._receive()
         if frame is not Word.ACCEPT:
             raise ProtocolError("answer", frame.value, "must be accept")
-        warm(self._machine.config)
         if options.local:
             return
         links = []
@@ -230,12 +234,13 @@ class Outgoing:
         found = [(int(at), n) for at, n in data_ranges(board.memory)]
         with Throttle(board) as throttle:
             self._round(found, [], 0)
+            carried = 0.0  # the best of all rounds: a short one's time is not that of its bytes
             while True:
                 self._check()
                 ranges = board.ram.dirty()
                 left = total(ranges)
                 last = self._rounds[-1]
-                carried = max(total(found), 1) / max(last.seconds, 1e-6)
+                carried = max(carried, total(found) / max(last.seconds, 1e-6))
                 rate = left / max(last.seconds, 1e-6)
                 self._tell("memory", left, carried)
                 if left <= carried * options.downtime:
@@ -251,15 +256,23 @@ class Outgoing:
                     raise _Cancelled(late)
                 if options.auto_converge and len(self._rounds) > 1 and rate > carried / 2:
                     throttle.more()
-                found = [(int(at), n) for at, n in data_ranges(board.memory, within=ranges)]
-                self._round(found, without(ranges, found), throttle.percent, rate)
+                found, zeros = self._looked_at(ranges)
+                self._round(found, zeros, throttle.percent, rate)
+
+    def _looked_at(self, ranges: Ranges) -> tuple[Ranges, Ranges]:
+        """What of it is to be sent, and what is zero; a little is not worth the look."""
+        if total(ranges) <= _LITTLE:
+            return ranges, []
+        found = [(int(at), n) for at, n in data_ranges(self._board.memory, within=ranges)]
+        return found, without(ranges, found)
 
     def _late(self) -> str:
         limit = self._options.timeout
         if limit is not None and time.monotonic() - self._started > limit:
             return f"the guest writes faster than memory is sent, and {limit:g} s are over"
-        if len(self._rounds) >= _MOST_ROUNDS:
-            return f"the guest writes faster than memory is sent, in {_MOST_ROUNDS} rounds"
+        first, *others = (each.pages - each.zeros for each in self._rounds)
+        if len(others) >= _MOST_ROUNDS or sum(others) >= _MOST_PASSES * first:
+            return f"the guest writes faster than memory is sent, in {len(others)} rounds"
         return ""
 
     def _round(self, found: Ranges, zeros: Ranges, throttle: int, dirty_rate: float = 0.0) -> None:
@@ -287,6 +300,10 @@ class Outgoing:
 
     def _pause(self) -> None:
         """The guest and all devices stand still from here on."""
+        self._tell("paused", total(self._missing), 0.0)  # who is told has time until then
+        if gc.isenabled():
+            gc.disable()
+            self._held.callback(gc.enable)
         self._mark("pause")
         if not self._was_paused:
             self._board.pause()
@@ -295,7 +312,6 @@ class Outgoing:
         except RuntimeError:
             raise _Cancelled("the machine has ended meanwhile") from None
         self._mark("memory")
-        self._tell("paused", total(self._missing), 0.0)
 
     def _send_states(self) -> None:
         """What is left of memory, or which of it is left, and all states."""
@@ -304,19 +320,12 @@ class Outgoing:
             last = self._board.ram.dirty()
             self._missing = joined(self._missing, last)
             if self._split:
-                self._part("missing", table(self._missing))
+                self._link.send(Kind.MISSING, table(self._missing))
             else:
-                memory = self._board.memory
-                found = [(int(at), n) for at, n in data_ranges(memory, within=self._missing)]
-                self._round(found, without(self._missing, found), 0)
+                self._round(*self._looked_at(self._missing), 0)
         self._mark("states")
-        for name, state in self._board.save():
-            self._part(name, pack(state))
+        self._link.send(Kind.STATES, pack_parts(self._board.save(cpuid=False)))
         self._mark("restore")
-
-    def _part(self, name: str, data: bytes) -> None:
-        assert self._link is not None
-        self._link.send(Kind.PART, name.encode() + b"\0" + data)
 
     def _finish(self) -> Report:
         """From the decision on: until the other side has it all, and this one lets go."""
@@ -404,13 +413,15 @@ class Outgoing:
         self._link.send(WORDS[message.word], extra=message.attempt)
 
     def _offer(self) -> Offer:
-        with self._board.between_runs(0) as vcpu:
-            cpuid = tuple(vcpu.get_cpuid2())
+        cpuid = []
+        for number in range(len(self._board.vm.vcpus)):
+            with self._board.between_runs(number) as vcpu:
+                cpuid.append(tuple(vcpu.get_cpuid2()))
         return Offer(
             version("vmm-reference"),
             encode_fields(self._machine.config.to_mapping()).decode(),
             MemoryState(pages.describe(self._board.memory)),
-            cpuid,
+            tuple(cpuid),
             self._options.streams,
             self._options.post_copy is not None,
             self._options.local,

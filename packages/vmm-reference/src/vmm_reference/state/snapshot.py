@@ -31,6 +31,8 @@ from .memory import MemoryDigests, MemoryState, Source
 from .ranges import joined
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from vmm_reference.board import Board
 
 __all__ = ["Restore", "Restored", "merge", "open_snapshot", "verify"]
@@ -218,6 +220,7 @@ class Restored:
         vcpus: states of its vCPUs.
         vm: what KVM knew of it as a whole.
         tracking: what differences may be taken to.
+        kinds: classes of the devices' states by name, as far as they are known.
     """
 
     def __init__(
@@ -227,7 +230,9 @@ class Restored:
         memory: GuestMemory,
         filler: Filler | None,
         tracking: Tracking | None,
+        kinds: Mapping[str, type] | None = None,
     ) -> None:
+        self.kinds = kinds or {}
         self._reader = reader
         self.config = config
         self.memory = memory
@@ -250,7 +255,10 @@ class Restored:
         if sorted(saved) != sorted(parts):
             rule = f"are the devices saved; this machine has {', '.join(parts)}"
             raise FormatError("manifest.parts", ", ".join(saved), rule)
-        states = [(part, self._reader.state(n, type(part.save()))) for n, part in parts.items()]
+        states: list[tuple[Any, Any]] = [
+            (part, self._reader.state(name, self.kinds.get(name) or type(part.save())))
+            for name, part in parts.items()
+        ]
         for (part, state), name in zip(states, parts, strict=True):
             try:
                 part.restore(state)

@@ -118,8 +118,7 @@ def side(what: str, address: str, role: Role, number: int, kernel: str | None = 
             SIGTERM.
         address: where to.
         role: of the links that are counted on.
-        number: of the frame on them that is not sent any more. Of the machine's parts, which come
-            in frames of their own, the first and the second count, as the rest are alike.
+        number: of the frame on them that is not sent any more.
         kernel: of a source.
     """
     command = [sys.executable, "-m", "vmm_reference.state.testing"]
@@ -130,12 +129,11 @@ def _die(role: int, number: int) -> threading.Event:
     """Do so; set once `FILLING` is sent."""
     filling = threading.Event()
     real = Link.send_parts
-    left, parts = number, 0
+    left = number
 
     def send(link: Link, kind: Kind, *rest: Any, **named: Any) -> None:
-        nonlocal left, parts
-        parts += kind is Kind.PART
-        if link.role == role and not (kind is Kind.PART and parts > 2):
+        nonlocal left
+        if link.role == role:
             if not left:
                 os.kill(os.getpid(), signal.SIGKILL)
             left -= 1

@@ -31,21 +31,30 @@ _NEEDED = (
 _STATES = ("kvm_ioctls.state", "virtio_queue.state", "vmm_reference.devices.states")
 
 
-def warm(config: MachineConfig) -> None:
-    """Import what a machine needs, and learn to read and write its states."""
+def warm(config: MachineConfig | None = None) -> None:
+    """Import what any machine needs, or a certain one, and learn to read and write its states."""
     for name in _NEEDED:
         importlib.import_module(name)
-    for device in config.named_devices().values():
-        factory(device.kind)
-    states = [*_STATES, *(["vmm_reference.pci.states"] if config.transport == "pci" else [])]
+    states = [*_STATES]
+    if config is not None:
+        for device in config.named_devices().values():
+            factory(device.kind)
+        if config.transport == "pci":
+            states.append("vmm_reference.pci.states")
     for module in states:
         for kind in vars(importlib.import_module(module)).values():
             if isinstance(kind, type) and attrs.has(kind):
                 prepare(kind)
 
 
-def rehearse(board: Board) -> None:
-    """Write and read the states of a board that waits for those of another one."""
-    states = board.vm.save_vcpus()[:1]
-    for state in (*states, board.vm.save(), *(part.save() for part in board.parts().values())):
+def rehearse(board: Board) -> dict[str, type]:
+    """Write and read the states of a board that waits for those of another one.
+
+    Returns:
+        The classes of its devices' states, by name.
+    """
+    vcpu = board.vm.vcpus[0].save()  # they are alike
+    devices = {name: part.save() for name, part in board.parts().items()}
+    for state in (vcpu, board.vm.save(), *devices.values()):
         decode(pack(state), type(state), "rehearsal")
+    return {name: type(state) for name, state in devices.items()}

@@ -57,7 +57,7 @@ class Kind(enum.IntEnum):
     ABORT = 9
     UNKNOWN = 10
     MEET = 15  # first on a control link that takes up an attempt again
-    PART = 16  # payload: a name, a zero byte, a state
+    STATES = 16  # payload: all states by name
     SYNC = 17  # on a link for pages: all of round `argument` is sent; echoed on the control link
     REFUSE = 18  # payload: why, as text
     BYE = 19  # the source has heard STARTED, and lets go
