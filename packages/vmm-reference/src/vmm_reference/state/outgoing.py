@@ -234,16 +234,20 @@ class Outgoing:
         found = [(int(at), n) for at, n in data_ranges(board.memory)]
         with Throttle(board) as throttle:
             self._round(found, [], 0)
-            carried = 0.0  # the best of all rounds: a short one's time is not that of its bytes
+            bandwidth = 0.0
             while True:
                 self._check()
                 ranges = board.ram.dirty()
                 left = total(ranges)
                 last = self._rounds[-1]
-                carried = max(carried, total(found) / max(last.seconds, 1e-6))
+                carried = total(found) / max(last.seconds, 1e-6)
                 rate = left / max(last.seconds, 1e-6)
-                self._tell("memory", left, carried)
-                if left <= carried * options.downtime:
+                # A short round takes longer than its bytes do.
+                short = total(found) <= _LITTLE
+                bandwidth = max(carried, bandwidth) if short else carried
+                bandwidth = min(bandwidth, options.bandwidth or bandwidth)
+                self._tell("memory", left, bandwidth)
+                if left <= bandwidth * options.downtime:
                     self._missing = ranges
                     return Event.CONVERGED
                 late = self._late()
@@ -271,7 +275,8 @@ class Outgoing:
         if limit is not None and time.monotonic() - self._started > limit:
             return f"the guest writes faster than memory is sent, and {limit:g} s are over"
         first, *others = (each.pages - each.zeros for each in self._rounds)
-        if len(others) >= _MOST_ROUNDS or sum(others) >= _MOST_PASSES * first:
+        most = _MOST_PASSES * max(first, _LITTLE // _PAGE)
+        if len(others) >= _MOST_ROUNDS or sum(others) >= most:
             return f"the guest writes faster than memory is sent, in {len(others)} rounds"
         return ""
 
