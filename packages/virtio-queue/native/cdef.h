@@ -97,6 +97,9 @@ struct vp_counters {
     uint64_t dropped_no_header, dropped_header, dropped_offload, dropped_short, dropped_long;
     uint64_t dropped_no_room, dropped_link, dropped_filtered, dropped_away;
     uint64_t dropped_bytes;
+    uint64_t dropped_length, dropped_cid, dropped_unknown, short_buffers;
+    uint64_t refused_nobody, refused_full, refused_guest;
+    uint64_t reset_credit, reset_host, reset_protocol;
 };
 
 struct vp_queue {
@@ -136,11 +139,16 @@ struct vp_net {
     ...;
 };
 
+struct vp_window {
+    uint32_t length;
+    ...;
+};
+
 struct vp_output {
     int fd;
     int lossy;
     uint64_t offset;
-    uint32_t length;
+    struct vp_window window;
     ...;
 };
 
@@ -182,3 +190,10 @@ void vp_net_set_filter(struct vp_pump *pump, const struct vp_filter *filter);
 int vp_output_new(struct vp_pump *pump);
 void vp_output_open(struct vp_pump *pump);
 void vp_output_window(struct vp_pump *pump, uint8_t *bytes, uint32_t length, int read);
+int vp_vsock_new(struct vp_pump *pump, uint64_t cid);
+int vp_vsock_open(struct vp_pump *pump);
+uint32_t vp_vsock_count(struct vp_pump *pump);
+int vp_vsock_asked(struct vp_pump *pump, uint32_t *guest_port, uint32_t *host_port);
+int vp_vsock_order(struct vp_pump *pump, uint32_t guest_port, uint32_t host_port, int fd, int calls,
+                   const char *greeting, uint32_t length);
+void vp_vsock_forget(struct vp_pump *pump);

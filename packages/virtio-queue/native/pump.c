@@ -42,6 +42,7 @@ struct vp_pump *vp_new(int uring, int *error)
         return NULL;
     pthread_mutex_init(&pump->lock, NULL);
     pump->uring.fd = -1;
+    pump->header_size = VP_HEADER;
     pump->control = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     pump->attention = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     *error = pump->control < 0 || pump->attention < 0 ? errno : 0;
@@ -68,7 +69,8 @@ void vp_free(struct vp_pump *pump)
         close(pump->attention);
     free(pump->net.frame);
     free(pump->net.received);
-    free(pump->output.window);
+    free(pump->output.window.bytes);
+    vp_vsock_free(pump);
     free(pump->handed);
     free(pump->answers);
     pthread_mutex_destroy(&pump->lock);
@@ -204,7 +206,7 @@ static void *run(void *argument)
     for (uint32_t i = 0; i < pump->queue_count; i++) {
         vp_publish(&pump->queues[i]);
         vp_give_back(&pump->queues[i]);
-        vp_net_give_back(&pump->queues[i]);
+        vp_give_back_collected(&pump->queues[i]);
     }
     return NULL;
 }
@@ -226,7 +228,8 @@ int vp_start(struct vp_pump *pump)
     pump->wake = 0;
     pump->spin = 0;
     /* Who sends often waits for an answer, which nobody would read meanwhile. */
-    pump->alone = pump->net.frame != NULL || sysconf(_SC_NPROCESSORS_ONLN) == 1;
+    pump->alone =
+        pump->net.frame != NULL || pump->vsock != NULL || sysconf(_SC_NPROCESSORS_ONLN) == 1;
     /* Signals are for Python's threads; faults are for whoever makes them. */
     sigfillset(&all);
     sigdelset(&all, SIGBUS);

@@ -16,6 +16,7 @@ enum { VP_FRAME = 12 + 65535 + 14 + 4 };
 /* So much of a stream is received at once; a frame with its length is always less. */
 enum { VP_RECEIVED = 256 << 10 };
 enum { VP_QUEUES = 64, VP_BATCHES = 64, VP_CHAINS = 64, VP_HEADER = 16 };
+enum { VP_VSOCK_HEADER = 44 };
 /* Most nanoseconds for which to look for chains before sleeping: about what being woken costs. */
 enum { VP_SPIN = 50000 };
 /* So many bytes are handed to the kernel at once, so that their driver goes on meanwhile. */
@@ -59,6 +60,9 @@ struct vp_counters {
     uint64_t dropped_no_header, dropped_header, dropped_offload, dropped_short, dropped_long;
     uint64_t dropped_no_room, dropped_link, dropped_filtered, dropped_away;
     uint64_t dropped_bytes;
+    uint64_t dropped_length, dropped_cid, dropped_unknown, short_buffers;
+    uint64_t refused_nobody, refused_full, refused_guest;
+    uint64_t reset_credit, reset_host, reset_protocol;
 };
 
 /* --- one chain on its way --- */
@@ -167,14 +171,18 @@ struct vp_net {
 
 /* The most bytes that are kept for a descriptor that is slower than the driver. */
 enum { VP_WINDOW = 256 << 10 };
+struct vp_window {              /* a ring of bytes that wait */
+    uint8_t *bytes;             /* room for VP_WINDOW, or NULL */
+    uint32_t start, length;
+};
+
 struct vp_output {
     int fd;
     int lossy;                  /* what finds no room is dropped: the driver never waits */
     int broken;
     struct vp_request *current; /* under way; `offset` bytes of it are taken */
     uint64_t offset;
-    uint8_t *window;            /* a ring of bytes that wait */
-    uint32_t start, length;
+    struct vp_window window;
 };
 
 struct vp_uring {
@@ -207,7 +215,9 @@ struct vp_pump {
     struct vp_block block;
     struct vp_net net;
     struct vp_output output;
+    struct vp_vsock *vsock;     /* or NULL */
     struct vp_uring uring;
+    uint32_t header_size;       /* bytes of each chain to copy */
     /* Guarded by `lock`; room for as many as can be in flight. */
     struct vp_request **handed;
     struct vp_answer *answers;
@@ -273,6 +283,19 @@ void vp_finish(struct vp_request *request, uint64_t length);
 void vp_publish(struct vp_queue *queue);
 /* Publish if there is enough for it. */
 void vp_publish_much(struct vp_queue *queue);
+/* Copy into a chain, from its beginning; returns how much there was room for. */
+uint64_t vp_fill(struct vp_request *request, const uint8_t *from, uint64_t length);
+/* Pieces of the readable (0) or writable (1) part of a chain from an offset on, `most` bytes of them
+ * and `room` pieces; returns their number, and their bytes in *length. */
+int vp_pieces(const struct vp_request *request, int writable, uint64_t offset, uint64_t most,
+              struct iovec *pieces, int room, uint64_t *length);
+/* Chains that were collected are available again; after `vp_give_back`. */
+void vp_give_back_collected(struct vp_queue *queue);
+
+static inline const struct vq_chain *vp_chain(const struct vp_request *request)
+{
+    return &request->batch->chains->chains[request->chain];
+}
 
 /* --- pump_block.c --- */
 /* Let a queue's requests go on: whether there was something to do. */
@@ -288,8 +311,6 @@ int vp_net_send(struct vp_queue *queue);
 /* Serve the two queues that were added by this link, from the start on. 0, or -1 without memory of
  * the host's. */
 int vp_net_open(struct vp_pump *pump, int fd, int link, uint64_t features);
-/* Chains that were collected are available again; after `vp_give_back`. */
-void vp_net_give_back(struct vp_queue *queue);
 /* Have another filter, at any time. */
 void vp_net_set_filter(struct vp_pump *pump, const struct vp_filter *filter);
 
@@ -305,6 +326,14 @@ int vp_link_flush(struct vp_net *net);
 /* Whether a driver wants a frame. */
 int vp_link_wants(const struct vp_filter *filter, const uint8_t *frame, uint64_t size);
 
+/* --- pump_window.c --- */
+/* Keep as many bytes as there is room for; returns how many. */
+uint64_t vp_window_keep(struct vp_window *window, const uint8_t *from, uint64_t length);
+/* What waits, in two pieces. */
+void vp_window_pieces(const struct vp_window *window, struct iovec pieces[2]);
+/* So many bytes of it are gone. */
+void vp_window_drop(struct vp_window *window, uint64_t length);
+
 /* --- pump_output.c --- */
 int vp_output_serve(struct vp_queue *queue);
 /* Have a window. 0, or -1 without memory of the host's. */
@@ -313,6 +342,28 @@ int vp_output_new(struct vp_pump *pump);
 void vp_output_open(struct vp_pump *pump);
 /* What waits in the window, to be read (1) or set (0); the pump does not run. */
 void vp_output_window(struct vp_pump *pump, uint8_t *bytes, uint32_t length, int read);
+
+/* --- pump_vsock.c --- */
+/* What one connection may have on its way to a host that does not take it, and how many there are. */
+enum { VP_CONNECTIONS = 1023, VP_ASKED = 256, VP_ORDERS = 1024, VP_GREETING = 32 };
+int vp_vsock_receive(struct vp_queue *queue);
+int vp_vsock_send(struct vp_queue *queue);
+/* Serve a socket device. 0 or an errno. */
+int vp_vsock_new(struct vp_pump *pump, uint64_t cid);
+void vp_vsock_free(struct vp_pump *pump);
+/* Serve the two queues that were added, from the start on. 0, or -1 without memory of the host's. */
+int vp_vsock_open(struct vp_pump *pump);
+/* How many connections there are. */
+uint32_t vp_vsock_count(struct vp_pump *pump);
+/* A connection that the guest asks for: 1 and its ports, or 0. */
+int vp_vsock_asked(struct vp_pump *pump, uint32_t *guest_port, uint32_t *host_port);
+/* At any time: give the guest, if it still asks for it, a connection with the host's end `fd`, or
+ * refuse it (-1); or, with `calls`, ask the guest for one, and send the host's end a greeting when it
+ * agrees. The descriptor is the pump's. 0, or -1 when there are too many such orders. */
+int vp_vsock_order(struct vp_pump *pump, uint32_t guest_port, uint32_t host_port, int fd, int calls,
+                   const char *greeting, uint32_t length);
+/* Break off all connections and know of none; the pump does not run. */
+void vp_vsock_forget(struct vp_pump *pump);
 
 /* --- pump_file.c --- */
 int vp_file_write_flags(const struct vp_block *disk);

@@ -21,11 +21,6 @@ static int has(const struct vp_queue *queue, int feature)
     return queue->pump->net.features >> feature & 1;
 }
 
-static const struct vq_chain *chain_of(const struct vp_request *request)
-{
-    return &request->batch->chains->chains[request->chain];
-}
-
 /* The descriptor is broken; its queue rests until the next start. */
 static void give_up(struct vp_queue *queue, int error)
 {
@@ -44,30 +39,15 @@ static int collect(struct vp_queue *queue, uint64_t size)
         if (request == NULL)
             return queue->held < queue->ring->size && (queue->asleep || vp_stopping(queue->pump))
                        ? 0 : -1;
-        const struct vq_chain *chain = chain_of(request);
+        const struct vq_chain *chain = vp_chain(request);
         queue->collected[queue->collected_count++] = request;
         queue->held += chain->slots;
         queue->room += chain->writable_length;
-        if (chain_of(queue->collected[0])->writable_length < HEADER || chain->writable_length == 0 ||
+        if (vp_chain(queue->collected[0])->writable_length < HEADER || chain->writable_length == 0 ||
             (queue->room < size && !has(queue, F_MRG_RXBUF)))
             return -1;
     }
     return 1;
-}
-
-/* Copy a part of the frame into a chain; returns how much. */
-static uint64_t fill(struct vp_request *request, const uint8_t *from, uint64_t left)
-{
-    const struct vq_chain *chain = chain_of(request);
-    const struct vq_iovec *iovec =
-        request->batch->chains->iovecs + chain->first_iovec + chain->readable_iovecs;
-    uint64_t done = 0;
-    for (uint32_t i = 0; i < chain->writable_iovecs && done < left; i++, iovec++) {
-        uint64_t part = iovec->length < left - done ? iovec->length : left - done;
-        memcpy((void *)(uintptr_t)iovec->host, from + done, part);
-        done += part;
-    }
-    return done;
 }
 
 /* Use what was collected, all of it at once (5.1.6.4.1), with `size` bytes of the frame in it. */
@@ -78,7 +58,7 @@ static void deliver(struct vp_queue *queue, uint64_t size)
     memcpy(net->frame + HEADER - sizeof count, &count, sizeof count);
     uint64_t at = 0;
     for (uint32_t i = 0; i < queue->collected_count; i++) {
-        uint64_t part = fill(queue->collected[i], net->frame + at, size - at);
+        uint64_t part = vp_fill(queue->collected[i], net->frame + at, size - at);
         vp_done(queue->collected[i], part);
         at += part;
     }
@@ -184,7 +164,7 @@ static uint64_t *fault_of(struct vp_queue *queue, const uint8_t *header, uint64_
 static int gather(struct vp_request *request, uint8_t *header, struct iovec *pieces)
 {
     struct vp_net *net = &request->queue->pump->net;
-    const struct vq_chain *chain = chain_of(request);
+    const struct vq_chain *chain = vp_chain(request);
     const struct vq_iovec *iovec = request->batch->chains->iovecs + chain->first_iovec;
     uint64_t skip = HEADER;
     uint8_t *bounce = net->bounce;
@@ -224,7 +204,7 @@ int vp_net_send(struct vp_queue *queue)
         request = vp_next_request(queue);
         if (request == NULL)
             break;
-        uint64_t readable = chain_of(request)->readable_length;
+        uint64_t readable = vp_chain(request)->readable_length;
         uint8_t *header = request->batch->chains->headers + VP_HEADER * (size_t)request->chain;
         uint64_t *fault = fault_of(queue, header, readable);
         if (fault == NULL) {
@@ -294,11 +274,4 @@ void vp_net_set_filter(struct vp_pump *pump, const struct vp_filter *filter)
     pthread_mutex_lock(&pump->lock);
     pump->net.filter = *filter;
     pthread_mutex_unlock(&pump->lock);
-}
-
-void vp_net_give_back(struct vp_queue *queue)
-{
-    while (queue->collected_count != 0)
-        if (vq_undo(queue->ring, chain_of(queue->collected[--queue->collected_count])->head))
-            break;
 }

@@ -37,56 +37,12 @@ static uint64_t put(struct vp_queue *queue, const struct iovec *pieces, int coun
 
 static void flush(struct vp_queue *queue)
 {
-    struct vp_output *output = &queue->pump->output;
-    while (output->length != 0 && !queue->fd_events) {
-        uint32_t first = VP_WINDOW - output->start;
-        if (first > output->length)
-            first = output->length;
-        struct iovec pieces[2] = {{output->window + output->start, first},
-                                  {output->window, output->length - first}};
-        uint32_t done = (uint32_t)put(queue, pieces, 2, output->length);
-        output->start = (output->start + done) % VP_WINDOW;
-        output->length -= done;
+    struct vp_window *window = &queue->pump->output.window;
+    struct iovec pieces[2];
+    while (window->length != 0 && !queue->fd_events) {
+        vp_window_pieces(window, pieces);
+        vp_window_drop(window, put(queue, pieces, 2, window->length));
     }
-}
-
-/* Keep as many bytes as there is room for. */
-static uint64_t keep(struct vp_output *output, const uint8_t *from, uint64_t length)
-{
-    uint64_t room = VP_WINDOW - output->length, done = 0;
-    if (length > room)
-        length = room;
-    while (done < length) {
-        uint32_t at = (output->start + output->length) % VP_WINDOW;
-        uint64_t part = VP_WINDOW - at < length - done ? VP_WINDOW - at : length - done;
-        memcpy(output->window + at, from + done, part);
-        output->length += (uint32_t)part;
-        done += part;
-    }
-    return done;
-}
-
-/* Pieces of a chain from an offset on, as far as one call takes them; their bytes in *length. */
-static int gather(const struct vp_request *request, uint64_t offset, struct iovec *pieces,
-                  uint64_t *length)
-{
-    const struct vq_batch *chains = request->batch->chains;
-    const struct vq_chain *chain = &chains->chains[request->chain];
-    const struct vq_iovec *iovec = chains->iovecs + chain->first_iovec;
-    int count = 0;
-    *length = 0;
-    for (uint32_t i = 0; i < chain->readable_iovecs && count < IOV_MAX && *length < MOST; i++) {
-        uint64_t cut = iovec[i].length < offset ? iovec[i].length : offset;
-        uint64_t part = iovec[i].length - cut;
-        offset -= cut;
-        if (part == 0)
-            continue;
-        if (part > MOST - *length)
-            part = MOST - *length;
-        pieces[count++] = (struct iovec){(uint8_t *)(uintptr_t)iovec[i].host + cut, part};
-        *length += part;
-    }
-    return count;
 }
 
 /* Take the bytes of the current chain: 1 when that was all of them, 0 when the rest has to wait. */
@@ -97,15 +53,16 @@ static int take(struct vp_queue *queue)
     struct iovec pieces[IOV_MAX];
     uint64_t length;
     int count;
-    while ((count = gather(output->current, output->offset, pieces, &length)) != 0) {
+    while ((count = vp_pieces(output->current, 0, output->offset, MOST, pieces, IOV_MAX, &length)) !=
+           0) {
         uint64_t done = 0, lost = pump->counters.dropped_bytes;
         if (vp_stopping(pump))
             return 0;
-        if (output->length == 0 && !queue->fd_events)
+        if (output->window.length == 0 && !queue->fd_events)
             done = put(queue, pieces, count, length);
         if (done == 0) {
             for (int i = 0; i < count; i++)
-                done += keep(output, pieces[i].iov_base, pieces[i].iov_len);
+                done += vp_window_keep(&output->window, pieces[i].iov_base, pieces[i].iov_len);
             if (done == 0 && !output->lossy)
                 return 0;
             if (done == 0) {
@@ -137,8 +94,8 @@ int vp_output_serve(struct vp_queue *queue)
 
 int vp_output_new(struct vp_pump *pump)
 {
-    pump->output.window = malloc(VP_WINDOW);
-    return pump->output.window == NULL ? -1 : 0;
+    pump->output.window.bytes = malloc(VP_WINDOW);
+    return pump->output.window.bytes == NULL ? -1 : 0;
 }
 
 void vp_output_open(struct vp_pump *pump)
@@ -154,11 +111,14 @@ void vp_output_open(struct vp_pump *pump)
 
 void vp_output_window(struct vp_pump *pump, uint8_t *bytes, uint32_t length, int read)
 {
-    struct vp_output *output = &pump->output;
-    for (uint32_t i = 0; read && i < length; i++)
-        bytes[i] = output->window[(output->start + i) % VP_WINDOW];
-    if (read)
-        output->length = 0;
-    else
-        keep(output, bytes, length);
+    struct vp_window *window = &pump->output.window;
+    struct iovec pieces[2];
+    if (!read) {
+        vp_window_keep(window, bytes, length);
+        return;
+    }
+    vp_window_pieces(window, pieces);
+    memcpy(bytes, pieces[0].iov_base, pieces[0].iov_len);
+    memcpy(bytes + pieces[0].iov_len, pieces[1].iov_base, pieces[1].iov_len);
+    vp_window_drop(window, window->length);
 }

@@ -55,7 +55,7 @@ static struct vp_batch *get_batch(struct vp_queue *queue)
         free(batch);
         return NULL;
     }
-    batch->chains->header_size = VP_HEADER;
+    batch->chains->header_size = queue->pump->header_size;
     batch->busy = 1;
     queue->batches[queue->batch_count++] = batch;
     return batch;
@@ -255,6 +255,55 @@ void vp_publish(struct vp_queue *queue)
     if (fd >= 0)
         vp_wake(fd);
 }
+
+/* --- what is in a chain --- */
+
+uint64_t vp_fill(struct vp_request *request, const uint8_t *from, uint64_t length)
+{
+    const struct vq_chain *chain = vp_chain(request);
+    const struct vq_iovec *iovec =
+        request->batch->chains->iovecs + chain->first_iovec + chain->readable_iovecs;
+    uint64_t done = 0;
+    for (uint32_t i = 0; i < chain->writable_iovecs && done < length; i++, iovec++) {
+        uint64_t part = iovec->length < length - done ? iovec->length : length - done;
+        memcpy((void *)(uintptr_t)iovec->host, from + done, part);
+        done += part;
+    }
+    return done;
+}
+
+int vp_pieces(const struct vp_request *request, int writable, uint64_t offset, uint64_t most,
+              struct iovec *pieces, int room, uint64_t *length)
+{
+    const struct vq_chain *chain = vp_chain(request);
+    const struct vq_iovec *iovec = request->batch->chains->iovecs + chain->first_iovec;
+    uint32_t left = writable ? chain->writable_iovecs : chain->readable_iovecs;
+    int count = 0;
+    if (writable)
+        iovec += chain->readable_iovecs;
+    *length = 0;
+    for (; left != 0 && count < room && *length < most; left--, iovec++) {
+        uint64_t cut = iovec->length < offset ? iovec->length : offset;
+        uint64_t part = iovec->length - cut;
+        offset -= cut;
+        if (part == 0)
+            continue;
+        if (part > most - *length)
+            part = most - *length;
+        pieces[count++] = (struct iovec){(uint8_t *)(uintptr_t)iovec->host + cut, part};
+        *length += part;
+    }
+    return count;
+}
+
+void vp_give_back_collected(struct vp_queue *queue)
+{
+    while (queue->collected_count != 0)
+        if (vq_undo(queue->ring, vp_chain(queue->collected[--queue->collected_count])->head))
+            break;
+}
+
+/* --- after the stop --- */
 
 struct vq_batch *vp_batch(struct vp_pump *pump, uint32_t number, uint32_t index)
 {

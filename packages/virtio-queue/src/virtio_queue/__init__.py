@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from virtio_queue.pump_limit import Limiter, TokenBucket
     from virtio_queue.pump_net import NetPump
     from virtio_queue.pump_output import OutputPump
+    from virtio_queue.pump_vsock import VsockPump
     from virtio_queue.queue import Queue
     from virtio_queue.reader import Reader
     from virtio_queue.state import ChainState, DeviceState, MmioState, PciState, QueueState
@@ -66,6 +67,7 @@ __all__ = [
     "UsageError",
     "VirtioDevice",
     "VirtioQueueError",
+    "VsockPump",
     "Writer",
 ]
 
@@ -89,6 +91,7 @@ _MODULES = {
     "Reader": "reader",
     "TokenBucket": "pump_limit",
     "VirtioDevice": "device",
+    "VsockPump": "pump_vsock",
     "Writer": "writer",
 }
 

@@ -13,9 +13,9 @@ interrupt and sends it. Python configures, starts and stops it, and answers what
   what `Queue.pop` would.
 
 `virtio_queue.pump_block` has the pump of block devices, `virtio_queue.pump_net` that of network
-devices, `virtio_queue.pump_output` that of what is written as it comes. All methods are for one
-thread at a time: hold `VirtioDevice.lock`. What is written to a pump's attributes while it runs
-takes effect with the next request.
+devices, `virtio_queue.pump_output` that of what is written as it comes, `virtio_queue.pump_vsock`
+that of socket devices. All methods are for one thread at a time: hold `VirtioDevice.lock`. What is
+written to a pump's attributes while it runs takes effect with the next request.
 
 A device model uses one like this:
 
@@ -48,7 +48,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Pump"]
 
-_COUNTERS = tuple(name for name, _ in ffi.typeof("struct vp_counters").fields)
+# What is counted of pumps of all kinds.
+_SHARED = (
+    "kicks", "notifications", "notifications_suppressed", "chains", "publications", "last_errno",
+)  # fmt: skip
 
 
 class Pump:
@@ -58,6 +61,8 @@ class Pump:
         attention: an eventfd, readable when there is something to `take`.
         running: whether the thread is there and has the queues.
     """
+
+    _counted: tuple[str, ...] = ()  # of this kind of device
 
     def __init__(self, what: str, *, uring: bool) -> None:
         error = ffi.new("int *")
@@ -250,11 +255,7 @@ class Pump:
     def counters(self) -> dict[str, int]:
         """What was done, refused and failed since the pump was made, by name."""
         counters = self.handle.counters
-        return {name: getattr(counters, name) for name in _COUNTERS if self._counts(name)}
-
-    def _counts(self, name: str) -> bool:
-        """Whether a counter says something about this kind of device."""
-        return not name.startswith(("received_", "sent_", "dropped_"))
+        return {name: getattr(counters, name) for name in (*_SHARED, *self._counted)}
 
     @property
     def thread_id(self) -> int:

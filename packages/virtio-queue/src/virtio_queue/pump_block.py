@@ -77,6 +77,13 @@ class BlockPump(Pump):
         UsageError: an argument is out of range.
     """
 
+    _counted = (
+        "throttled", "reads", "writes", "flushes", "discards", "write_zeroes", "get_ids",
+        "handed_over", "read_bytes", "written_bytes", "refused_read_only", "refused_range",
+        "refused_header", "refused_segments", "refused_unsupported", "failed_reads",
+        "failed_writes", "failed_flushes", "failed_discards", "failed_write_zeroes",
+    )  # fmt: skip
+
     def __init__(
         self,
         fd: int,

@@ -46,11 +46,6 @@ if TYPE_CHECKING:
 
 __all__ = ["NetPump"]
 
-# What is counted of pumps of all kinds.
-_SHARED = frozenset((
-    "kicks", "notifications", "notifications_suppressed", "chains", "publications", "throttled",
-    "last_errno",
-))  # fmt: skip
 _LINKS = ("tap", "datagrams", "stream")
 _MOST_ADDRESSES = 64
 _AF_UNIX = 1
@@ -77,6 +72,12 @@ class NetPump(Pump):
         UsageError: `fd` blocks, there is no such link, or `peer` is too long.
         OSError: `fd` is not open.
     """
+
+    _counted = (
+        "throttled", "received_frames", "received_bytes", "sent_frames", "sent_bytes",
+        "dropped_no_header", "dropped_header", "dropped_offload", "dropped_short", "dropped_long",
+        "dropped_no_room", "dropped_link", "dropped_filtered", "dropped_away",
+    )  # fmt: skip
 
     def __init__(
         self, fd: int, link: Literal["tap", "datagrams", "stream"] = "tap", peer: str = ""
@@ -174,6 +175,3 @@ class NetPump(Pump):
         """Drop a frame that waits for buffers, as for a reset. The pump must not run."""
         if not self.running:
             self.handle.net.length = 0
-
-    def _counts(self, name: str) -> bool:
-        return name in _SHARED or (not super()._counts(name) and name != "dropped_bytes")

@@ -43,10 +43,6 @@ if TYPE_CHECKING:
 __all__ = ["OutputPump"]
 
 WINDOW = 256 << 10
-_SHARED = frozenset((
-    "kicks", "notifications", "notifications_suppressed", "chains", "publications", "last_errno",
-    "sent_bytes", "dropped_bytes",
-))  # fmt: skip
 
 
 class OutputPump(Pump):
@@ -66,6 +62,8 @@ class OutputPump(Pump):
         UsageError: `fd` blocks.
         OSError: `fd` is not open.
     """
+
+    _counted = ("sent_bytes", "dropped_bytes")
 
     def __init__(self, fd: int, *, lossy: bool) -> None:
         if os.get_blocking(fd):
@@ -110,8 +108,8 @@ class OutputPump(Pump):
         """
         if self.running:
             raise QueueStateError("take_window", "the pump runs; stop it first")
-        left = ffi.new("uint8_t[]", self._output.length)
-        lib.vp_output_window(self.handle, left, self._output.length, 1)
+        left = ffi.new("uint8_t[]", self._output.window.length)
+        lib.vp_output_window(self.handle, left, self._output.window.length, 1)
         return bytes(ffi.buffer(left))
 
     def fill_window(self, data: bytes) -> None:
@@ -123,12 +121,9 @@ class OutputPump(Pump):
         """
         if self.running:
             raise QueueStateError("fill_window", "the pump runs; stop it first")
-        if len(data) > (room := WINDOW - self._output.length):
+        if len(data) > (room := WINDOW - self._output.window.length):
             raise UsageError("data", f"{len(data)} bytes; there is room for {room}")
         lib.vp_output_window(self.handle, ffi.from_buffer("uint8_t[]", data), len(data), 0)
 
     def _open(self) -> None:
         lib.vp_output_open(self.handle)
-
-    def _counts(self, name: str) -> bool:
-        return name in _SHARED
