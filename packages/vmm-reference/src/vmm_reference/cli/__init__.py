@@ -21,7 +21,19 @@ def command() -> NoReturn:
 
     What the interpreter would tidy up on its way out the kernel does in no time.
     """
+    # The folder of the command itself: no module of ours is there, and each import would look.
+    installed = sys.path[:1] == [os.path.dirname(os.path.realpath(sys.argv[0]))]  # noqa: PTH120
+    if installed:
+        del sys.path[0]
+    codes = None
+    if installed and sys.argv[1:2] == ["run"]:
+        from .codes import Codes
+
+        codes = Codes()
+        codes.use()
     status = main()
+    if codes is not None:
+        codes.keep()
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         try:
@@ -38,9 +50,6 @@ def main(arguments: list[str] | None = None) -> int:
     adds those of the guest's end (see `vmm_reference.outcome`).
     """
     words = sys.argv[1:] if arguments is None else arguments
-    # The folder of the command itself: no module of ours is there, and each import would look.
-    if sys.path[:1] == [os.path.dirname(os.path.realpath(sys.argv[0]))]:  # noqa: PTH120
-        del sys.path[0]
     try:
         if words[:1] == ["run"]:
             gc.disable()  # until the guest runs: what start-up makes is there to stay
