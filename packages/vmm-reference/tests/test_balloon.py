@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -15,7 +15,7 @@ from vmm_reference.devices import balloon as module
 from vmm_reference.devices.balloon import PAGE, Balloon, MemoryBalloon
 from vmm_reference.devices.states import BalloonState, StateError
 from vmm_reference.errors import ConfigError
-from vmm_reference.testing import Bench
+from vmm_reference.testing import Bench, PumpBench
 
 INFLATE, DEFLATE, STATS, HINTS, REPORTS = range(5)
 RAM = 4 << 20
@@ -299,6 +299,40 @@ def test_the_balloon_holds_what_it_was_given(buffers: list[list[int]]) -> None:
     assert guest.gone() == {page for page in wanted if page >= 512}
     assert guest.intact()
     guest.close()
+
+
+def test_its_owner_reaches_it_while_it_runs() -> None:
+    """Each wish is in the configuration, with a new generation, or is done at once."""
+    bench = PumpBench()
+    controls = module.build(MemoryBalloon.parse("64K"), bench)  # type: ignore[arg-type]
+    device = bench.device
+
+    def config(offset: int) -> int:
+        return int.from_bytes(device.read_config(offset, 4), "little")
+
+    bench.driver.start(ALL)
+    assert config(0) == 16
+    changes: list[tuple[Callable[[], None], int, int]] = [
+        (lambda: controls.set_size("128K"), 0, 32),
+        (controls.start_hinting, 8, module._FIRST_CMD_ID),
+        (controls.stop_hinting, 8, module.CMD_ID_DONE),
+    ]
+    for change, offset, expected in changes:
+        before = device.read_config_generation()
+        change()
+        assert device.read_config_generation() != before
+        assert config(offset) == expected
+    with pytest.raises(ConfigError, match="whole pages"):
+        controls.set_size(1)
+    assert config(0) == 32
+    ring = bench.driver.queues[STATS]
+    ring.add([struct.pack("<HQ", 4, 100)], [])
+    bench.kick(STATS)
+    bench.wait(lambda: controls.balloon.statistics == {"free": 100})
+    assert ring.outstanding
+    controls.ask_for_statistics()
+    bench.wait(lambda: not ring.outstanding)
+    bench.close()
 
 
 @pytest.mark.parametrize("text", ["1", "5k", "x", "size=-4096", "reporting=maybe", "20T"])

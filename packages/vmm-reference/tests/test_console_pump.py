@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import select
+import socket
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,12 +13,21 @@ import pytest
 
 from virtio_queue.testing import SplitDriver
 from vm_memory import GuestAddress
-from vmm_reference.devices.console.model import CONTROL, Console, PortSpec
+from vmm_reference.devices.console.model import (
+    CONTROL,
+    PORT_NAME,
+    PORT_OPEN,
+    PORT_READY,
+    RESIZE,
+    Console,
+    PortSpec,
+)
 from vmm_reference.devices.console.served import ServedConsole
 from vmm_reference.devices.console.setup import Ports, build
-from vmm_reference.testing import PumpBench
+from vmm_reference.testing import PumpBench, turn
 
-TX, TX1 = 1, 5
+TX, TX1, RX1 = 1, 5, 4
+VERSION_1, NEEDS_RESET = 1 << 32, 64
 PIPE, WINDOW, RAM = 64 << 10, 256 << 10, 8 << 20
 
 
@@ -163,3 +174,68 @@ def test_ports_are_told_of_as_before(guest: Guest) -> None:
     guest.bench.kick(2)
     guest.say(3, CONTROL.pack(0xFFFFFFFF, 0, 1))
     guest.bench.wait(lambda: len(ring.outstanding) == 1)
+
+
+def test_input_of_a_socket_reaches_the_driver_when_it_comes(tmp_path: Path) -> None:
+    """It is kept until then; a client that comes, and a terminal's size, are told of."""
+    bench = PumpBench(RAM)
+    path = tmp_path / "agent"
+    controls = build(Ports(ports=f"pty agent=socket:{path}"), bench)  # type: ignore[arg-type]
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(path))
+        client.sendall(b"early")
+        bench.wait(lambda: controls.console._ports[1].host_open)
+        bench.driver.start((1 << 64) - 1)
+        controls.resize(132, 43)
+        assert struct.unpack("<HH", bench.device.read_config(0, 4)) == (132, 43)
+        ring, control = bench.driver.queues[RX1], bench.driver.queues[2]
+        for _ in range(2):
+            ring.add([], [64])
+        for _ in range(16):
+            control.add([], [64])
+        for index in (0, 1):
+            bench.driver.queues[3].add([CONTROL.pack(index, PORT_READY, 1)], [])
+        bench.driver.queues[3].add([CONTROL.pack(1, PORT_OPEN, 1)], [])
+        bench.kick(3)
+        said: list[bytes] = []
+        heard: list[bytes] = []
+
+        def all_of_it() -> bool:
+            bench.kick(2)
+            said.extend(used.data for used in control.reap())
+            heard.extend(used.data for used in ring.reap())
+            return heard == [b"early"] and CONTROL.pack(1, PORT_OPEN, 1) in said
+
+        turn(bench.loop, all_of_it)
+        size = CONTROL.pack(0, RESIZE, 0) + struct.pack("<HH", 43, 132)
+        assert size in said
+        assert CONTROL.pack(1, PORT_NAME, 1) + b"agent\0" in said
+    bench.close()
+
+
+def test_input_meets_a_broken_ring(tmp_path: Path) -> None:
+    """The device wants to be reset, then works again; what is typed meanwhile waits."""
+    bench = PumpBench(RAM)
+    path = tmp_path / "agent"
+    build(Ports(ports=f"socket:{path}"), bench)  # type: ignore[arg-type]
+    bench.driver.start(VERSION_1)
+    ring = bench.driver.queues[0]
+    assert isinstance(ring, SplitDriver)
+    ring.store16(ring.driver_area + 2, 0xFFFF)  # more than the ring has
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(path))
+        client.sendall(b"typed")
+        turn(bench.loop, lambda: bench.device.status & NEEDS_RESET)
+        bench.driver.write_status(0)
+        bench.driver.start(VERSION_1)
+        ring = bench.driver.queues[0]
+        ring.add([], [64])
+        bench.kick(0)
+        heard: list[bytes] = []
+
+        def typed() -> bool:
+            heard.extend(used.data for used in ring.reap())
+            return heard == [b"typed"]
+
+        turn(bench.loop, typed)
+    bench.close()

@@ -148,6 +148,27 @@ def test_drives_change_while_the_machine_runs(
                 machine.swap_drive(name, images[2])
 
 
+def test_drives_of_all_kinds_have_limits(
+    config: Callable[..., MachineConfig], images: list[str], tmp_path: Path
+) -> None:
+    """On every engine, from the start and while they run; an overlay leaves its image alone."""
+    drives = [
+        Drive(images[0], engine="python", ops="100"),
+        Drive(images[1], engine="io_uring", bandwidth="1M"),
+        Drive(images[2], read_only=False, overlay=str(tmp_path)),
+    ]
+    with Machine(config(FOREVER, drives=drives)) as machine:
+        machine.console.expect("s", 30)
+        for name in ("drive0", "drive1"):
+            machine.device(name).limit(ops="", bandwidth="2M")
+            with pytest.raises(ConfigError, match="must be SIZE"):
+                machine.device(name).limit(ops="many")
+        assert {"drive0", "drive1", "drive2"} <= machine.metrics().keys()
+        # Its image is anybody's to read, and nothing of it can be changed while it is used.
+        with pytest.raises(ConfigError, match="nothing that can"):
+            machine.swap_drive("drive2", images[1])
+
+
 def test_mmio_has_no_slots(config: Callable[..., MachineConfig], images: list[str]) -> None:
     """A machine without PCI says how to get one that can."""
     from attrs import evolve

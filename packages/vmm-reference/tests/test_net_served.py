@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -154,3 +154,35 @@ def test_the_kernel_limits_nothing(guest: Guest) -> None:
     controls = Controls(Interface(tap="tap0", vhost=True), guest.net, guest.bench)  # type: ignore[arg-type]
     with pytest.raises(HostError, match="use tc"):
         controls.limit(rx_ops="5")
+
+
+def test_its_owner_pulls_the_cable_and_has_it_announced(guest: Guest) -> None:
+    """The status field has both (5.1.4), with a new generation; the driver acknowledges one."""
+
+    def status() -> int:
+        return int.from_bytes(guest.bench.device.read_config(6, 2), "little")
+
+    assert status() == 1
+    changes: list[tuple[Callable[[], None], int]] = [
+        (lambda: guest.controls.set_link(up=False), 0),
+        (guest.controls.announce, 2),
+        (lambda: guest.controls.set_link(up=True), 3),
+    ]
+    for change, expected in changes:
+        before = guest.bench.device.read_config_generation()
+        change()
+        assert guest.bench.device.read_config_generation() != before
+        assert status() == expected
+    assert guest.command(3, 0, b"")
+    assert status() == 1
+
+
+def test_an_interface_of_a_clone_shares_nothing() -> None:
+    """Addresses count up within the maker's own; so do names and ports of the host."""
+    tap = Interface.parse("tap0,mac=02:00:00:ff:ff:fe")
+    assert [tap.cloned(n).tap for n in (0, 1)] == ["tap0-0", "tap0-1"]
+    assert [tap.cloned(n).mac for n in (0, 1)] == ["02:00:00:ff:ff:ff", "02:00:00:00:00:00"]
+    cable = Interface.parse("socket=/run/a,peer=/run/b").cloned(3)
+    assert (cable.socket, cable.peer) == ("/run/a-3", "/run/b-3")
+    assert cable.mac != Interface.parse("socket=/run/a,peer=/run/b").cloned(3).mac
+    assert Interface.parse("ports=2222:22 80").cloned(1).ports == "2224:22 82:80"

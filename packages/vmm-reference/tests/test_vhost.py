@@ -16,6 +16,7 @@ import pytest
 
 from virtio_queue import Queue
 from virtio_queue.constants import F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1
+from vm_memory import GuestAddress, GuestMemory
 from vmm_reference.backends import vhost
 from vmm_reference.backends.vhost import VhostVsock
 from vmm_reference.devices.net import features
@@ -202,6 +203,28 @@ def test_the_kernel_logs_pages_only_while_somebody_asks(monkeypatch: pytest.Monk
     os.close(server._kicks[0])
     os.close(server.fd)
     bench.close()
+
+
+def test_pages_that_the_kernel_wrote_count_as_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its log holds a bit for each page; it is taken when the queues are, each mark once."""
+    places = [GuestAddress(0), GuestAddress(8 << 20)]
+    memory = GuestMemory.from_ranges([(at, 4 << 20) for at in places], dirty_page_size=4096)
+    monkeypatch.setattr(fcntl, "ioctl", Calls().ioctl)
+    monkeypatch.setattr(vhost.VhostQueues, "_run", lambda _self, *, on: on)
+    bench = Bench(Source())
+    server = vhost.VhostQueues("/dev/null", memory)
+    server._kicks = server._calls = [os.eventfd(0)]
+    for page in (3, 4, 0x3FF, 0x800, 0xBFF):
+        server._log[page // 8] |= 1 << page % 8
+    for expected in ([(3, 2), (0x3FF, 1), (0x800, 1), (0xBFF, 1)], []):
+        server.start(0, dict(enumerate(bench.device.queues)))
+        server.stop()
+        found = [(at // 4096, length // 4096) for at, length in memory.harvest_dirty()]
+        assert found == expected
+    os.close(server._kicks[0])
+    os.close(server.fd)
+    bench.close()
+    memory.close()
 
 
 class Source:
