@@ -10,7 +10,8 @@ The specification is a JSON object:
 
 Only the guest whose turn it is runs; the processes of the others are stopped. Prints a JSON object
 a line for each run: vmm, job, round, seconds, the CPU seconds of the VMM's process with its guest
-and its threads in the kernel, and what the job printed. How far it is goes to the standard error.
+and of the kernel's threads that serve it, and what the job printed. How far it is goes to the
+standard error.
 """
 
 from __future__ import annotations
@@ -31,27 +32,56 @@ PATIENCE = 120.0
 TICK = os.sysconf("SC_CLK_TCK")
 
 
-def vhost_threads() -> set[Path]:
-    """All the kernel's threads that serve vhost devices."""
-    found = set()
-    for folder in Path("/proc").glob("[0-9]*"):
-        with suppress(FileNotFoundError, ProcessLookupError):
-            if (folder / "comm").read_text().startswith("vhost-"):
-                found.add(folder)
-    return found
+class Account:
+    """Counts the CPU time of a process with its guest, and of the kernel's threads that serve it.
+
+    A control group of its own, if there can be one: the kernel puts its vhost workers where the
+    process is. They are no threads of it, and not to be seen from a PID namespace. Otherwise the
+    process alone is counted.
+    """
+
+    def __init__(self, number: int) -> None:
+        self.folder: Path | None = None
+        top = Path("/sys/fs/cgroup")
+        if (top / "cgroup.controllers").exists() and os.access(top, os.W_OK):
+            self.folder = top / f"benchmark-{os.getpid()}-{number}"
+            self.folder.mkdir()
+
+    @property
+    def whole(self) -> bool:
+        """Whether the kernel's threads are counted too."""
+        return self.folder is not None
+
+    def enter(self) -> str:
+        """Shell text by which a shell enters it."""
+        return f"echo $$ >{self.folder}/cgroup.procs && " if self.folder else ""
+
+    def seconds(self, pid: int) -> float:
+        """Of CPU time so far."""
+        if self.folder:
+            usage, microseconds = (self.folder / "cpu.stat").read_text().split()[:2]
+            assert usage == "usage_usec"
+            return int(microseconds) / 1e6
+        words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(words[11]) + int(words[12])) / TICK
+
+    def close(self) -> None:
+        """Remove it; its process has ended, and what that has started is about to."""
+        if self.folder:
+            with suppress(OSError):
+                self.folder.rmdir()
 
 
 class Guest:
     """A VMM whose guest has a shell on its console."""
 
-    def __init__(self, command: str) -> None:
-        self.others = vhost_threads()
+    def __init__(self, command: str, number: int = 0) -> None:
+        self.account = Account(number)
         self.process = subprocess.Popen(
-            ["/bin/sh", "-c", f"exec {command}"],
+            ["/bin/sh", "-c", f"{self.account.enter()}exec {command}"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
         self.text = ""
-        self.workers: list[Path] = []
 
     def send(self, text: str) -> None:
         """Type at the console."""
@@ -90,21 +120,14 @@ class Guest:
         return printed
 
     def cpu(self) -> float:
-        """Seconds of the process and of the kernel's threads that serve it, guest included."""
-        ticks = 0
-        for folder in [Path(f"/proc/{self.process.pid}"), *self.workers]:
-            words = (folder / "stat").read_text().rpartition(")")[2].split()
-            ticks += int(words[11]) + int(words[12])
-        return ticks / TICK
+        """Seconds of the VMM, guest included."""
+        return self.account.seconds(self.process.pid)
 
     def close(self) -> None:
         """End the VMM."""
         self.process.kill()
         self.process.communicate()
-
-    def find_workers(self) -> None:
-        """The kernel threads that came with this process: they serve its vhost devices."""
-        self.workers = sorted(vhost_threads() - self.others)
+        self.account.close()
 
 
 def say(text: str) -> None:
@@ -117,15 +140,15 @@ def main() -> None:
     wanted = json.loads(sys.argv[1])
     os.chdir(tempfile.mkdtemp(dir="/dev/shm"))
     subprocess.run(["/bin/sh", "-ec", wanted["setup"]], check=True, stdout=sys.stderr)
-    guests = {}
+    guests: dict[str, Guest] = {}
     for name, command in wanted["vmms"].items():
-        guest = guests[name] = Guest(command)
+        guest = guests[name] = Guest(command, len(guests))
         guest.expect(r"guest:\S*# ")
         guest.send("stty -echo; PS1=\n")
         guest.tell("true")
         guest.tell(wanted["ready"][name])
-        guest.find_workers()
-        say(f"{name} is ready, with {len(guest.workers)} threads in the kernel")
+        workers = "with" if guest.account.whole else "without"
+        say(f"{name} is ready; its CPU time is counted {workers} its threads in the kernel")
         guest.process.send_signal(signal.SIGSTOP)
     for turn in range(wanted["rounds"]):
         for job, command in wanted["jobs"].items():

@@ -16,12 +16,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import rings
 from shell import PATIENCE, power_off, ready, tell
 
-from virtio_queue.constants import F_RING_PACKED
 from vmm_reference.config import MachineConfig
 from vmm_reference.deviceconfig import parse_device
-from vmm_reference.devices.net import served
 from vmm_reference.machine import Machine
 
 if TYPE_CHECKING:
@@ -34,14 +33,6 @@ REBIND = (
     "cd /sys/bus/virtio/drivers/virtio_net && device=$(basename virtio*) && "
     "echo $device >unbind && echo $device >bind && cd /"
 )
-
-
-class PackedNet(served.ServedNet):
-    """An interface that offers packed rings, as no interface does unasked."""
-
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self.device_features |= F_RING_PACKED
 
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:
@@ -112,8 +103,7 @@ def traffic(machine: Machine, link: str, others: list[Machine]) -> dict[str, boo
 
 def main(kernel: str, initrd: str, transport: str, link: str, ring: str) -> None:
     """See the module."""
-    if ring == "packed":
-        served.ServedNet = PackedNet  # type: ignore[misc]
+    rings.offer(ring)
     found: dict[str, Any] = {}
     with ExitStack() as stack:
         machines = []
@@ -133,9 +123,7 @@ def main(kernel: str, initrd: str, transport: str, link: str, ring: str) -> None
         else:
             run("iperf3", "-s", "-D")
         serve(machine)
-        bit = tell(machine, "cut -c 35 /sys/class/net/eth0/device/features")
-        found["ring"] = "packed" if bit == "1" else "split"
-        print(f"features: {bit}", file=sys.stderr)
+        found["ring"] = rings.negotiated(machine, "/sys/class/net/eth0/device")
 
         def pause() -> None:
             for each in machines:

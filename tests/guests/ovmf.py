@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import time
 from typing import Any
 
 from vmm_reference.config import Drive, MachineConfig
@@ -15,6 +16,14 @@ from vmm_reference.machine import Machine
 from vmm_reference.outcome import Outcome
 
 PATIENCE = 150.0
+
+
+def expect(machine: Machine, pattern: str) -> str:
+    """Wait for a stage, and say how long it took."""
+    start = time.monotonic()
+    found = machine.console.expect(pattern, PATIENCE)[0]
+    print(f"{pattern}: {time.monotonic() - start:.1f} s", file=sys.stderr, flush=True)
+    return found
 
 
 def main(code: str, variables: str, disk: str) -> None:
@@ -25,15 +34,17 @@ def main(code: str, variables: str, disk: str) -> None:
         firmware=code, variables=own, memory="512M", transport="pci", on_reset="exit"
     )
     with Machine(config) as machine:
-        machine.console.expect(r"startup\.nsh", PATIENCE)
-        machine.console.send("\x1b")  # not to wait for it
-        machine.console.expect(r"Shell>", PATIENCE)
+        expect(machine, r"startup\.nsh")
+        machine.console.send("\r")  # not to wait for it; of an Escape it would wait for the rest
+        expect(machine, r"Shell>")
         machine.console.send("ver\r")
-        found["shell"] = machine.console.expect(r"UEFI v\d+\.\d+ \(EDK II", PATIENCE)[0]
+        found["shell"] = expect(machine, r"UEFI v\d+\.\d+ \(EDK II")
     config = MachineConfig(
         firmware=code, variables=own, memory="512M", transport="pci", drives=[Drive(disk)]
     )
     with Machine(config) as machine:
+        for stage in ("GRUB on", "Linux version", "vmm-check: result"):
+            expect(machine, stage)
         found["off"] = machine.wait(PATIENCE) is Outcome.POWER_OFF
         found["output"] = machine.console.output
     print(json.dumps(found))
