@@ -10,6 +10,7 @@ import socket
 import subprocess
 import threading
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -53,20 +54,22 @@ def test_passt_answers_for_the_network() -> None:
     """The real passt answers an ARP request for its gateway, and ends with the link."""
     if shutil.which("passt") is None:
         pytest.skip("passt is not installed (apt install passt)")
-    link = Passt(["-a", "192.0.2.2", "-n", "24", "-g", "192.0.2.1", "-4"])
-    pid = link.pid
     me = bytes.fromhex("020000000001")
     request = bytes.fromhex("0001080006040001") + me + bytes([192, 0, 2, 2])
     request += bytes(6) + bytes([192, 0, 2, 1])
     frame = b"\xff" * 6 + me + b"\x08\x06" + request
-    (fd,) = link.fds
-    assert os.write(fd, len(frame).to_bytes(4, "big") + frame) == 4 + len(frame)
-    assert select.select([fd], [], [], 30)[0], "passt says nothing"
-    answer = os.read(fd, 1 << 16)[4:]
-    assert answer[:6] == me
-    assert answer[12:22] == bytes.fromhex("08060001080006040002")
-    assert answer[28:32] == bytes([192, 0, 2, 1])
-    link.close()
+    answer = b""
+    with closing(Passt(["-a", "192.0.2.2", "-n", "24", "-g", "192.0.2.1", "-4"])) as link:
+        (fd,) = link.fds
+        assert os.write(fd, len(frame).to_bytes(4, "big") + frame) == 4 + len(frame)
+        while len(answer) < 4 + 42:  # its length comes by itself
+            assert select.select([fd], [], [], 30)[0], f"passt says no more than {answer!r}"
+            answer += os.read(fd, 1 << 16) or pytest.fail("passt hangs up")
+        pid = link.pid
+    assert answer[:4] == (42).to_bytes(4, "big")
+    assert answer[4:10] == me
+    assert answer[16:26] == bytes.fromhex("08060001080006040002")
+    assert answer[32:36] == bytes([192, 0, 2, 1])
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
 

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ import attrs
 import pytest
 import trustme
 
-from vm_memory import GuestAddress
+from vm_memory import GuestAddress, GuestMemory, sharing
 from vmm_reference.backends.file import FileBackend
 from vmm_reference.board import Board
 from vmm_reference.config import Drive, MachineConfig
@@ -434,6 +435,27 @@ def test_a_cut_at_every_frame_is_survived(
     assert number > 2
     if way == "post-copy" and side == "source":
         assert recovered
+
+
+def test_a_link_that_is_lost_while_it_carries_the_memory_s_files(
+    config: Callable[..., MachineConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The machine runs on, and whoever moves it is told so."""
+    real = sharing.send
+
+    def send(sock: socket.socket, memory: GuestMemory) -> None:
+        sock.shutdown(socket.SHUT_RDWR)
+        real(sock, memory)
+
+    monkeypatch.setattr(sharing, "send", send)
+    with (
+        Incoming(f"unix:{tmp_path / 'socket'}") as incoming,
+        Machine(config(WRITE, shared_memory=True)) as machine,
+    ):
+        with pytest.raises(MigrationError, match="Broken pipe") as told:
+            machine.migrate(incoming.address, local=True)
+        assert told.value.runs
+        machine.console.expect(r"\.", 60)
 
 
 @pytest.mark.parametrize("lost", [Kind.COMMIT, Kind.STARTED])

@@ -31,7 +31,7 @@ from .ranges import Ranges, joined, total, without
 from .stream import Pace, Pages, Sender, table
 from .throttle import Throttle
 from .warming import warm
-from .wire import WORDS, Kind, Link, LinkLost, ProtocolError, Role
+from .wire import WORDS, Kind, Link, LinkLost, ProtocolError, Role, reason
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -122,9 +122,9 @@ class Outgoing:
         except _Refused as refusal:
             self._event(Event.LOST)
             raise self._ended_early(f"the other side refuses: {refusal}") from None
-        except _Cancelled as reason:
+        except _Cancelled as cancelled:
             self._event(Event.CANCEL)
-            raise self._ended_early(str(reason)) from None
+            raise self._ended_early(str(cancelled)) from None
         except BaseException:
             # A defect, or no memory: before the decision the machine stays here.
             self._event(Event.CANCEL)
@@ -439,6 +439,8 @@ class Outgoing:
         except ValueError as error:
             raise _Cancelled(f"memory can't be handed over: {error}; start the machine with "
                              "shared memory, and name a Unix socket") from error  # fmt: skip
+        except OSError as error:
+            raise LinkLost("migration link", reason(error)) from error
 
     # What it comes to.
 
