@@ -26,6 +26,7 @@ import json
 import os
 import socketserver
 import threading
+import time
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -41,10 +42,12 @@ if TYPE_CHECKING:
 
     from vmm_reference.machine import Machine
     from vmm_reference.state.incoming import Incoming
+    from vmm_reference.state.moving import Progress
 
 __all__ = ["Control", "Server"]
 
 _MOST_BYTES = 1 << 20
+_BETWEEN_LINES = 0.1  # seconds
 
 
 class Control:
@@ -177,10 +180,16 @@ class Control:
                 raise ConfigError("/migration", name, f"unknown field; known are {known}")
         if options.get("tls") is not None:
             options["tls"] = Tls(_text(body, "tls"))
-        report = self._machine.migrate(
-            address, progress=lambda progress: tell({"progress": attrs.asdict(progress)}), **options
-        )
-        return attrs.asdict(report)
+        phase, due = "", 0.0
+
+        def progress(now: Progress) -> None:
+            nonlocal phase, due
+            # Rounds may be short, and whoever watches takes time from them.
+            if now.phase != phase or time.monotonic() >= due:
+                phase, due = now.phase, time.monotonic() + _BETWEEN_LINES
+                tell({"progress": attrs.asdict(now)})
+
+        return attrs.asdict(self._machine.migrate(address, progress=progress, **options))
 
     def _cancel(self, _body: dict[str, Any], _tell: object) -> object:
         self._machine.cancel_migration()

@@ -70,6 +70,7 @@ class Incoming:
         console: tuple[int, int] | None = None,
         **overrides: Any,
     ) -> None:
+        warm()  # before anybody is told where to go: a migration's time is not spent on it
         self._console, self._overrides, self._tls = console, overrides, tls
         self._listener = Listener(Address.parse(address), tls)
         self.address = str(self._listener.address)
@@ -246,7 +247,6 @@ class Incoming:
 
     def _serve(self) -> None:
         try:
-            warm()  # while nothing else is to be done
             while not self._closing and not self._parted:
                 self._wait()
         finally:

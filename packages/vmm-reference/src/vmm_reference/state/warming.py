@@ -23,10 +23,12 @@ __all__ = ["rehearse", "warm"]
 
 # What a machine imports only when it is made, saved or restored.
 _NEEDED = (
-    "kvm_ioctls.exits.plain", "kvm_ioctls.state.counters", "kvm_ioctls.state.msrs",
-    "kvm_ioctls.state.snapshot",
-    "virtio_queue._device_saving", "virtio_queue._saving", "vmm_reference.backends.console",
-    "vmm_reference.backends.stream", "vmm_reference.board",
+    "kvm_ioctls.exits.decoders", "kvm_ioctls.exits.io", "kvm_ioctls.exits.plain",
+    "kvm_ioctls.state.counters", "kvm_ioctls.state.msrs", "kvm_ioctls.state.snapshot",
+    "kvm_ioctls.vcpu", "kvm_ioctls.vm", "virtio_queue._device_saving", "virtio_queue._saving",
+    "virtio_queue.pump", "vm_memory.dirty", "vmm_reference.backends.console",
+    "vmm_reference.backends.stream", "vmm_reference.board", "vmm_reference.devices.offload",
+    "vmm_reference.devices.rng",
 )  # fmt: skip
 _STATES = ("kvm_ioctls.state", "virtio_queue.state", "vmm_reference.devices.states")
 
