@@ -247,7 +247,9 @@ class Outgoing:
                 bandwidth = max(carried, bandwidth) if short else carried
                 bandwidth = min(bandwidth, options.bandwidth or bandwidth)
                 self._tell("memory", left, bandwidth)
-                if left <= bandwidth * options.downtime:
+                # Where the last round has left far less, another one makes the pause shorter still.
+                worth = left > _LITTLE and 2 * left < total(found)
+                if left <= bandwidth * options.downtime and not worth:
                     self._missing = ranges
                     return Event.CONVERGED
                 late = self._late()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import attrs
 
+from virtio_queue import VirtioDevice
 from vmm_reference.devices import factory
 
 from .format import decode, pack, prepare
@@ -50,7 +51,7 @@ def warm(config: MachineConfig | None = None) -> None:
 
 
 def rehearse(board: Board) -> dict[str, type]:
-    """Write and read the states of a board that waits for those of another one.
+    """Write, read and restore states of a board that waits for those of another one.
 
     Returns:
         The classes of its devices' states, by name.
@@ -59,4 +60,7 @@ def rehearse(board: Board) -> dict[str, type]:
     devices = {name: part.save() for name, part in board.parts().items()}
     for state in (vcpu, board.vm.save(), *devices.values()):
         decode(pack(state), type(state), "rehearsal")
+    for name, part in board.parts().items():
+        if isinstance(part, VirtioDevice):  # has no driver yet, so that nothing comes of it
+            part.restore(devices[name])
     return {name: type(state) for name, state in devices.items()}
