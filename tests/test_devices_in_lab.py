@@ -32,26 +32,33 @@ def initrd(kernels: dict[str, Kernel], tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.mark.parametrize(
-    ("transport", "kind"),
+    ("transport", "kind", "ring"),
     [
-        ("pci", "user"),
-        ("mmio", "kernel"),
-        pytest.param("mmio", "user", marks=pytest.mark.soak),
-        pytest.param("pci", "kernel", marks=pytest.mark.soak),
+        ("pci", "user", "packed"),
+        ("mmio", "kernel", "split"),
+        pytest.param("mmio", "user", "split", marks=pytest.mark.soak),
+        pytest.param("pci", "kernel", "split", marks=pytest.mark.soak),
     ],
 )
 def test_linux_uses_its_devices(
-    transport: str, kind: str, linux: Lab | Direct, kernels: dict[str, Kernel], initrd: Path
+    transport: str,
+    kind: str,
+    ring: str,
+    linux: Lab | Direct,
+    kernels: dict[str, Kernel],
+    initrd: Path,
 ) -> None:
     """Each transfer arrives as it was sent, at first, after a pause, and after a reset."""
     script = GUESTS / "devices.py"
     kernel = kernels["cloud"].vmlinuz
     done = linux.run(
-        ["unshare", "--net", sys.executable, script, kernel, initrd, transport, kind], timeout=900
+        ["unshare", "--net", sys.executable, script, kernel, initrd, transport, kind, ring],
+        timeout=900,
     )
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
     print(done.stderr, file=sys.stderr)
     found = json.loads(done.stdout)
+    assert found.pop("rings") == {f"virtio{number}": ring for number in range(5)}
     assert list(found) == ["first", "after a pause", "after a reset"]
     for name, results in found.items():
         assert len(results) == (12 if kind == "user" else 5), (name, results)

@@ -1,4 +1,4 @@
-"""Linux uses its devices: `devices.py KERNEL INITRD TRANSPORT user|kernel`.
+"""Linux uses its devices: `devices.py KERNEL INITRD TRANSPORT user|kernel RING`.
 
 Runs where unmodified kernels run. One machine has all the devices; what its shell is told to send
 and receive is compared with what the host sent and received, then again after a pause, and after
@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import rings
 import shell
 from shell import PATIENCE
 
@@ -89,6 +90,12 @@ class Guest:
     def tell(self, command: str) -> str:
         """Run a command in the guest; it has to succeed. Returns what it printed."""
         return shell.tell(self.machine, command)
+
+    def rings(self) -> dict[str, str]:
+        """What kind of rings each device has."""
+        folder = "/sys/bus/virtio/devices"
+        names = self.tell(f"ls {folder}").split()
+        return {name: rings.negotiated(self.machine, f"{folder}/{name}") for name in names}
 
     def start(self, command: str) -> None:
         """Begin a command, without waiting for its end."""
@@ -278,7 +285,8 @@ def over_ports(guest: Guest, data: bytes, folder: Path) -> dict[str, bool]:
 
 def main() -> None:
     """See the module."""
-    kernel, initrd, transport, kind = sys.argv[1:]
+    kernel, initrd, transport, kind, ring = sys.argv[1:]
+    rings.offer(ring)
     folder = Path("/tmp/devices")  # sockets live on no file system of the host's
     folder.mkdir()
     ip("tuntap", "add", "dev", "tap0", "mode", "tap", "vnet_hdr")
@@ -302,7 +310,7 @@ def main() -> None:
         "after a pause": guest.stand_still,
         "after a reset": lambda: guest.tell(REBIND),
     }
-    findings: dict[str, Any] = {}
+    findings: dict[str, Any] = {"rings": guest.rings()}
     for name, before in rounds.items():
         before()
         found = findings[name] = {}

@@ -1,4 +1,4 @@
-"""Disks and persistent memory: `disks.py KERNEL INITRD TOOLS PMEM TRANSPORT SIZE`.
+"""Disks and persistent memory: `disks.py KERNEL INITRD TOOLS PMEM TRANSPORT RING SIZE`.
 
 Runs where unmodified kernels run. One machine has a disk for each engine, and one with fio; what
 fio writes it reads back and verifies, and what the guest writes into a file system in a file that
@@ -15,12 +15,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+import rings
+from shell import power_off, ready, tell
+
 from vmm_reference.config import Drive, MachineConfig
 from vmm_reference.deviceconfig import parse_device
 from vmm_reference.machine import Machine
-from vmm_reference.outcome import Outcome
 
-PATIENCE = 300.0
 ENGINES = ("python", "sync", "io_uring")
 DISK = 16 << 20
 REBIND = (
@@ -29,15 +30,6 @@ REBIND = (
     "until [ -b /dev/vdd ] && [ -b /dev/pmem0 ]; do usleep 100000; done"
 )
 MOUNT = "mkdir -p /mnt && mount -o ro /dev/vda /mnt"
-
-
-def tell(machine: Machine, command: str) -> str:
-    """Run a command in the guest; it has to succeed. Returns what it printed."""
-    machine.console.send(f"{command}\necho end-$?-end\n")
-    match = machine.console.expect(r"(?s)(.*)end-(\d+)-end", PATIENCE)
-    if match[2] != "0":
-        raise RuntimeError(f"{command!r} exits with {match[2]}: {match[1][-2000:]}")
-    return match[1].strip()
 
 
 def fio(size: str) -> str:
@@ -67,8 +59,11 @@ def in_memory(machine: Machine, file: Path, text: str) -> bool:
     return text.encode() in file.read_bytes()
 
 
-def main(kernel: str, initrd: str, tools: str, pmem: str, transport: str, size: str) -> None:
+def main(
+    kernel: str, initrd: str, tools: str, pmem: str, transport: str, ring: str, size: str
+) -> None:
     """See the module."""
+    rings.offer(ring)
     drives = [Drive(tools, read_only=True)]
     for engine in ENGINES:
         path = Path(f"/tmp/disk-{engine}.img")
@@ -84,10 +79,11 @@ def main(kernel: str, initrd: str, tools: str, pmem: str, transport: str, size: 
     )  # fmt: skip
     found: dict[str, Any] = {}
     with Machine(config) as machine:
-        machine.console.expect(r"guest:", PATIENCE)
-        machine.console.send("stty -echo; PS1=\n")
-        tell(machine, "true")
+        ready(machine)
         serials = "for disk in b c d; do cat /sys/block/vd$disk/serial; echo; done"
+        found["rings"] = [
+            rings.negotiated(machine, f"/sys/block/vd{disk}/device") for disk in "bcd"
+        ]
         found["serials"] = tell(machine, serials).split()
         for name in ("first", "after a pause", "after a reset"):
             start = time.monotonic()
@@ -103,14 +99,13 @@ def main(kernel: str, initrd: str, tools: str, pmem: str, transport: str, size: 
                 f"{job} wrote": int(read) > 0 and int(written) > 0 for job, _, read, written in jobs
             }
             found[name]["memory"] = in_memory(machine, memory, name.replace(" ", "-"))
-            print(f"{name}: {time.monotonic() - start:.1f} s", file=sys.stderr)
+            print(f"{name}: {time.monotonic() - start:.1f} s", file=sys.stderr, flush=True)
         metrics = machine.metrics()
         found["flushes"] = metrics["pmem0"]["flushes"] > 2
         found["served by a thread of C"] = [
             metrics[f"drive{n}"].get("chains", 0) > 100 for n in (1, 2, 3)
         ]
-        machine.console.send("poweroff -f\n")
-        found["off"] = machine.wait(PATIENCE) is Outcome.POWER_OFF
+        power_off(machine)
     print(json.dumps(found))
 
 
