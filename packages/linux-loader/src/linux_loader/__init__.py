@@ -75,9 +75,7 @@ def __getattr__(name: str) -> object:
     module = _HOME.get(name)
     if module is None:
         raise AttributeError(f"module 'linux_loader' has no attribute {name!r}")
-    from importlib import import_module
-
-    value: object = getattr(import_module(f"linux_loader.{module}"), name)
+    value: object = getattr(__import__(f"linux_loader.{module}", fromlist=[name]), name)
     globals()[name] = value
     return value
 

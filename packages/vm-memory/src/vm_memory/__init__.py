@@ -156,9 +156,7 @@ def __getattr__(name: str) -> object:
     module = _HOME.get(name)
     if module is None:
         raise AttributeError(f"module 'vm_memory' has no attribute {name!r}")
-    from importlib import import_module
-
-    value: object = getattr(import_module(f"vm_memory.{module}"), name)
+    value: object = getattr(__import__(f"vm_memory.{module}", fromlist=[name]), name)
     globals()[name] = value
     return value
 

@@ -81,16 +81,10 @@ class Decoders(dict[int, "Callable[[memoryview], Exit]"]):
 
     def __missing__(self, reason: int) -> Callable[[memoryview], Exit]:
         module, name = self._homes.get(reason, ("failures", "decode_unknown"))
-        found: Any = getattr(_load(module), name)
+        found: Any = getattr(__import__(f"kvm_ioctls.exits.{module}", fromlist=[name]), name)
         decoder: Callable[[memoryview], Exit] = found if callable(found) else _constant(found)
         self[reason] = decoder
         return decoder
-
-
-def _load(module: str) -> Any:
-    from importlib import import_module
-
-    return import_module(f"kvm_ioctls.exits.{module}")
 
 
 decoders = Decoders(uname().machine)

@@ -30,9 +30,8 @@ class _Decoders(dict[tuple[str, str], "Callable[[bytearray], Any]"]):
     """Module and class to `from_bytes`, loaded once: an import statement in a call costs more."""
 
     def __missing__(self, key: tuple[str, str]) -> Callable[[bytearray], Any]:
-        from importlib import import_module
-
-        found = getattr(import_module(f"kvm_ioctls.state.{key[0]}"), key[1])
+        module, name = key
+        found = getattr(__import__(f"kvm_ioctls.state.{module}", fromlist=[name]), name)
         decode: Callable[[bytearray], Any] = found.from_bytes
         self[key] = decode
         return decode

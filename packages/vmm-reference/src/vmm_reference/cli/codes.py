@@ -15,7 +15,8 @@ from __future__ import annotations
 import marshal
 import os
 import sys
-from importlib.machinery import ExtensionFileLoader, ModuleSpec, SourceFileLoader
+from _frozen_importlib import ModuleSpec  # importlib.machinery would have to be found first
+from _frozen_importlib_external import ExtensionFileLoader, SourceFileLoader
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-import signal
 import sys
 from contextlib import ExitStack
 
@@ -17,9 +16,12 @@ from vmm_reference.outcome import Outcome
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import signal
     from collections.abc import Callable
     from types import FrameType, TracebackType
     from typing import Any
+else:
+    import _signal as signal  # without the enumerations that signal makes of its numbers
 
 __all__ = ["Signals", "configuration", "run", "run_on_terminal"]
 

@@ -14,8 +14,6 @@ and the factory that makes the device and its backend out of one. Nothing else n
 
 from __future__ import annotations
 
-from importlib import import_module
-
 from vm_memory._values import frozen
 
 TYPE_CHECKING = False
@@ -75,4 +73,4 @@ def factory(kind: str) -> Callable[[DeviceConfig, Wiring], object]:
 
 def _named(place: str) -> Any:
     module, _, name = place.partition(":")
-    return getattr(import_module(f"vmm_reference.{module}"), name)
+    return getattr(__import__(f"vmm_reference.{module}", fromlist=[name]), name)
