@@ -125,6 +125,7 @@ def by_command(parent: Machine) -> list[dict[str, str]]:
     """Ten more by `vmm clone`, whose guests say by themselves that they are alive: their logs."""
     tell(parent, f"while :; do {RANDOM}; usleep 300000; done >/dev/console & usleep 1000000")
     parent.snapshot(RUN / "saved")
+    before = parent.console.output[-500:]
     parent.close()
     done("saved")
     out = RUN / "out"
@@ -136,8 +137,9 @@ def by_command(parent: Machine) -> list[dict[str, str]]:
         while any(len(words(log)) < 3 for log in logs):
             if process.poll() is not None or time.monotonic() > deadline:
                 process.terminate()
-                found = {log.name: words(log) for log in logs}
-                raise RuntimeError(f"status {process.wait()}: {process.communicate()[1]}, {found}")
+                said = f"status {process.wait(PATIENCE)}: {process.communicate()[1]}"
+                tails = {log.name: log.read_bytes()[-500:] for log in logs if log.exists()}
+                raise RuntimeError(f"{said}, {tails}; the machine before: {before!r}")
             time.sleep(0.1)
         done("all have said something")
         process.send_signal(signal.SIGTERM)
