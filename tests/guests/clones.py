@@ -150,7 +150,7 @@ def by_command(parent: Machine) -> list[dict[str, str]]:
 
 def words(log: Path) -> list[str]:
     """Whole random numbers that a clone's guest has printed."""
-    return re.findall(r"\b[0-9a-f]{32}\r\n", log.read_text()) if log.exists() else []
+    return re.findall(r"\b[0-9a-f]{32}\n", log.read_text()) if log.exists() else []
 
 
 def main(kernel: str, initrd: str) -> None:
