@@ -61,5 +61,5 @@ def test_linux_uses_its_devices(
     assert found.pop("rings") == {f"virtio{number}": ring for number in range(5)}
     assert list(found) == ["first", "after a pause", "after a reset"]
     for name, results in found.items():
-        assert len(results) == (12 if kind == "user" else 5), (name, results)
+        assert len(results) == (13 if kind == "user" else 5), (name, results)
         assert all(results.values()), (name, results)

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 SIZE = 1 << 19  # bytes of a transfer
+STORM = 100  # connections at once
 HOST, GUEST = "192.0.2.1", "192.0.2.2"
 CID = 5
 
@@ -151,7 +152,7 @@ def listen(kind: str, folder: Path, port: int) -> socket.socket:
     else:
         listener = socket.socket(socket.AF_UNIX)
         listener.bind(f"{folder}/v.sock_{port}")
-    listener.listen(1)
+    listener.listen(STORM)
     return listener
 
 
@@ -200,7 +201,33 @@ def over_sockets(guest: Guest, data: bytes, folder: Path, kind: str) -> dict[str
     found["vsock both ways: to host"] = sent.startswith(digest(b"".join(parts)))
     there = guest.tell("sha256sum </tmp/in")
     found["vsock both ways: to guest"] = there.startswith(digest(data))
+    if kind == "user":
+        found["vsock storm"] = storm_of_sockets(guest, folder)
     return found
+
+
+def storm_of_sockets(guest: Guest, folder: Path) -> bool:
+    """Whether many connections at once each bring back what went out, and the end."""
+    with listen("user", folder, 54) as listener:
+        thread = threading.Thread(target=echo_all, args=(listener,))
+        thread.start()
+        right = guest.tell(f"vsock 2 54 {STORM}")
+        thread.join()
+    Path(f"{folder}/v.sock_54").unlink()
+    return right == str(STORM)
+
+
+def echo_all(listener: socket.socket) -> None:
+    """Take a storm's connections, then give each back what it sends, and the end."""
+    listener.settimeout(PATIENCE)
+    streams = [listener.accept()[0] for _ in range(STORM)]
+    for stream in streams:
+        with stream:
+            stream.settimeout(PATIENCE)
+            data = b""
+            while part := stream.recv(100):
+                data += part
+            stream.sendall(data)
 
 
 def resident() -> int:

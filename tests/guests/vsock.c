@@ -1,7 +1,11 @@
 /* A pipe over AF_VSOCK: `vsock CID PORT` connects, `vsock - PORT` takes one connection. Standard input
- * goes out, and its end is passed on by a half close; what comes in goes to standard output. */
+ * goes out, and its end is passed on by a half close; what comes in goes to standard output.
+ *
+ * `vsock CID PORT COUNT` has so many connections at once, sends a number on each, closes its half, and
+ * prints how many of them have come back, with the end behind them. */
 #include <errno.h>
 #include <poll.h>
+#include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -27,14 +31,36 @@ static int put(int fd, const char *data, ssize_t length)
 	return 0;
 }
 
+static int storm(const struct sockaddr_vm *address, uint32_t count)
+{
+	int fds[1024];
+	uint32_t back, right = 0;
+	for (uint32_t n = 0; n < count; n++) {
+		fds[n] = socket(AF_VSOCK, SOCK_STREAM, 0);
+		if (fds[n] < 0 || connect(fds[n], (struct sockaddr *)address, sizeof(*address)))
+			return fail("connect");
+	}
+	for (uint32_t n = 0; n < count; n++)
+		if (put(fds[n], (char *)&n, sizeof(n)) || shutdown(fds[n], SHUT_WR))
+			return fail("write");
+	for (uint32_t n = 0; n < count; n++) {
+		if (recv(fds[n], &back, sizeof(back), MSG_WAITALL) != sizeof(back))
+			return fail("read");
+		right += back == n && read(fds[n], &back, 1) == 0;
+		close(fds[n]);
+	}
+	printf("%u\n", right);
+	return 0;
+}
+
 int main(int argc, char **argv)
 {
 	static char buffer[65536];
 	int fd = socket(AF_VSOCK, SOCK_STREAM, 0);
 	struct sockaddr_vm address = { .svm_family = AF_VSOCK };
 
-	if (argc != 3 || fd < 0)
-		return fail("usage: vsock CID|- PORT");
+	if (argc < 3 || argc > 4 || fd < 0)
+		return fail("usage: vsock CID|- PORT [COUNT]");
 	address.svm_port = strtoul(argv[2], NULL, 10);
 	if (strcmp(argv[1], "-") == 0) {
 		int listener = fd;
@@ -48,6 +74,8 @@ int main(int argc, char **argv)
 		close(listener);
 	} else {
 		address.svm_cid = strtoul(argv[1], NULL, 10);
+		if (argc == 4)
+			return storm(&address, strtoul(argv[3], NULL, 10) % 1024);
 		if (connect(fd, (struct sockaddr *)&address, sizeof(address)))
 			return fail("connect");
 	}

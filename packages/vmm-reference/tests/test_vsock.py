@@ -1,21 +1,29 @@
 from __future__ import annotations
 
+import os
+import socket
 import struct
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from virtio_queue import Queue
 from virtio_queue.testing import SplitDriver
 from virtio_queue.testing.stateful import DeviceMachine
 from vm_memory import GuestAddress, GuestMemory
+from vmm_reference.backends.pumps import SocketPump
+from vmm_reference.devices.offload import Offload
 from vmm_reference.devices.states import StateError, VsockState
 from vmm_reference.devices.vsock import model, packet
 from vmm_reference.devices.vsock.connection import BUFFER
 from vmm_reference.devices.vsock.model import FIRST_HOST_PORT, MAX_CONNECTIONS, MAX_REPLIES, Vsock
 from vmm_reference.devices.vsock.packet import HEADER, Packet
+from vmm_reference.devices.vsock.served import ServedVsock
 from vmm_reference.testing import Bench
 
 CID = 7
@@ -647,7 +655,87 @@ class VsockMachine(DeviceMachine):
         new.restore(old.save())
 
 
+class Slot:
+    """What a pump needs of a machine; its kicks are not heard, since it looks when it starts."""
+
+    interrupt_word = None
+
+    def __init__(self, stack: ExitStack) -> None:
+        self.kicks = [os.eventfd(0, os.EFD_NONBLOCK) for _ in range(3)]
+        for fd in self.kicks:
+            stack.callback(os.close, fd)
+
+    def take_kick(self, queue: int) -> int:
+        return self.kicks[queue]
+
+    def pump_call(self, queue: int) -> int:
+        return -1
+
+
+class Sockets:
+    """Everybody listens on the host, but at port 0, and has something to say."""
+
+    refused = 0
+
+    def __init__(self, stack: ExitStack) -> None:
+        self._stack = stack
+
+    def connect(self, port: int) -> socket.socket | None:
+        if port == 0:
+            return None
+        ours, host = socket.socketpair()
+        self._stack.callback(host.close)
+        host.send(b"welcome" * 100)
+        return ours
+
+
+class PumpedVsock(ServedVsock):
+    """Lets its pump run for a moment after each kick; between them nothing changes by itself."""
+
+    def activate(self, memory: GuestMemory, driver_features: int, queues: Sequence[Queue]) -> None:
+        super().activate(memory, driver_features, queues)
+        self.offload.stop()
+
+    def process(self, queue_index: int) -> None:
+        if queue_index == EVENTS:
+            super().process(queue_index)
+            return
+        self.offload.go_on()
+        try:
+            for _ in range(3):
+                time.sleep(0.0005)
+                self.offload.attend(RX)
+        finally:
+            self.offload.stop()
+
+
+class PumpedMachine(VsockMachine):
+    """The same, with a thread of C that moves the packets."""
+
+    def __init__(self) -> None:
+        self.stack = ExitStack()
+        super().__init__()
+
+    def make_model(self, memory: GuestMemory) -> Vsock:
+        pump = SocketPump(memory, CID, Sockets(self.stack))  # type: ignore[arg-type]
+        self.stack.callback(pump.close)
+        pump.connect(Slot(self.stack), range(2))  # type: ignore[arg-type]
+        return PumpedVsock(CID, Offload("the pump", [(pump, range(2))]))
+
+    def teardown(self) -> None:
+        self.stack.close()
+        super().teardown()
+
+
+class PumpedOnPci(PumpedMachine):
+    """And by the other registers."""
+
+    pci = True
+
+
 TestAnyDriver = VsockMachine.TestCase
+TestAnyDriverAndAPump = PumpedMachine.TestCase
+TestAnyDriverAndAPumpOnPci = PumpedOnPci.TestCase
 
 
 def test_one_call_moves_a_bounded_number(guest: Guest, monkeypatch: pytest.MonkeyPatch) -> None:

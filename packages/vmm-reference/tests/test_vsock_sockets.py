@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import select
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from vm_memory import GuestAddress
 from vmm_reference.backends import vsock as backend
+from vmm_reference.backends.pumps import SocketPump
 from vmm_reference.backends.vsock import UnixSockets
 from vmm_reference.devices.vsock.connection import BUFFER
-from vmm_reference.devices.vsock.model import FIRST_HOST_PORT, Vsock
+from vmm_reference.devices.vsock.model import FIRST_HOST_PORT
 from vmm_reference.devices.vsock.packet import (
     CREDIT_REQUEST,
     CREDIT_UPDATE,
@@ -27,42 +30,51 @@ from vmm_reference.devices.vsock.packet import (
     SHUTDOWN_SEND,
     Packet,
 )
-from vmm_reference.devices.vsock.setup import Socket
+from vmm_reference.devices.vsock.setup import Socket, build
 from vmm_reference.errors import ConfigError, HostError
 from vmm_reference.loop import Loop
-from vmm_reference.testing import Bench, turn
+from vmm_reference.testing import PumpBench, turn
 
 CID = 3
 
 
-class Guest(Bench):
-    """A device, its Unix sockets, and a driver that keeps what comes."""
+class Guest:
+    """A device as a machine has it, its Unix sockets, and a driver that keeps what comes."""
 
     def __init__(self, path: str) -> None:
-        self.errors: list[BaseException] = []
-        self.loop = Loop(self.errors.append)
-        self.sockets = UnixSockets(self.loop, path)
-        self.vsock = Vsock(CID, self.sockets.connect, kick=lambda index: self.kick_later(index))
-        self.sockets.opened = self.vsock.open
-        super().__init__(self.vsock, memory=16 << 20)
-        for _ in range(64):
-            self.queue(0).add([], [4096])
-        self.driver.kick(0)
+        self.bench = PumpBench(16 << 20)
+        self.vsock = build(Socket(path), self.bench)  # type: ignore[arg-type]
+        ((pump, _),) = self.vsock.offload._servers
+        assert isinstance(pump, SocketPump)
+        self.sockets = pump.sockets
         self.packets: list[Packet] = []
         self.data = bytearray()
         self.credit = 0
+        self.start()
+
+    def start(self) -> None:
+        """Bring the device up, with buffers."""
+        self.bench.driver.start()
+        for _ in range(64):
+            self.bench.driver.queues[0].add([], [4096])
+        self.bench.kick(0)
 
     def tell(self, op: int, port: int, to: int, data: bytes = b"", flags: int = 0) -> None:
+        """Send one packet, which the device has taken when this returns."""
         header = Packet(CID, 2, port, to, len(data), 1, op, flags, 1 << 18, len(self.data))
-        self.queue(1).add([HEADER.pack(*header) + data])
-        self.driver.kick(1)
-        self.work()
+        queue = self.bench.driver.queues[1]
+        queue.add([HEADER.pack(*header) + data])
+        self.bench.kick(1)
 
-    def work(self) -> bool:
-        """Take what came; whether there was something."""
-        self.settle()
-        self.queue(1).reap()
-        used = self.queue(0).reap()
+        def taken() -> bool:
+            queue.reap()
+            return not queue.outstanding
+
+        self.wait(taken)
+
+    def work(self) -> None:
+        """Take what came."""
+        used = self.bench.driver.queues[0].reap()
         asked: Packet | None = None
         for each in used:
             header = Packet(*HEADER.unpack_from(each.data))
@@ -71,29 +83,35 @@ class Guest(Bench):
             self.credit = header.fwd_cnt
             if header.op == CREDIT_REQUEST:
                 asked = header
-            self.queue(0).add([], [4096])
+            self.bench.driver.queues[0].add([], [4096])
         if used:
-            self.driver.kick(0)
+            self.bench.kick(0)
         if asked is not None:
             self.tell(CREDIT_UPDATE, asked.dst_port, asked.src_port)
-        return bool(used)
+
+    def wait(self, until: Callable[[], object]) -> None:
+        """Work, and turn the machine's loop, until something holds."""
+
+        def worked() -> object:
+            self.work()
+            return until()
+
+        turn(self.bench.loop, worked)
 
     def until(self, op: int) -> Packet:
-        """Wait for a packet of that kind."""
-        turn(self.loop, lambda: self.work() or any(each.op == op for each in self.packets))
-        while True:
-            for number, each in enumerate(self.packets):
-                if each.op == op:
-                    del self.packets[: number + 1]
-                    return each
-            turn(self.loop, self.work)
+        """Wait for a packet of that kind; those before it are forgotten."""
+        self.wait(lambda: any(each.op == op for each in self.packets))
+        number = next(n for n, each in enumerate(self.packets) if each.op == op)
+        packet = self.packets[number]
+        del self.packets[: number + 1]
+        return packet
+
+    def gone(self) -> None:
+        """Wait until there are no connections."""
+        self.wait(lambda: self.vsock.metrics()["connections"] == 0)
 
     def close(self) -> None:
-        self.vsock.reset()
-        self.sockets.close()
-        self.loop.stop()
-        super().close()
-        assert self.errors == []
+        self.bench.close()
 
 
 @pytest.fixture
@@ -120,7 +138,7 @@ def test_a_client_connects_to_the_guest(guest: Guest, tmp_path: Path, hello: byt
         guest.tell(RESPONSE, 52, FIRST_HOST_PORT)
         assert stream.recv(100) == b"OK %d\n" % FIRST_HOST_PORT
         stream.sendall(b" and late")
-        turn(guest.loop, lambda: guest.work() or guest.data.endswith(b"late"))
+        guest.wait(lambda: guest.data.endswith(b"late"))
         assert guest.data == hello.partition(b"\n")[2] + b" and late"
         guest.tell(RW, 52, FIRST_HOST_PORT, b"reply")
         assert stream.recv(100) == b"reply"
@@ -130,7 +148,7 @@ def test_a_client_connects_to_the_guest(guest: Guest, tmp_path: Path, hello: byt
         assert stream.recv(100) == b"after"
         stream.close()
         assert guest.until(SHUTDOWN).flags == SHUTDOWN_BOTH
-    assert guest.vsock.connections == {}
+    guest.gone()
 
 
 def test_the_guest_refuses(guest: Guest, tmp_path: Path) -> None:
@@ -148,10 +166,10 @@ def test_the_guest_refuses(guest: Guest, tmp_path: Path) -> None:
 def test_a_client_that_says_something_else(guest: Guest, tmp_path: Path, hello: bytes) -> None:
     with client(tmp_path, hello) as stream:
         stream.shutdown(socket.SHUT_WR)
-        turn(guest.loop, lambda: guest.sockets.refused)
+        guest.wait(lambda: guest.vsock.metrics()["refused_clients"])
         with contextlib.suppress(ConnectionResetError):  # closed with some of it unread
             assert stream.recv(100) == b""
-    assert guest.vsock.connections == {}
+    guest.gone()
 
 
 def test_clients_that_say_nothing_are_bounded(
@@ -160,12 +178,12 @@ def test_clients_that_say_nothing_are_bounded(
     """The next ones wait in the kernel until one of them has spoken or gone."""
     monkeypatch.setattr(backend, "_MOST_WAITING", 4)
     silent = [client(tmp_path, b"") for _ in range(6)]
-    turn(guest.loop, lambda: len(guest.sockets._waiting) == 4)
+    guest.wait(lambda: len(guest.sockets._waiting) == 4)
     with client(tmp_path, b"CONNECT 9\n"):
         for stream in silent:
             stream.close()
         guest.until(REQUEST)
-    assert guest.sockets.refused == 6
+    assert guest.vsock.metrics()["refused_clients"] == 6
 
 
 def test_the_guest_connects_to_whoever_listens(guest: Guest, tmp_path: Path) -> None:
@@ -212,14 +230,91 @@ def test_megabytes_both_ways(guest: Guest, tmp_path: Path) -> None:
             if room > 0:
                 guest.tell(RW, 1, FIRST_HOST_PORT, data[sent : sent + room])
                 sent += room
-            guest.loop.turn(0.01)
+            guest.bench.loop.turn(0.01)
             guest.work()
         writer.join()
-        turn(guest.loop, lambda: guest.work() or len(got) == size)
+        guest.wait(lambda: len(got) == size)
         reader.join()
     assert guest.data == data
     assert got == data
-    assert guest.vsock.resets == {}
+    assert not [name for name, n in guest.vsock.metrics().items() if n and "reset" in name]
+
+
+def test_over_a_pause_a_connection_stays(guest: Guest, tmp_path: Path) -> None:
+    """Who comes meanwhile is let in when the machine goes on; what was said arrives."""
+    with client(tmp_path, b"CONNECT 52\n") as stream:
+        guest.until(REQUEST)
+        guest.tell(RESPONSE, 52, FIRST_HOST_PORT)
+        assert stream.recv(100).startswith(b"OK")
+        guest.bench.stop()
+        stream.sendall(b"said while it stood still")
+        with client(tmp_path, b"CONNECT 53\n"):
+            guest.wait(lambda: not guest.sockets._waiting and not guest.packets)
+            guest.bench.go()
+            assert guest.until(REQUEST).dst_port == 53
+        guest.wait(lambda: guest.data == b"said while it stood still")
+        guest.tell(RW, 52, FIRST_HOST_PORT, b"and heard")
+        assert stream.recv(100) == b"and heard"
+
+
+def test_a_reset_ends_all_connections(guest: Guest, tmp_path: Path) -> None:
+    """The guest starts anew, and so do its clients."""
+    with client(tmp_path, b"CONNECT 52\n") as stream:
+        guest.until(REQUEST)
+        guest.tell(RESPONSE, 52, FIRST_HOST_PORT)
+        assert stream.recv(100).startswith(b"OK")
+        guest.bench.driver.write_status(0)
+        assert stream.recv(100) == b""
+    with client(tmp_path, b"CONNECT 52\n") as stream:  # nobody is there
+        guest.wait(lambda: select.select([stream], [], [], 0)[0])
+        assert stream.recv(100) == b""
+    assert guest.vsock.metrics()["refused_guest"] == 1
+    guest.start()
+    with client(tmp_path, b"CONNECT 52\n") as stream:
+        assert guest.until(REQUEST).dst_port == 52
+        guest.tell(RESPONSE, 52, FIRST_HOST_PORT + 1)
+        assert stream.recv(100) == b"OK %d\n" % (FIRST_HOST_PORT + 1)
+
+
+def test_a_broken_ring_asks_for_a_reset(guest: Guest) -> None:
+    """The driver learns of it, and after a reset all is well."""
+    at = guest.bench.device.queues[1].descriptor_area
+    guest.bench.driver.queues[1].add([bytes(44)], [])
+    for offset in range(0, 2048, 16):
+        guest.bench.memory.write(GuestAddress(at + offset), b"\xff" * 8)
+    guest.bench.kick(1)
+    guest.wait(lambda: guest.bench.device.status & 64)
+    guest.bench.driver.write_status(0)
+    guest.start()
+    guest.tell(REQUEST, 1000, 80)
+    guest.until(RST)
+
+
+def test_a_state_without_connections(guest: Guest, tmp_path: Path) -> None:
+    """A restored guest hears that they are gone; the host's clients are not its own."""
+    with client(tmp_path, b"CONNECT 52\n") as stream:
+        guest.until(REQUEST)
+        guest.tell(RESPONSE, 52, FIRST_HOST_PORT)
+        assert stream.recv(100).startswith(b"OK")
+        guest.bench.stop()
+        state = guest.vsock.save()
+        assert state.transport_reset
+        guest.bench.go()
+        guest.tell(RW, 52, FIRST_HOST_PORT, b"it goes on")
+        assert stream.recv(100) == b"it goes on"
+        guest.bench.driver.write_status(0)
+        guest.start()
+        guest.vsock.restore(state)
+        guest.bench.driver.queues[2].add([], [4])
+        guest.bench.kick(2)
+        events: list[bytes] = []
+
+        def heard() -> list[bytes]:
+            events.extend(used.data for used in guest.bench.driver.queues[2].reap())
+            return events
+
+        guest.wait(heard)
+        assert events == [bytes(4)]
 
 
 def test_the_path_is_taken_and_given_back(tmp_path: Path) -> None:

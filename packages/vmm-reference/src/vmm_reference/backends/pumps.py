@@ -7,15 +7,17 @@ from vmm_reference.devices.offload import PumpServer
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from socket import socket
     from typing import Literal
 
-    from virtio_queue import NetPump, OutputPump, Queue
+    from virtio_queue import NetPump, OutputPump, Queue, VsockPump
     from vm_memory import GuestMemory
     from vmm_reference.backends.stream import StreamOutput
+    from vmm_reference.backends.vsock import UnixSockets
     from vmm_reference.devices import limiter
     from vmm_reference.devices.net.control import Control
 
-__all__ = ["Limits", "LinkPump", "PortPump"]
+__all__ = ["Limits", "LinkPump", "PortPump", "SocketPump"]
 
 
 class Limits:
@@ -128,3 +130,70 @@ class PortPump(PumpServer):
         self.pump.stop()
         if left := self.pump.take_window():
             self._output.send(left)
+
+
+FIRST_HOST_PORT = 1 << 30  # of connections that the host makes
+
+
+class SocketPump(PumpServer):
+    """Moves packets between the queues of a socket device and sockets of the host.
+
+    Args:
+        memory: the guest's.
+        cid: the guest's context identifier.
+        sockets: the host's, to whom the guest's connections go.
+
+    Attributes:
+        sockets: as given.
+
+    Raises:
+        PumpError: the host has no more descriptors.
+    """
+
+    pump: VsockPump
+
+    def __init__(self, memory: GuestMemory, cid: int, sockets: UnixSockets) -> None:
+        from virtio_queue import VsockPump
+
+        super().__init__(memory, VsockPump(cid))
+        self.sockets = sockets
+        self._next_port = FIRST_HOST_PORT
+
+    def _start(self, features: int, queues: Sequence[Queue]) -> None:
+        self.pump.start(self._memory, queues)
+
+    def forget(self) -> None:
+        """Break off all connections."""
+        self.pump.forget()
+
+    def attend(self) -> None:
+        """Find the host's ends of connections that the guest asks for.
+
+        Raises:
+            ChainError: the driver broke a ring; the pump has stopped.
+        """
+        super().attend()
+        for guest_port, host_port in self.pump.asked():
+            stream = self.sockets.connect(host_port)
+            if stream is None:
+                self.pump.refuse(guest_port, host_port)
+            else:
+                self.pump.accept(guest_port, host_port, stream.detach())
+
+    def open(self, client: socket, port: int) -> bool:
+        """Connect a client of the host to a port of the guest, by Firecracker's convention.
+
+        False if too many are to be connected already; else the socket is the pump's.
+        """
+        host_port = self._next_port
+        self._next_port = (host_port + 1) & 0xFFFFFFFF | FIRST_HOST_PORT
+        greeting = b"OK %d\n" % host_port
+        taken = self.pump.connect(port, host_port, client.fileno(), greeting)
+        if taken:
+            client.detach()
+        return taken
+
+    def metrics(self) -> dict[str, int]:
+        """Connections that there are, and what the pump counts."""
+        refused = {"refused_clients": self.sockets.refused}
+        return {"connections": self.pump.connections, **super().metrics(), **refused}

@@ -9,13 +9,12 @@ listens on the socket whose path is the machine's with `_N` behind it.
 from __future__ import annotations
 
 import os
-import select
 import socket
 from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING
 
-from vmm_reference.loop import HANGUP, READ, WRITE
+from vmm_reference.loop import READ
 
 from .datagram import bind_unix
 from .readiness import Readiness
@@ -25,67 +24,11 @@ if TYPE_CHECKING:
 
     from vmm_reference.loop import Loop
 
-__all__ = ["UnixSockets", "UnixStream"]
+__all__ = ["UnixSockets"]
 
 _LONGEST_REQUEST = 32  # bytes of `CONNECT port` and its newline
 _BACKLOG = 1024
 _MOST_WAITING = 1024  # clients that have not said yet what they want
-
-
-class UnixStream:
-    """A connected Unix socket, as `vmm_reference.devices.vsock.connection.Stream` has it."""
-
-    def __init__(self, loop: Loop, connected: socket.socket, received: bytes = b"") -> None:
-        self.readable: Callable[[], object] = lambda: None
-        self.writable: Callable[[], object] = lambda: None
-        self._socket = connected
-        self._received = received
-        self._readiness = Readiness(
-            loop, connected.fileno(), lambda: self.readable(), lambda: self.writable()
-        )
-        self._readiness.wait(HANGUP)
-
-    def send(self, data: bytes) -> int:
-        """Send what there is room for."""
-        try:
-            return self._socket.send(data)
-        except BlockingIOError:
-            self._readiness.wait(WRITE)
-            return 0
-
-    def receive(self, limit: int) -> bytes | None:
-        """Receive what there is."""
-        if self._received:
-            data, self._received = self._received[:limit], self._received[limit:]
-            return data
-        try:
-            data = self._socket.recv(limit)
-        except BlockingIOError:
-            self._readiness.wait(READ)
-            return None
-        if not data:
-            self._readiness.wait(HANGUP)
-        return data
-
-    def established(self, host_port: int) -> None:
-        """Tell the client that it is connected."""
-        self._socket.send(b"OK %d\n" % host_port)
-
-    def shutdown(self) -> None:
-        """Let the other end read the end."""
-        with suppress(OSError):
-            self._socket.shutdown(socket.SHUT_WR)
-
-    def hung_up(self) -> bool:
-        """Whether the other end is closed both ways."""
-        poll = select.poll()
-        poll.register(self._socket.fileno(), 0)
-        return bool(poll.poll(0))
-
-    def close(self) -> None:
-        """Close the socket."""
-        self._readiness.close()
-        self._socket.close()
 
 
 class UnixSockets:
@@ -96,8 +39,8 @@ class UnixSockets:
         path: of the machine's socket, which is made and, at the end, removed.
 
     Attributes:
-        opened: is given a client's stream and the port of the guest that it wants; says whether
-            that can be tried.
+        opened: is given a client's socket and the port of the guest that it wants; says whether
+            it has taken the socket. What the client has said behind its wish is still to be read.
         refused: clients that said something else than what they should.
 
     Raises:
@@ -105,7 +48,7 @@ class UnixSockets:
     """
 
     def __init__(self, loop: Loop, path: str) -> None:
-        self.opened: Callable[[UnixStream, int], bool] = lambda _stream, _port: False
+        self.opened: Callable[[socket.socket, int], bool] = lambda _client, _port: False
         self.refused = 0
         self._loop = loop
         self._path = path
@@ -131,15 +74,15 @@ class UnixSockets:
         with suppress(FileNotFoundError):
             os.unlink(self._path)  # noqa: PTH108
 
-    def connect(self, port: int) -> UnixStream | None:
-        """The stream to whoever listens for a guest's connections to that port, or None."""
+    def connect(self, port: int) -> socket.socket | None:
+        """A socket to whoever listens for a guest's connections to that port, or None."""
         stream = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
             stream.connect(f"{self._path}_{port}")
         except OSError:  # nobody there, or more wait there already than are let in
             stream.close()
             return None
-        return UnixStream(self._loop, stream)
+        return stream
 
     def _accept(self) -> None:
         while len(self._waiting) < _MOST_WAITING:
@@ -166,26 +109,24 @@ class UnixSockets:
     def _hear(self, client: socket.socket) -> None:
         readiness, said = self._waiting[client]
         try:
-            data = client.recv(_LONGEST_REQUEST)
+            data = client.recv(_LONGEST_REQUEST - len(said), socket.MSG_PEEK)
+            line, newline, _ = data.partition(b"\n")
+            data = client.recv(len(line + newline))  # the rest is the guest's
         except BlockingIOError:
             readiness.wait(READ)
             return
         except OSError:
             data = b""
         said += data
-        line, newline, rest = bytes(said).partition(b"\n")
+        line, newline, _ = bytes(said).partition(b"\n")
         if data and not newline and len(said) < _LONGEST_REQUEST:
             readiness.wait(READ)
             return
         self._forget(client)
         port = _port(line) if newline else None
-        if port is None:
-            self.refused += 1
+        self.refused += port is None
+        if port is None or not self.opened(client, port):
             client.close()
-            return
-        stream = UnixStream(self._loop, client, rest)
-        if not self.opened(stream, port):
-            stream.close()
 
 
 def _port(line: bytes) -> int | None:

@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 __all__ = ["BUFFER", "Connection", "Stream"]
 
-BUFFER = 64 << 10
+BUFFER = 256 << 10
 """What a connection keeps of the guest's data while the host does not take it, in bytes."""
 
 
 class Stream(Protocol):
-    """The host's end of a connection; see `vmm_reference.backends.vsock`. Non-blocking.
+    """The host's end of a connection that goes through Python. Non-blocking.
 
     Attributes:
         readable: to be called when `receive` has something after it had nothing.

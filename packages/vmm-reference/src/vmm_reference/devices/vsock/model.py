@@ -7,6 +7,9 @@ stays in the host's stream. A guest that asks for answers faster than it takes t
 until it has.
 
 Connections do not move with a saved machine: a restored guest is told that its transport was reset.
+
+In a machine, packets are moved by a thread of C (`served`); this is its twin in Python, for streams
+that are written in Python.
 """
 
 from __future__ import annotations

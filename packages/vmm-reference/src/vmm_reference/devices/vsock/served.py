@@ -1,4 +1,4 @@
-"""A socket device whose packets the host's kernel moves: vhost-vsock."""
+"""A socket device whose packets others move: a thread of C, or the host's kernel (vhost-vsock)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["ServedVsock"]
 
 
 class ServedVsock(Vsock):
-    """A socket device of which the kernel serves the queues of packets; events stay here.
+    """A socket device of which somebody else serves the queues of packets; events stay here.
 
     Args:
         cid: the guest's context identifier.
@@ -29,22 +29,31 @@ class ServedVsock(Vsock):
         self.offload = offload
         self.device_features = self.device_features & offload.features
 
+    def count_refused(self, reason: str) -> None:
+        """A connection that was refused before it came to who serves."""
+        self._count(self.refused, reason)
+
+    def metrics(self) -> dict[str, int]:
+        """Connections there are, and what was refused, broken off and ignored, by reason."""
+        here, there = super().metrics(), self.offload.metrics()
+        return {name: here.get(name, 0) + there.get(name, 0) for name in {**here, **there}}
+
     def activate(self, memory: GuestMemory, driver_features: int, queues: Sequence[Queue]) -> None:
-        """The driver is ready, and so is the kernel.
+        """The driver is ready, and so is who serves.
 
         Raises:
-            ActivationError: the kernel refuses.
+            ActivationError: it can't.
         """
         super().activate(memory, driver_features, queues)
         self.offload.activate(driver_features, queues)
 
     def reset(self) -> None:
-        """Forget the driver; the kernel has stopped before."""
+        """Forget the driver; who serves has stopped before."""
         self.offload.reset()
         super().reset()
 
     def process(self, queue_index: int) -> None:
-        """Serve the queue of events; the others are the kernel's.
+        """Serve the queue of events; the others are not served here.
 
         Raises:
             ChainError: the driver broke the ring.

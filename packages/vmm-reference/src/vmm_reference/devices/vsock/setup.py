@@ -9,11 +9,12 @@ import attrs
 from vmm_reference.deviceconfig import DeviceConfig
 from vmm_reference.errors import ConfigError
 
-from .model import Vsock
-
 if TYPE_CHECKING:
-    from vmm_reference.backends.vsock import UnixStream
+    from socket import socket
+
     from vmm_reference.wiring import Wiring
+
+    from .served import ServedVsock
 
 __all__ = ["Socket", "build"]
 
@@ -60,27 +61,45 @@ class Socket(DeviceConfig):
             raise ConfigError(f"{field}.cid", self.cid, rule)
 
 
-def build(config: Socket, wiring: Wiring) -> Vsock:
-    """A socket device whose host is Unix sockets; returned for its counters."""
-    if config.vhost:
-        return _build_vhost(config, wiring)
+def build(config: Socket, wiring: Wiring) -> ServedVsock:
+    """A socket device whose packets a thread of C moves, or the kernel; for its counters."""
+    return _build_vhost(config, wiring) if config.vhost else _build_pump(config, wiring)
+
+
+def _build_pump(config: Socket, wiring: Wiring) -> ServedVsock:
+    """A socket device whose host is Unix sockets."""
+    from vmm_reference.backends.pumps import SocketPump
     from vmm_reference.backends.vsock import UnixSockets
+    from vmm_reference.devices.offload import Offload
+
+    from .served import ServedVsock
 
     sockets = UnixSockets(wiring.loop, config.path)
-    wiring.on_close(sockets.close)
-    vsock = Vsock(config.cid, sockets.connect, kick=lambda queue: slot.kick(queue))
+    try:
+        pump = SocketPump(wiring.memory, config.cid, sockets)
+    except BaseException:
+        sockets.close()
+        raise
+    wiring.on_close(pump.close)
+    wiring.on_close(sockets.close)  # before: nobody comes any more then
+    offload = Offload("the pump", [(pump, range(2))])
+    vsock = ServedVsock(config.cid, offload)
     slot = wiring.virtio(vsock)
+    offload.plug_in(slot, wiring)
 
-    def opened(stream: UnixStream, port: int) -> bool:
+    def opened(client: socket, port: int) -> bool:
         with slot.device.lock:
-            return vsock.open(stream, port)
+            is_active = slot.device.active
+            taken = is_active and pump.open(client, port)
+            if not taken:
+                vsock.count_refused("full" if is_active else "guest")
+            return taken
 
     sockets.opened = opened
-    wiring.on_close(vsock.reset)
     return vsock
 
 
-def _build_vhost(config: Socket, wiring: Wiring) -> Vsock:
+def _build_vhost(config: Socket, wiring: Wiring) -> ServedVsock:
     """A socket device that the host's kernel serves."""
     from vmm_reference.backends.vhost import VhostVsock
     from vmm_reference.devices.offload import Offload
