@@ -286,6 +286,29 @@ def test_a_disk_that_is_taken_leaves_it_where_it_was(
                 there.console.expect(r"\.", 60)
 
 
+def test_another_round_is_made_where_the_pause_gets_shorter_by_it(
+    config: Callable[..., MachineConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Although what is left could be sent in the time that is allowed; not where it stays alike."""
+    real, left = Ram.dirty, [[(4 << 20, 3 << 20)], [(4 << 20, 2 << 20)]]
+
+    def dirty(ram: Ram) -> list[tuple[int, int]]:
+        found = real(ram)  # nothing but what the test says: the guest is idle
+        return left.pop(0) if dirty_calls.pop(0) and left else found
+
+    dirty_calls = [False, True, True, False]
+    with Machine(config("1: hlt; jmp 1b")) as machine:
+        assert machine._board is not None
+        machine._board.memory.write(GuestAddress(4 << 20), os.urandom(8 << 20))
+        monkeypatch.setattr(Ram, "dirty", dirty)
+        moved = hop(machine, tmp_path, tmp_path, {"downtime": 3600})
+        with moved.machine:
+            first, second, third = (done.pages for done in moved.report.rounds)
+    assert first >= 2048
+    assert second == 768
+    assert 512 <= third < 768
+
+
 @pytest.mark.usefixtures("restless")
 def test_it_is_given_up_when_the_guest_writes_too_fast(
     config: Callable[..., MachineConfig],

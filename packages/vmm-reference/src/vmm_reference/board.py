@@ -250,18 +250,18 @@ class Board:
         self.run()
 
     def begin(self) -> None:
-        """Let the devices work."""
+        """Let the devices and the clock go on."""
         self.running = True
         for wiring in self.devices.values():
             for started in wiring.starts:
                 started()
-
-    def run(self) -> None:
-        """Let the vCPUs run, behind `begin`."""
         if self.clock is not None:
             from .state.snapshot import start_clock
 
             start_clock(self)
+
+    def run(self) -> None:
+        """Let the vCPUs run, behind `begin`; where they stand by this can't fail."""
         for vcpu in self._vcpus:
             vcpu.start()
 

@@ -277,14 +277,18 @@ class Machine(Control, Transfer):
         self._loop.stand_by()
 
     def _go(self) -> None:
-        """Run what was prepared."""
+        """Let all of what was prepared work but the vCPUs, for which `_run` is."""
         assert self._board is not None
         self._board.begin()
         self._loop.start()
         self._started = True
         if self._input is not None:
             self._loop.call_soon(self._input.start)
-        self._board.run()  # last: from here on the guest has the processors too
+
+    def _run(self) -> None:
+        """Let the vCPUs of what was prepared run."""
+        assert self._board is not None
+        self._board.run()
 
     def _announce(self) -> None:
         """Tell the network where the machine is now."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from struct import Struct, pack_into
+from struct import Struct, error
 from typing import TYPE_CHECKING
 
 import attrs
@@ -139,18 +139,23 @@ class LapicState:
 
     def to_bytes(self) -> bytes:
         """The kernel's 1024 bytes; ArgumentError if a field is no 32-bit value."""
-        data = bytearray(1024)
-        words = [(offset, getattr(self, name)) for name, offset in _PLACES.items()]
+        words = [0] * 256
+        for offset, value in self.others:
+            if offset not in range(0, 1024, 4):
+                refuse_field(self, f"{value:#x} at offset {offset:#x}")
+            words[offset // 4] = value
+        for name, offset in _PLACES.items():
+            words[offset // 4] = getattr(self, name)
         for name, offset in _BITMAPS.items():
             bitmap = getattr(self, name)
             if len(bitmap) != 8:
                 refuse_field(self, f"{name} has eight words")
-            words += [(offset + 16 * i, word) for i, word in enumerate(bitmap)]
-        for offset, value in (*self.others, *words):
-            if not 0 <= value < 1 << 32 or offset not in range(0, 1024, 4):
-                refuse_field(self, f"{value:#x} at offset {offset:#x}")
-            pack_into("<I", data, offset, value)
-        return bytes(data)
+            words[offset // 4 : offset // 4 + 32 : 4] = bitmap
+        try:
+            return _WORDS.pack(*words)
+        except error:
+            at = next(i for i, word in enumerate(words) if not 0 <= word < 1 << 32)
+            refuse_field(self, f"{words[at]:#x} at offset {4 * at:#x}")
 
     def lvt(self, name: str) -> LvtEntry:
         """An entry of the local vector table: `timer`, `lint0`, `lint1`, `error`, ... ."""

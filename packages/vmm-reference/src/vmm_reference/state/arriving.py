@@ -55,7 +55,7 @@ class _States:
 
 
 class Arrival:
-    """A machine that another VMM has offered; nothing of it runs before `go`.
+    """A machine that another VMM has offered; nothing of it runs before `run`.
 
     Args:
         link: that the offer has come over.
@@ -187,12 +187,13 @@ class Arrival:
         self._board.acquire()
 
     def go(self) -> None:
-        """Run it."""
+        """Do all that could fail on the way to let it run."""
         self.machine._go()
-        self._still.close()
 
-    def settle(self) -> None:
-        """Do what has time until the guest runs."""
+    def run(self) -> None:
+        """Let it run, and do then what has time until it does."""
+        self.machine._run()
+        self._still.close()
         if not self._local:
             self.machine._announce()
 

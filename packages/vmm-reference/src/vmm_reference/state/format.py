@@ -217,15 +217,19 @@ class _Form:
     An error names the field from the value on; who reads what holds the value adds where that is.
     """
 
-    __slots__ = ("kinds", "read", "write")
+    __slots__ = ("kinds", "plain", "read", "write")
 
     def __init__(
         self,
         kinds: tuple[type, ...],
         write: Callable[[Any], object],
         read: Callable[[Any], Any],
+        plain: type | None = None,
     ) -> None:
         self.kinds = kinds  # of JSON, by which one of several forms is told
+        # The one type whose values are written and read as they are, without `write` and `read`:
+        # a guest may stand still meanwhile.
+        self.plain = plain
         self.write = write
         self.read = read
 
@@ -241,7 +245,7 @@ def _exactly(kind: type, words: str) -> _Form:
             raise FormatError("", plain, f"must be {words}")
         return plain
 
-    return _Form((kind,), write, read)
+    return _Form((kind,), write, read, kind)
 
 
 def _write_bytes(value: object) -> str:
@@ -298,12 +302,17 @@ def _tuple(items: tuple[Any, ...]) -> _Form:
     each: Iterable[_Form]
     if len(items) == 2 and items[1] is ...:
         each, count = repeat(_form(items[0])), None
+        kinds = {_form(items[0]).plain}
     else:
         each, count = [_form(item) for item in items], len(items)
+        kinds = {form.plain for form in each}
+    alike = len(kinds) == 1 and None not in kinds  # all are plain, of one type
 
     def write(value: object) -> list[object]:
         if not isinstance(value, tuple) or (count is not None and len(value) != count):
             raise TypeError(f"{value!r} is not a tuple of the declared length")
+        if alike and {*map(type, value)} <= kinds:
+            return list(value)
         return [form.write(item) for form, item in zip(each, value, strict=False)]
 
     def read(plain: object) -> tuple[object, ...]:
@@ -311,6 +320,8 @@ def _tuple(items: tuple[Any, ...]) -> _Form:
             raise FormatError("", plain, "must be a list")
         if count is not None and len(plain) != count:
             raise FormatError("", plain, f"must have {count} items")
+        if alike and {*map(type, plain)} <= kinds:
+            return tuple(plain)
         found: list[object] = []
         try:
             for form, item in zip(each, plain, strict=False):
@@ -411,19 +422,19 @@ class _State(_Form):
     def __init__(self, kind: type) -> None:
         super().__init__((dict,), self._write, self._read)
         self.kind = kind
-        self._fields: list[tuple[str, str, _Form, bool]] | None = None
+        self._fields: list[tuple[str, str, _Form, bool, type | None]] | None = None
         self._version: int | None = None
         self._upgrade: Callable[[int, dict[str, object]], dict[str, object]] | None
         self._upgrade = getattr(kind, "upgrade", None)
 
-    def _known(self) -> list[tuple[str, str, _Form, bool]]:
-        """Name, argument of the constructor, form, whether it must be there."""
+    def _known(self) -> list[tuple[str, str, _Form, bool, type | None]]:
+        """Name, argument of the constructor, form, whether it must be there, the plain type."""
         if self._fields is None:
             hints = typing.get_type_hints(self.kind)
             fields = [field for field in attrs.fields(self.kind) if field.init]
             self._fields = [
-                (field.name, field.alias or field.name, _form(hints[field.name]),
-                 field.default is attrs.NOTHING)
+                (field.name, field.alias or field.name, form := _form(hints[field.name]),
+                 field.default is attrs.NOTHING, form.plain)
                 for field in fields
             ]  # fmt: skip
             default = {field.name: field.default for field in fields}.get("version")
@@ -434,9 +445,10 @@ class _State(_Form):
         if type(value) is not self.kind:
             raise TypeError(f"{value!r} is not a {self.kind.__name__}")
         plain = {}
-        for name, _, form, _ in self._known():
+        for name, _, form, _, kind in self._known():
+            item = getattr(value, name)
             try:
-                plain[name] = form.write(getattr(value, name))
+                plain[name] = item if type(item) is kind else form.write(item)
             except TypeError as error:
                 raise TypeError(f"{self.kind.__name__}.{name}: {error}") from None
         return plain
@@ -449,10 +461,11 @@ class _State(_Form):
         if self._version is not None:
             plain, older = self._current(plain)
         arguments = {}
-        for name, argument, form, needed in fields:
+        for name, argument, form, needed, kind in fields:
             if name in plain:
+                item = plain[name]
                 try:
-                    arguments[argument] = form.read(plain[name])
+                    arguments[argument] = item if type(item) is kind else form.read(item)
                 except FormatError as error:
                     error.within(f".{name}")
                     raise

@@ -414,8 +414,10 @@ class Incoming:
                 if self._link is not None:
                     self._link.send(WORDS[message.word], extra=message.attempt)
         finally:
-            if Action.RESUME in step.actions:  # whoever waits is told last: the source waits too
-                self._arriving.settle()
+            # The guest's processors, and whoever waits here, take time from the word that goes to
+            # the source. Nothing between it and them can fail.
+            if Action.RESUME in step.actions:
+                self._arriving.run()
                 self._owned.set()
         if self.side.phase is Destination.FILLING:
             os.eventfd_write(self._wake, 1)  # the last page may have come before the decision
