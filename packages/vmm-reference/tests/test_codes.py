@@ -131,12 +131,29 @@ def test_another_file_that_is_gone_counts_too(house: House) -> None:
         house.enter()
 
 
-@pytest.mark.parametrize("damage", [0, 1, 100, 5000])
-def test_a_damaged_file_is_written_anew(damage: int, house: House) -> None:
-    """Cut, as by a host that crashed."""
+@pytest.mark.parametrize("left", [0, 1, 8, 100, -5000, -1])
+def test_a_file_that_was_cut_is_written_anew(left: int, house: House) -> None:
+    """As by a host that crashed."""
     house.enter()
-    house.file.write_bytes(house.file.read_bytes()[:damage])
+    house.file.write_bytes(house.file.read_bytes()[:left])
     assert house.enter() == ("old", PYTHON)
+    assert house.enter() == ("old", OURS)
+
+
+def test_noise_is_no_file(house: House) -> None:
+    """Of any length that it may claim."""
+    house.enter()
+    house.file.write_bytes(b"\xff" * 10000)
+    assert house.enter() == ("old", PYTHON)
+    assert house.enter() == ("old", OURS)
+
+
+def test_code_that_was_lost_comes_from_its_source(house: House) -> None:
+    """Pages of zeros, which some file systems leave after a crash."""
+    house.enter()
+    whole = house.file.read_bytes()
+    told = 8 + int.from_bytes(whole[:8], "little")
+    house.file.write_bytes(whole[:told] + bytes(len(whole) - told))
     assert house.enter() == ("old", OURS)
 
 
