@@ -3,7 +3,7 @@
 Runs where unmodified kernels run, as root. Both have two vCPUs, virtio-net on a tap of the same
 bridge, and the same kernel, initrd and load (`moves_load.c`): memory that is written all the time,
 and a datagram each millisecond to this host, whose longest silence is measured here by the host's
-clock. Prints a JSON array with one object a move.
+clock. Prints a JSON object a move, one a line, and `done` behind the last.
 """
 
 from __future__ import annotations
@@ -220,27 +220,29 @@ def main(kernel: str, initrd: str, limit: str, rounds: str) -> None:
         ip("tuntap", "add", "dev", f"tap{number}", "mode", "tap", "vnet_hdr")
         ip("link", "set", f"tap{number}", "master", "br0", "up")
     ears = Ears()
-    found: list[dict[str, object]] = []
     for name, kind in (("ours", Ours), ("qemu", Qemu)):
         try:
             vmm = kind(kernel, initrd)
         except (OSError, RuntimeError) as error:
-            found.append({"vmm": name, "failed": str(error)})
+            tell({"vmm": name, "failed": str(error)})
             continue
         try:
             for number in range(int(rounds) + 1):
                 ears.settle()
                 quiet = ears.settle()
                 cost = vmm.move(int(limit))
-                row = {"vmm": name, "round": number, "quiet": quiet * 1e3,
-                       "gap": ears.settle() * 1e3, **cost}  # fmt: skip
-                print(row, file=sys.stderr, flush=True)
-                found.append(row)
+                tell({"vmm": name, "round": number, "quiet": quiet * 1e3,
+                      "gap": ears.settle() * 1e3, **cost})  # fmt: skip
         except (OSError, RuntimeError) as error:
-            found.append({"vmm": name, "failed": str(error)})
+            tell({"vmm": name, "failed": str(error)})
         finally:
             vmm.close()
-    print(json.dumps(found))
+    print("done", flush=True)
+
+
+def tell(move: dict[str, object]) -> None:
+    """Say what came of a move."""
+    print(json.dumps(move), flush=True)
 
 
 if __name__ == "__main__":
