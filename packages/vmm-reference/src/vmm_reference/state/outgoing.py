@@ -30,7 +30,7 @@ from .moving import MigrationError, Offer, Options, Progress, Report, Round
 from .ranges import Ranges, joined, total, without
 from .stream import Pace, Pages, Sender, table
 from .throttle import Throttle
-from .warming import warm
+from .warming import rehearse_saving, warm
 from .wire import WORDS, Kind, Link, LinkLost, ProtocolError, Role, reason
 
 if TYPE_CHECKING:
@@ -200,6 +200,7 @@ class Outgoing:
         self._link = self._links.enter_context(connect(self.address, Role.CONTROL, options.tls))
         self._step(handover.begin(self.side, secrets.randbits(63) | 1))
         warm(self._machine.config)  # while the other side builds the machine
+        rehearse_saving()
         frame = self._receive()
         if frame is not Word.ACCEPT:
             raise ProtocolError("answer", frame.value, "must be accept")

@@ -7,20 +7,23 @@ and each class of state is looked at once.
 from __future__ import annotations
 
 import importlib
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import attrs
 
-from virtio_queue import VirtioDevice
+from kvm_ioctls import Kvm
+from virtio_queue import Queue, VirtioDevice
 from vmm_reference.devices import factory
 
-from .format import decode, pack, prepare
+from .format import decode, pack, pack_parts, prepare
 
 if TYPE_CHECKING:
+    from vm_memory import GuestMemory
     from vmm_reference.board import Board
     from vmm_reference.config import MachineConfig
 
-__all__ = ["rehearse", "warm"]
+__all__ = ["rehearse", "rehearse_saving", "warm"]
 
 # What a machine imports only when it is made, saved or restored.
 _NEEDED = (
@@ -50,6 +53,16 @@ def warm(config: MachineConfig | None = None) -> None:
                 prepare(kind)
 
 
+def rehearse_saving() -> None:
+    """Write states of a vCPU and a VM, of which no guest has to stand still for it."""
+    with suppress(OSError), Kvm() as kvm, kvm.create_vm() as vm:  # the real one will tell
+        vm.create_irqchip()
+        vm.create_pit2()
+        vm.create_vcpu(0)
+        vm.create_vcpu(1)
+        pack_parts([("vm", vm.save()), ("vcpu", vm.save_vcpus(cpuid=False)[0])])
+
+
 def rehearse(board: Board) -> dict[str, type]:
     """Write, read and restore states of a board that waits for those of another one.
 
@@ -63,4 +76,19 @@ def rehearse(board: Board) -> dict[str, type]:
     for name, part in board.parts().items():
         if isinstance(part, VirtioDevice):  # has no driver yet, so that nothing comes of it
             part.restore(devices[name])
+    _rehearse_rings(board.memory)
     return {name: type(state) for name, state in devices.items()}
+
+
+def _rehearse_rings(memory: GuestMemory) -> None:
+    """Restore a queue that is ready; nothing of the memory is touched."""
+    start = memory.regions[0].guest_address
+    ready, restored = Queue(4), Queue(4)
+    ready.set_size(4)
+    ready.set_descriptor_area(start)
+    ready.set_driver_area(start + 0x1000)
+    ready.set_device_area(start + 0x2000)
+    ready.enable(memory)
+    restored.restore(ready.save(), memory)
+    for queue in (ready, restored):
+        queue.disable()
