@@ -77,6 +77,7 @@ def _pumped(program: Path, way: int, size: int, depth: int, count: int) -> Measu
             for kick in kicks:
                 stack.callback(os.close, kick)
             end, host = socket.socketpair()
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
             stack.enter_context(host)
             pump = VsockPump(3)
             stack.callback(pump.forget)

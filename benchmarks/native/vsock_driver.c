@@ -26,7 +26,7 @@ struct header {
     uint32_t flags, buf_alloc, fwd_cnt;
 } __attribute__((packed));
 
-static uint8_t bytes_of_host[1 << 18], bytes_of_guest[1 << 21];
+static uint8_t bytes_of_host[1 << 16], bytes_of_guest[1 << 21];
 static uint64_t next_of_guest;
 
 /* Each of the two threads has a processor, where there are two: one that is woken by the other, which
@@ -168,6 +168,8 @@ static void floor_of(void)
     pthread_t thread;
     if (socketpair(AF_UNIX, SOCK_STREAM, 0, ends) < 0)
         die("socketpair");
+    for (int i = 0, size = 1 << 20; i < 2; i++)
+        setsockopt(ends[i], SOL_SOCKET, SO_SNDBUF, &size, sizeof size);
     double start = now();
     if (pthread_create(&thread, NULL, other_end, NULL))
         die("pthread_create");

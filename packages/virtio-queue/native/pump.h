@@ -169,11 +169,13 @@ struct vp_net {
     uint32_t unsent_start, unsent_end;
 };
 
-/* The most bytes that are kept for a descriptor that is slower than the driver. */
-enum { VP_WINDOW = 256 << 10 };
+/* The most bytes that are kept for a descriptor that is slower than the driver, and of one connection
+ * of a socket device: six packets of Linux's largest, which a socket with a buffer of 416 KiB, the
+ * most that Linux gives without privileges, takes at once. */
+enum { VP_WINDOW = 256 << 10, VP_CREDIT = 384 << 10 };
 struct vp_window {              /* a ring of bytes that wait */
-    uint8_t *bytes;             /* room for VP_WINDOW, or NULL */
-    uint32_t start, length;
+    uint8_t *bytes;             /* room for `size`, or NULL */
+    uint32_t size, start, length;
 };
 
 struct vp_output {
@@ -344,7 +346,6 @@ void vp_output_open(struct vp_pump *pump);
 void vp_output_window(struct vp_pump *pump, uint8_t *bytes, uint32_t length, int read);
 
 /* --- pump_vsock.c --- */
-/* What one connection may have on its way to a host that does not take it, and how many there are. */
 enum { VP_CONNECTIONS = 1023, VP_ASKED = 256, VP_ORDERS = 1024, VP_GREETING = 32 };
 int vp_vsock_receive(struct vp_queue *queue);
 int vp_vsock_send(struct vp_queue *queue);

@@ -141,7 +141,8 @@ int vp_connection_keep(struct vp_vsock *vsock, struct connection *connection,
                        const struct iovec *pieces, int count)
 {
     if (connection->kept.bytes == NULL) {
-        connection->kept.bytes = malloc(VP_WINDOW);
+        connection->kept.size = VP_CREDIT;
+        connection->kept.bytes = malloc(VP_CREDIT);
         if (connection->kept.bytes == NULL || watch(vsock, connection, EPOLL_CTL_MOD, 1) != 0)
             return -ENOMEM;
     }
@@ -247,10 +248,12 @@ static void follow(struct vp_pump *pump, const struct order *order)
 void vp_vsock_follow(struct vp_pump *pump)
 {
     struct vp_vsock *vsock = pump->vsock;
+    if (__atomic_load_n(&vsock->order_count, __ATOMIC_ACQUIRE) == 0)
+        return;
     pthread_mutex_lock(&pump->lock);
     for (uint32_t i = 0; i < vsock->order_count; i++)
         follow(pump, &vsock->orders[i]);
-    vsock->order_count = 0;
+    __atomic_store_n(&vsock->order_count, 0, __ATOMIC_RELEASE);
     pthread_mutex_unlock(&pump->lock);
 }
 
@@ -262,7 +265,8 @@ int vp_vsock_order(struct vp_pump *pump, uint32_t guest_port, uint32_t host_port
     /* Answers to what the guest asks always find room. */
     int room = vsock->order_count < (calls ? VP_ORDERS / 2 : VP_ORDERS);
     if (room) {
-        struct order *order = &vsock->orders[vsock->order_count++];
+        struct order *order = &vsock->orders[vsock->order_count];
+        __atomic_store_n(&vsock->order_count, vsock->order_count + 1, __ATOMIC_RELEASE);
         *order = (struct order){guest_port, host_port, fd, calls, length, {0}};
         memcpy(order->greeting, greeting, length);
     }

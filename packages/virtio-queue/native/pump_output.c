@@ -94,6 +94,7 @@ int vp_output_serve(struct vp_queue *queue)
 
 int vp_output_new(struct vp_pump *pump)
 {
+    pump->output.window.size = VP_WINDOW;
     pump->output.window.bytes = malloc(VP_WINDOW);
     return pump->output.window.bytes == NULL ? -1 : 0;
 }

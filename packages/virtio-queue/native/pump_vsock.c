@@ -18,7 +18,7 @@
 
 enum { HEADER = VP_VSOCK_HEADER, HOST_CID = 2 };
 /* How many packets are moved before the other queue has its turn. */
-enum { BUDGET = 64 };
+enum { BUDGET = 64, SELDOM = 8 };
 /* Packets of so many bytes, and as many as one call receives. */
 enum { MOST = 64 << 10, TOGETHER = 16 };
 
@@ -62,12 +62,11 @@ static void take_data(struct vp_pump *pump, struct vp_request *request,
         vp_connection_break(vsock, connection, &pump->counters.reset_protocol, STREAM);
         return;
     }
-    if (length > VP_WINDOW - connection->kept.length) {
+    if (length > VP_CREDIT - connection->kept.length) {
         vp_connection_break(vsock, connection, &pump->counters.reset_credit, STREAM);
         return;
     }
     pump->counters.sent_bytes += length;
-    request->cost = length;
     while (left != 0) {
         uint64_t size;
         int count = vp_pieces(request, 0, offset, left, pieces, IOV_MAX, &size);
@@ -86,8 +85,10 @@ static void take_data(struct vp_pump *pump, struct vp_request *request,
         offset += (uint64_t)done;
         left -= (uint64_t)done;
     }
-    if (vp_connection_untold(connection))
+    if (vp_connection_untold(connection)) {
+        vsock->hurry = 1;
         vp_connection_enqueue(vsock, connection);
+    }
 }
 
 static void begin(struct vp_vsock *vsock, struct connection *connection)
@@ -185,6 +186,8 @@ int vp_vsock_send(struct vp_queue *queue)
             return vsock->reset_count + vsock->ready_count != 0 && !queue->pump->queues[0].asleep;
         take(queue->pump, request);
         vp_finish(request, 0);
+        if (vsock->hurry) /* a guest may be waiting for credit */
+            return 1;
     }
     return 1;
 }
@@ -217,7 +220,8 @@ static void use(struct vp_queue *queue, uint32_t count)
     queue->collected_count -= count;
     memmove(queue->collected, queue->collected + count,
             queue->collected_count * sizeof *queue->collected);
-    vp_publish_much(queue);
+    if (queue->done_bytes >= MOST)
+        vp_publish(queue);
 }
 
 static void write_header(struct vp_queue *queue, uint32_t buffer, const struct header *header)
@@ -233,7 +237,7 @@ static void write_packet(struct vp_queue *queue, uint32_t buffer, struct connect
 {
     struct header header = {
         HOST_CID, queue->pump->vsock->cid, connection->host_port, connection->guest_port,
-        length, STREAM, op, flags, VP_WINDOW, connection->fwd_cnt,
+        length, STREAM, op, flags, VP_CREDIT, connection->fwd_cnt,
     };
     connection->told = connection->fwd_cnt;
     connection->owed &= (uint8_t)~(1 << op);
@@ -373,8 +377,11 @@ int vp_vsock_receive(struct vp_queue *queue)
     struct vp_pump *pump = queue->pump;
     struct vp_vsock *vsock = pump->vsock;
     vp_vsock_follow(pump);
-    vp_vsock_hear(pump);
+    /* The thread has been told that there is something, or it is too busy to sleep. */
+    if (!queue->fd_events || vsock->turns++ % SELDOM == 0)
+        vp_vsock_hear(pump);
     queue->fd_events = POLLIN;
+    vsock->hurry = 0;
     for (int i = 0; i < BUDGET; i++) {
         if (vp_stopping(pump) || vsock->reset_count + vsock->ready_count == 0 || !collect(queue))
             return 0;

@@ -52,6 +52,8 @@ struct vp_vsock {
     struct connection connections[VP_CONNECTIONS];
     uint16_t ready[VP_CONNECTIONS]; /* a ring: connections take turns */
     uint32_t ready_first, ready_count;
+    uint32_t turns;
+    int hurry;                  /* there is credit to be told of */
     struct reset resets[RESETS]; /* a ring */
     uint32_t reset_first, reset_count;
     /* Guarded by the pump's lock. */
@@ -94,7 +96,7 @@ void vp_vsock_follow(struct vp_pump *pump);
 /* Whether the guest should hear of room that it does not know of. */
 static inline int vp_connection_untold(const struct connection *connection)
 {
-    return connection->fwd_cnt - connection->told >= VP_WINDOW / 2;
+    return connection->fwd_cnt - connection->told >= VP_CREDIT / 2;
 }
 
 #endif

@@ -60,9 +60,9 @@ class VsockPump(Pump):
     """Serves the receive queue and the transmit queue of one socket device; streams only.
 
     Python finds the host's ends of connections; all else is done by the thread: packets both ways,
-    credit, halves that are closed, resets. The guest may send 256 KiB that the host does not take;
-    what the guest has no room for stays in the host's socket. Connections outlast a stop. There are
-    1023 at most.
+    credit, halves that are closed, resets. The guest may send 384 KiB that the host does not take:
+    give sockets a send buffer of as much, or the thread keeps it. What the guest has no room for
+    stays in the host's socket. Connections outlast a stop. There are 1023 at most.
 
     What breaks a rule is counted by name. Packets: `dropped_header` (too short), `dropped_length`
     (more than was there), `dropped_cid` (not from the guest or not for the host), `dropped_unknown`

@@ -28,6 +28,7 @@ __all__ = ["UnixSockets"]
 
 _LONGEST_REQUEST = 32  # bytes of `CONNECT port` and its newline
 _BACKLOG = 1024
+_SEND_BUFFER = 1 << 20  # bytes, or as much as the host gives: a guest's credit fits into it
 _MOST_WAITING = 1024  # clients that have not said yet what they want
 
 
@@ -82,6 +83,7 @@ class UnixSockets:
         except OSError:  # nobody there, or more wait there already than are let in
             stream.close()
             return None
+        stream.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
         return stream
 
     def _accept(self) -> None:
@@ -93,6 +95,7 @@ class UnixSockets:
             except OSError:  # out of descriptors, or it is gone again
                 break
             client.setblocking(False)
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
             readiness = Readiness(self._loop, client.fileno(), partial(self._hear, client))
             self._waiting[client] = readiness, bytearray()
             readiness.wait(READ)

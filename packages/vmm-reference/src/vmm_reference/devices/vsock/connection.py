@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["BUFFER", "Connection", "Stream"]
 
-BUFFER = 256 << 10
+BUFFER = 384 << 10
 """What a connection keeps of the guest's data while the host does not take it, in bytes."""
 
 
