@@ -144,6 +144,10 @@ static void sleep_for_events(struct vp_pump *pump)
     struct pollfd fds[2 * VP_QUEUES + 2];
     struct timespec timeout, *limit = NULL;
     nfds_t count = 0;
+    if (pump->vsock != NULL) {
+        vp_vsock_hear(pump, -1);
+        return;
+    }
     fds[count++] = (struct pollfd){pump->control, POLLIN, 0};
     fds[count++] = (struct pollfd){pump->uring.in_kernel ? pump->uring.fd : -1, POLLIN, 0};
     for (uint32_t i = 0; i < pump->queue_count; i++) {

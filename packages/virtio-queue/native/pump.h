@@ -354,6 +354,12 @@ int vp_vsock_new(struct vp_pump *pump, uint64_t cid);
 void vp_vsock_free(struct vp_pump *pump);
 /* Serve the two queues that were added, from the start on. 0, or -1 without memory of the host's. */
 int vp_vsock_open(struct vp_pump *pump);
+/* Their kicks are not listened to any more. */
+void vp_vsock_leave(struct vp_pump *pump);
+/* Hear what has become of the hosts' ends, of kicks and of Python's wishes; wait for something (-1) or
+ * not (0). One set of descriptors that stays, and which tells of changes alone, so that a sleep costs
+ * one system call. */
+void vp_vsock_hear(struct vp_pump *pump, int timeout);
 /* How many connections there are. */
 uint32_t vp_vsock_count(struct vp_pump *pump);
 /* A connection that the guest asks for: 1 and its ports, or 0. */

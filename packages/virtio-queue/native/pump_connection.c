@@ -9,7 +9,8 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-enum { EVENTS = 64 };
+/* Numbers of what is listened to, behind those of connections. */
+enum { EVENTS = 64, CONTROL = VP_CONNECTIONS, KICKS };
 
 /* --- the table --- */
 
@@ -191,25 +192,53 @@ static void flush(struct vp_pump *pump, struct connection *connection)
     vp_connection_enqueue(vsock, connection);
 }
 
-void vp_vsock_hear(struct vp_pump *pump)
+static void hear_connection(struct vp_pump *pump, struct connection *connection, uint32_t what)
+{
+    if (what & ~(uint32_t)EPOLLOUT)
+        connection->readable = 1;
+    if (what & (EPOLLRDHUP | EPOLLHUP | EPOLLERR))
+        connection->last = 1;
+    if (what & (EPOLLHUP | EPOLLERR))
+        connection->gone = 1;
+    if (what & ~(uint32_t)EPOLLIN && connection->kept.length != 0)
+        flush(pump, connection);
+    if (connection->state != FREE && connection->state != LEAVING)
+        vp_connection_enqueue(pump->vsock, connection);
+}
+
+void vp_vsock_hear(struct vp_pump *pump, int timeout)
 {
     struct vp_vsock *vsock = pump->vsock;
     struct epoll_event events[EVENTS];
-    int count = epoll_wait(vsock->epoll, events, EVENTS, 0);
+    int count = epoll_wait(vsock->epoll, events, EVENTS, timeout);
     for (int i = 0; i < count; i++) {
-        struct connection *connection = &vsock->connections[events[i].data.u32];
-        uint32_t what = events[i].events;
-        if (what & ~(uint32_t)EPOLLOUT)
-            connection->readable = 1;
-        if (what & (EPOLLRDHUP | EPOLLHUP | EPOLLERR))
-            connection->last = 1;
-        if (what & (EPOLLHUP | EPOLLERR))
-            connection->gone = 1;
-        if (what & ~(uint32_t)EPOLLIN && connection->kept.length != 0)
-            flush(pump, connection);
-        if (connection->state != FREE && connection->state != LEAVING)
-            vp_connection_enqueue(vsock, connection);
+        uint32_t number = events[i].data.u32;
+        if (number < VP_CONNECTIONS) {
+            hear_connection(pump, &vsock->connections[number], events[i].events);
+        } else if (number >= KICKS && number - KICKS < pump->queue_count) {
+            struct vp_queue *queue = &pump->queues[number - KICKS];
+            pump->counters.kicks += queue->asleep && !queue->faulted;
+            queue->asleep &= queue->faulted;
+        }
     }
+}
+
+/* An eventfd that is never read tells of each write all the same. */
+static int listen_to(struct vp_vsock *vsock, int fd, uint32_t number)
+{
+    struct epoll_event event = {.events = EPOLLIN | EPOLLET, .data.u32 = number};
+    return epoll_ctl(vsock->epoll, EPOLL_CTL_ADD, fd, &event);
+}
+
+int vp_vsock_listen(struct vp_pump *pump, uint32_t queue)
+{
+    return listen_to(pump->vsock, pump->queues[queue].kick, KICKS + queue);
+}
+
+void vp_vsock_leave(struct vp_pump *pump)
+{
+    for (uint32_t i = 0; i < pump->queue_count; i++)
+        epoll_ctl(pump->vsock->epoll, EPOLL_CTL_DEL, pump->queues[i].kick, NULL);
 }
 
 /* --- what Python wants --- */
@@ -332,7 +361,7 @@ int vp_vsock_new(struct vp_pump *pump, uint64_t cid)
         vsock->free = i;
     }
     vsock->epoll = epoll_create1(EPOLL_CLOEXEC);
-    return vsock->epoll < 0 ? errno : 0;
+    return vsock->epoll < 0 || listen_to(vsock, pump->control, CONTROL) != 0 ? errno : 0;
 }
 
 void vp_vsock_free(struct vp_pump *pump)

@@ -333,5 +333,7 @@ void vp_leave(struct vp_pump *pump)
         free(queue->heads);
         free(queue->collected);
     }
+    if (pump->vsock != NULL)
+        vp_vsock_leave(pump);
     pump->queue_count = 0;
 }

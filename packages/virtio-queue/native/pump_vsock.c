@@ -11,7 +11,6 @@
 
 #include <errno.h>
 #include <limits.h>
-#include <poll.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
@@ -376,11 +375,9 @@ int vp_vsock_receive(struct vp_queue *queue)
 {
     struct vp_pump *pump = queue->pump;
     struct vp_vsock *vsock = pump->vsock;
-    vp_vsock_follow(pump);
-    /* The thread has been told that there is something, or it is too busy to sleep. */
-    if (!queue->fd_events || vsock->turns++ % SELDOM == 0)
-        vp_vsock_hear(pump);
-    queue->fd_events = POLLIN;
+    if (vsock->turns++ % SELDOM == 0) /* it may be too busy to sleep */
+        vp_vsock_hear(pump, 0);
+    vp_vsock_follow(pump); /* behind: what was heard is not told again */
     vsock->hurry = 0;
     for (int i = 0; i < BUDGET; i++) {
         if (vp_stopping(pump) || vsock->reset_count + vsock->ready_count == 0 || !collect(queue))
@@ -398,7 +395,9 @@ int vp_vsock_open(struct vp_pump *pump)
     struct vp_queue *queues = pump->queues;
     queues[0].serve = vp_vsock_receive;
     queues[1].serve = vp_vsock_send;
-    queues[0].fd = pump->vsock->epoll;
+    for (uint32_t i = 0; i < pump->queue_count; i++)
+        if (vp_vsock_listen(pump, i) != 0)
+            return -1;
     queues[0].collected = calloc(TOGETHER, sizeof *queues[0].collected);
     return queues[0].collected == NULL ? -1 : 0;
 }

@@ -89,8 +89,9 @@ int vp_connection_keep(struct vp_vsock *vsock, struct connection *connection,
                        const struct iovec *pieces, int count);
 /* Close the halves that the guest has closed, as far as nothing waits. */
 void vp_connection_close_halves(struct connection *connection);
-/* Hear what has become of the hosts' ends, and what Python wants. */
-void vp_vsock_hear(struct vp_pump *pump);
+/* Have a queue's kicks. */
+int vp_vsock_listen(struct vp_pump *pump, uint32_t queue);
+/* Do what Python wants. */
 void vp_vsock_follow(struct vp_pump *pump);
 
 /* Whether the guest should hear of room that it does not know of. */
