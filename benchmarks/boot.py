@@ -24,10 +24,12 @@ import re
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import attrs
 
+from benchmarks._guests import followed
 from benchmarks.harness import CACHE, Bench, Goal, Row, Skip
 
 __all__ = ["rows"]
@@ -200,7 +202,8 @@ def job(vmms: Sequence[Vmm], files: Mapping[str, Path], rounds: int) -> str:
         *(f"echo {shlex.quote(firecracker_config(n))} >firecracker{n}.json" for n in CPUS),
     ]
     for vmm in vmms:
-        run = f'echo "== {vmm.name} $N $round"; ./driver {PATIENCE} {vmm.command}'
+        head = f'echo "== {vmm.name} $N $round"; echo "round $round, {vmm.name}, $N vCPUs" >&2'
+        run = f"{head}; ./driver {PATIENCE} {vmm.command}"
         lines.append(f"boot_{vmm.name}() {{ {run}; }}")
     forth = "; ".join([f"boot_{vmm.name}" for vmm in vmms])
     back = "; ".join([f"boot_{vmm.name}" for vmm in reversed(vmms)])
@@ -285,8 +288,11 @@ def rows(bench: Bench) -> Iterator[Row]:
     count = (rounds + 1) * len(CPUS) * len(vmms)
     bench.note(f"{count} boots in {where}; one takes 3 to 15 s there")
     try:
-        done = booter.run(  # type: ignore[attr-defined]  # Lab and Direct share no base
-            ["/bin/sh", "-c", script], timeout=count * 30 + 60, env=environment(), cwd="/"
+        done = booter.converse(  # type: ignore[attr-defined]  # Lab and Direct share no base
+            ["/bin/sh", "-c", script],
+            partial(followed, bench.note, seconds=count * 30 + 60),
+            env=environment(),
+            cwd="/",
         )
     finally:
         if hasattr(booter, "stop"):
