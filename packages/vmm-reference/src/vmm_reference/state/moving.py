@@ -41,7 +41,7 @@ class Options:
         compress: try zstd on memory.
         tls: certificates; the other side must have some too.
         downtime: seconds that the guest may stand still: it is paused once what is left can be
-            sent in that time at the measured bandwidth.
+            sent in that time at the measured bandwidth, and another round would not leave far less.
         bandwidth: bytes a second of memory at most, or None.
         timeout: seconds for all of it, then it is given up (or post-copy begins, if chosen).
         auto_converge: slow the vCPUs down while they write faster than the link carries.
