@@ -277,18 +277,18 @@ class Machine(Control, Transfer):
         self._loop.stand_by()
 
     def _go(self) -> None:
-        """Let all of what was prepared work but the vCPUs, for which `_run` is."""
+        """Let the devices of what was prepared work; the rest is `_run`'s, and can't fail."""
         assert self._board is not None
         self._board.begin()
+
+    def _run(self) -> None:
+        """Let the vCPUs and the I/O loop of what was prepared run."""
+        assert self._board is not None
+        self._board.run()
         self._loop.start()
         self._started = True
         if self._input is not None:
             self._loop.call_soon(self._input.start)
-
-    def _run(self) -> None:
-        """Let the vCPUs of what was prepared run."""
-        assert self._board is not None
-        self._board.run()
 
     def _announce(self) -> None:
         """Tell the network where the machine is now."""

@@ -25,6 +25,7 @@ import enum
 import json
 import types
 import typing
+from functools import partial
 from itertools import repeat
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -176,7 +177,7 @@ def parse(data: bytes, name: str) -> object:
     try:
         plain: object = json.loads(
             data.decode(),
-            object_pairs_hook=lambda pairs: _object(pairs, name),
+            object_pairs_hook=partial(_object, name),
             parse_constant=lambda word: _refuse_word(word, name),
         )
     except FormatError:
@@ -186,7 +187,7 @@ def parse(data: bytes, name: str) -> object:
     return plain
 
 
-def _object(pairs: list[tuple[str, object]], name: str) -> dict[str, object]:
+def _object(name: str, pairs: list[tuple[str, object]]) -> dict[str, object]:
     found = dict(pairs)
     if len(found) != len(pairs):
         names = [key for key, _ in pairs]
