@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from lab.direct import Direct
 from lab.host import runs_linux
 from lab.lab import Lab
+from programs import files_of
 
 NEEDY = ("kvm", "linux")
 # What the host's end of devices needs.
@@ -76,6 +77,12 @@ def kernels() -> dict[str, Kernel]:
 def initrds(kernels: dict[str, Kernel]) -> dict[str, Path]:
     """An initial file system for each of the kernels."""
     return {flavour: guest_initramfs(kernel) for flavour, kernel in kernels.items()}
+
+
+@pytest.fixture(scope="session")
+def fio_disk(share: Path) -> Path:
+    """A disk with fio and all its libraries."""
+    return build_disk(share / "fio.img", size=192 << 20, files=files_of("fio"))
 
 
 @pytest.fixture

@@ -10,21 +10,13 @@ from pathlib import Path
 import pytest
 from lab.direct import Direct
 from lab.lab import Lab
-from programs import files_of
 
-from vmm_reference.image.disk import build_disk
 from vmm_reference.image.initramfs import guest_initramfs
 from vmm_reference.image.kernels import Kernel
 
 pytestmark = [pytest.mark.linux, pytest.mark.timeout(900)]
 
 SCRIPT = Path(__file__).parent / "guests" / "disks.py"
-
-
-@pytest.fixture(scope="module")
-def tools(share: Path) -> Path:
-    """A disk with fio and all its libraries."""
-    return build_disk(share / "tools.img", size=192 << 20, files=files_of("fio"))
 
 
 @pytest.fixture(scope="module")
@@ -54,12 +46,12 @@ def initrd(kernels: dict[str, Kernel]) -> Path:
 )
 def test_fio_verifies(
     transport: str, ring: str, size: str, linux: Lab | Direct, kernels: dict[str, Kernel],
-    initrd: Path, tools: Path, pmem: Path,
+    initrd: Path, fio_disk: Path, pmem: Path,
 ) -> None:  # fmt: skip
     """At random, many at once, of all sizes; again after a pause and after a reset."""
     kernel = kernels["cloud"].vmlinuz
     command: list[str | Path] = [
-        sys.executable, SCRIPT, kernel, initrd, tools, pmem, transport, ring, size,
+        sys.executable, SCRIPT, kernel, initrd, fio_disk, pmem, transport, ring, size,
     ]  # fmt: skip
     done = linux.run(command, timeout=600)
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-3000:]}"

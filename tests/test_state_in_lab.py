@@ -59,11 +59,13 @@ def test_linux_goes_on_in_another_vmm(
     linux: Lab | Direct,
     kernels: dict[str, Kernel],
     initrd: Path,
+    fio_disk: Path,
 ) -> None:
     """Its load without an error and its TCP connection unbroken; then every device is used."""
-    script = [sys.executable, str(GUESTS / "state.py"), str(kernels["cloud"].vmlinuz), str(initrd)]
+    images = [str(kernels["cloud"].vmlinuz), str(initrd), str(fio_disk)]
+    script = [sys.executable, str(GUESTS / "state.py"), *images, transport, kind, ",".join(steps)]
     done = linux.run(
-        ["unshare", "--net", "--mount", *script, transport, kind, ",".join(steps)],
+        ["unshare", "--net", "--mount", *script],
         timeout=600 + 60 * len(steps),
     )
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-30000:]}"

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import rings
+from fio import MOUNT, command
 from shell import power_off, ready, tell
 
 from vmm_reference.config import Drive, MachineConfig
@@ -29,20 +30,13 @@ REBIND = (
     "for it in virtio*; do echo $it >unbind && echo $it >bind || exit; done; done; cd /; "
     "until [ -b /dev/vdd ] && [ -b /dev/pmem0 ]; do usleep 100000; done"
 )
-MOUNT = "mkdir -p /mnt && mount -o ro /dev/vda /mnt"
 
 
 def fio(size: str) -> str:
-    """The command: all disks at once, each written and read at random and verified."""
-    jobs = " ".join(
-        f"--name={engine} --filename=/dev/vd{letter}"
-        for engine, letter in zip(ENGINES, "bcd", strict=True)
-    )
+    """The command: all disks at once, and a line for each of them."""
+    disks = {engine: f"/dev/vd{letter}" for engine, letter in zip(ENGINES, "bcd", strict=True)}
     return (
-        f"{MOUNT} && /mnt/lib/ld-linux-x86-64.so.2 --library-path /mnt/lib /mnt/fio --thread "
-        "--output-format=terse --output=/tmp/fio --ioengine=libaio --direct=1 --iodepth=16 "
-        f"--rw=randrw --bsrange=4k-64k --size={size} --io_size={size} --verify=crc32c "
-        f"--verify_fatal=1 --randrepeat=0 {jobs} >/dev/null && umount /mnt && "
+        f"{MOUNT.format('/dev/vda')} && {command(disks, size, '/tmp/fio')} && umount /mnt && "
         # Terse version 3: name, error, KiB read, KiB written. One line of many fields would be cut
         # in two by what the kernel has to say on the console.
         "cut -d ';' -f 3,5,6,47 /tmp/fio"

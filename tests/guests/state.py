@@ -1,13 +1,13 @@
-"""Linux is saved, restored and moved under load: `state.py KERNEL INITRD TRANSPORT KIND STEPS`.
+"""Linux is saved, restored and moved under load: `state.py KERNEL INITRD FIO TRANSPORT KIND STEPS`.
 
 Runs where unmodified kernels run, as root: it makes two network namespaces with a VMM in each,
 joined by a bridge. A guest with every device there is, two vCPUs and a load that proves what it
-reads (`load.c`) goes from one to the other and back by each of the steps, named with commas:
-`eager`, `copy-on-write` and `on-demand` by a snapshot, where every second one is a difference;
-`pre-copy`, `post-copy`, `switched` and `hand-over` by a migration; `pause` stays where it is.
-After each of them the load has to go on without an error, its TCP connection unbroken, every device
-is used, and the kernel's log is read. KIND is who serves packets: `user` or `kernel` (vhost).
-Prints a JSON array of findings.
+reads (`load.c`, and fio from the disk FIO) goes from one to the other and back by each of the
+steps, named with commas: `eager`, `copy-on-write` and `on-demand` by a snapshot, where every second
+one is a difference; `pre-copy`, `post-copy`, `switched` and `hand-over` by a migration; `pause`
+stays where it is. After each of them the load has to go on without an error, its TCP connection
+unbroken, every device is used, and the kernel's log is read. KIND is who serves packets: `user` or
+`kernel` (vhost). Prints a JSON array of findings.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import time
 from pathlib import Path
 from typing import Any, ClassVar
 
+from fio import MOUNT, command
 from standstill import GUEST_OPTIONS, kernel_stacks
 
 HERE = Path(__file__).parent
@@ -38,6 +39,12 @@ MOVES: dict[str, dict[str, Any]] = {
     "switched": {"post_copy": 1, "downtime": 1e-3, "compress": True},
     "hand-over": {"local": True},
 }
+# One run after the other on a disk of its own; a line for each of them, with its exit status.
+FIO = (
+    f"(while :; do {command({'fio': '/dev/vdc'}, '1m', '/tmp/fio')}; echo $? >>/tmp/fio.runs; "
+    "sleep 1; done) </dev/null 2>/dev/null & true"
+)
+FIO_COUNTERS = "touch /tmp/fio.runs; wc -l </tmp/fio.runs; grep -vc '^0$' /tmp/fio.runs || true"
 COMPLAINTS = "grep -iE 'lockup|stall|unstable|BUG:|WARNING|hung|call trace|error'"
 
 
@@ -96,8 +103,11 @@ class Remote:
         self.folder = RUN / name
         self.folder.mkdir()
         vhost = ",vhost" if kind == "kernel" else ""
+        engine = "sync" if vhost else "python"
         self.devices = [
-            f"drive,{RUN}/first.img{',engine=sync' if vhost else ',engine=python'}",
+            f"drive,{RUN}/first.img,engine={engine}",
+            f"drive,{RUN}/fio.img,ro",
+            f"drive,{RUN}/third.img,engine={engine}",
             f"net,tap0,mac=02:00:00:00:00:02{vhost}",
             f"vsock,{'vhost' if vhost else self.folder / 'v.sock'},cid={CID[name]}",
             f"console,pty agent=socket:{self.folder}/agent.sock",
@@ -156,8 +166,9 @@ class Remote:
 
 def look(host: Remote) -> dict[str, dict[str, Any]]:
     """The counters of the load; the gaps are those since the last look."""
-    found: dict[str, dict[str, Any]] = json.loads(host("tell", "load look"))
-    return found
+    counters, runs, failed = host("tell", f"load look; {FIO_COUNTERS}").splitlines()
+    found: dict[str, dict[str, Any]] = json.loads(counters)
+    return {**found, "fio": {"rounds": int(runs), "errors": int(failed)}}
 
 
 def load_goes_on(host: Remote, before: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -167,7 +178,10 @@ def load_goes_on(host: Remote, before: dict[str, dict[str, Any]]) -> dict[str, A
     while True:
         now = look(host)
         gap = max(gap, now["ticks"]["gap"])
-        standing = [name for name in now if now[name]["rounds"] <= before[name]["rounds"] + 2]
+        standing = [
+            name for name in now
+            if now[name]["rounds"] < before[name]["rounds"] + (1 if name == "fio" else 3)
+        ]  # fmt: skip
         if not standing:
             break
         if time.monotonic() > deadline:
@@ -214,8 +228,8 @@ def devices_work(host: Remote, transport: str) -> dict[str, Any]:
     found["balloon"] = True
     if transport == "pci":
         name = host("plug", str(RUN / "second.img"))
-        host("tell", "n=0; until [ -b /dev/vdb ] || [ $n = 300 ]; do n=$((n+1)); usleep 50000; done"
-             "; dd if=/dev/vdb bs=64k count=1 2>/dev/null | cmp -n 65536 - /dev/zero")  # fmt: skip
+        host("tell", "n=0; until [ -b /dev/vdd ] || [ $n = 300 ]; do n=$((n+1)); usleep 50000; done"
+             "; dd if=/dev/vdd bs=64k count=1 2>/dev/null | cmp -n 65536 - /dev/zero")  # fmt: skip
         host("unplug", name)
         host("set_cpus", 3)
         present = "/sys/devices/system/cpu/cpu2"
@@ -259,11 +273,12 @@ def move(here: Remote, there: Remote, step: str, number: int, base: str | None) 
     return {}
 
 
-def main(kernel: str, initrd: str, transport: str, kind: str, steps: str) -> None:
+def main(kernel: str, initrd: str, fio_disk: str, transport: str, kind: str, steps: str) -> None:
     """Go through all steps."""
     build_network()
-    for name in ("first", "second"):
+    for name in ("first", "second", "third"):
         (RUN / f"{name}.img").write_bytes(bytes(8 << 20))
+    (RUN / "fio.img").symlink_to(fio_disk)
     here, there = (Remote(name, transport, kind) for name in "ab")
     echo(socket.create_server((HOST, 5000)))
     if kind == "kernel":
@@ -272,7 +287,7 @@ def main(kernel: str, initrd: str, transport: str, kind: str, steps: str) -> Non
         listener.listen()
         echo(listener)
     fields = {
-        "kernel": kernel, "initrd": initrd, "cpus": 2, "memory": "192M",
+        "kernel": kernel, "initrd": initrd, "cpus": 2, "memory": "256M",
         "transport": transport, "shared_memory": "hand-over" in steps,
         "cmdline": f"console=ttyS0 panic=-1 quiet mitigations=off {GUEST_OPTIONS}",
         **({"max_cpus": 4} if transport == "pci" else {}),
@@ -282,7 +297,7 @@ def main(kernel: str, initrd: str, transport: str, kind: str, steps: str) -> Non
     here("tell", "port=$(basename $(ls -d /sys/class/virtio-ports/vport*p1)); "
          "[ -e /dev/$port ] || mknod /dev/$port c $(tr : ' ' </sys/class/virtio-ports/$port/dev); "
          "exec 3<>/dev/$port; dmesg -c >/dev/null")  # fmt: skip
-    here("tell", f"load start /dev/vda {HOST} 5000 52")
+    here("tell", f"load start /dev/vda {HOST} 5000 52; {MOUNT.format('/dev/vdb')}; {FIO}")
     findings: list[dict[str, Any]] = []
     base = None
     for number, step in enumerate(steps.split(",")):
