@@ -168,7 +168,7 @@ static void take(struct vp_pump *pump, struct vp_request *request)
     } else if (header.type == STREAM && header.op == REQUEST) {
         ask_python(pump, &header);
     } else if (header.op != RST) { /* which needs no answer */
-        counters->dropped_unknown++;
+        counters->dropped_unknown += header.op != SHUTDOWN; /* an end that crossed ours is none */
         vp_vsock_reset(vsock, header.src_port, header.dst_port, header.type);
     }
 }

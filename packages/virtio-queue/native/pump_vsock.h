@@ -97,7 +97,7 @@ void vp_vsock_follow(struct vp_pump *pump);
 /* Whether the guest should hear of room that it does not know of. */
 static inline int vp_connection_untold(const struct connection *connection)
 {
-    return connection->fwd_cnt - connection->told >= VP_CREDIT / 2;
+    return connection->fwd_cnt - connection->told >= VP_CREDIT / 3 * 2;
 }
 
 #endif

@@ -417,7 +417,7 @@ class Streams(RuleBasedStateMachine):
 
     @rule(stream=streams)
     def host_reads_all(self, stream: Stream) -> None:
-        """Then the guest knows of room for more than half of what it may send."""
+        """Then the guest knows of room for more than a third of what it may send."""
         if stream.over:
             return
 
@@ -425,7 +425,7 @@ class Streams(RuleBasedStateMachine):
             with suppress(BlockingIOError):
                 self.take(stream, 1 << 20)
             stream.digest(self.guest.heard.setdefault((stream.port, stream.to), []))
-            return stream.arrived == stream.sent and stream.room > BUFFER // 2
+            return stream.arrived == stream.sent and stream.room > BUFFER // 3
 
         self.guest.until(done, f"the host to have {vars(stream)}")
         self.settle(stream)
@@ -524,7 +524,8 @@ class Streams(RuleBasedStateMachine):
     )  # fmt: skip
     def guest_sends_nonsense(self, fields: tuple[str, dict[str, int]], op: int) -> None:
         counter, values = fields
-        self.counts[counter] += 1
+        if (counter, op) != ("dropped_unknown", SHUTDOWN):  # it crosses an end of the host's
+            self.counts[counter] += 1
         self.guest.tell(op, 9999, 9, b"", **values)
         if counter == "dropped_unknown":
             assert self.guest.wait_for(RST, 9999, 9).kind == values.get("kind", 1)

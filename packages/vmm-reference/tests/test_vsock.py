@@ -356,9 +356,9 @@ def test_counters_wrap(guest: Guest) -> None:
     assert len(guest.heard()[0][1]) == 100
     guest.tell(CREDIT_UPDATE, buf_alloc=4096, fwd_cnt=(near + 100) & 0xFFFFFFFF)
     assert connection.credit == 4096
-    guest.tell(RW, data=bytes(BUFFER // 2), buf_alloc=4096)
+    guest.tell(RW, data=bytes(BUFFER // 3 * 2), buf_alloc=4096)
     ((header, _),) = guest.heard()
-    assert header.fwd_cnt == (near + BUFFER // 2) & 0xFFFFFFFF
+    assert header.fwd_cnt == (near + BUFFER // 3 * 2) & 0xFFFFFFFF
 
 
 # Bad packets.

@@ -66,10 +66,10 @@ class VsockPump(Pump):
 
     What breaks a rule is counted by name. Packets: `dropped_header` (too short), `dropped_length`
     (more than was there), `dropped_cid` (not from the guest or not for the host), `dropped_unknown`
-    (of no connection, which is reset). Connections: `refused_full`, `refused_nobody` (by `refuse`),
-    `refused_guest` (by its answer), `reset_credit` (the guest sent more than it might),
-    `reset_host` (its end broke), `reset_protocol` (a packet that does not fit). Buffers that have
-    no room for a packet: `short_buffers`.
+    (of no connection, which is reset, but for a SHUTDOWN: it may come late). Connections:
+    `refused_full`, `refused_nobody` (by `refuse`), `refused_guest` (by its answer), `reset_credit`
+    (the guest sent more than it might), `reset_host` (its end broke), `reset_protocol` (a packet
+    that does not fit). Buffers that have no room for a packet: `short_buffers`.
 
     Args:
         cid: the guest's context identifier, 3 to 2**32 - 2.

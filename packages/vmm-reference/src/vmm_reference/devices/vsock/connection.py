@@ -154,4 +154,4 @@ class Connection:
     @property
     def untold(self) -> bool:
         """Whether the guest should hear of room that it does not know of."""
-        return (self.fwd_cnt - self._told) & MASK32 >= BUFFER // 2
+        return (self.fwd_cnt - self._told) & MASK32 >= BUFFER // 3 * 2
