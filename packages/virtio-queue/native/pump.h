@@ -346,7 +346,7 @@ void vp_output_open(struct vp_pump *pump);
 void vp_output_window(struct vp_pump *pump, uint8_t *bytes, uint32_t length, int read);
 
 /* --- pump_vsock.c --- */
-enum { VP_CONNECTIONS = 1023, VP_ASKED = 256, VP_ORDERS = 1024, VP_GREETING = 32 };
+enum { VP_PACKET = 64 << 10, VP_CONNECTIONS = 1023, VP_ASKED = 256, VP_ORDERS = 1024, VP_GREETING = 32 };
 int vp_vsock_receive(struct vp_queue *queue);
 int vp_vsock_send(struct vp_queue *queue);
 /* Serve a socket device. 0 or an errno. */

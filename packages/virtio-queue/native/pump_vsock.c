@@ -19,7 +19,7 @@ enum { HEADER = VP_VSOCK_HEADER, HOST_CID = 2 };
 /* How many packets are moved before the other queue has its turn. */
 enum { BUDGET = 64, SELDOM = 8 };
 /* Packets of so many bytes, and as many as one call receives. */
-enum { MOST = 64 << 10, TOGETHER = 16 };
+enum { MOST = VP_PACKET, TOGETHER = 16 };
 
 struct header {
     uint64_t src_cid, dst_cid;
@@ -118,10 +118,9 @@ static void take_packet(struct vp_pump *pump, struct vp_request *request,
     struct vp_counters *counters = &pump->counters;
     connection->peer_buf_alloc = header->buf_alloc;
     connection->peer_fwd_cnt = header->fwd_cnt;
-    if (connection->asked) {
-        connection->asked = 0;
+    if (connection->asked || vp_connection_untold(connection))
         vp_connection_enqueue(vsock, connection);
-    }
+    connection->asked = 0;
     if (header->op == RST) {
         counters->refused_guest += connection->state == CALLING;
         vp_connection_leave(vsock, connection);

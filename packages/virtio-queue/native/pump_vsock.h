@@ -94,10 +94,14 @@ int vp_vsock_listen(struct vp_pump *pump, uint32_t queue);
 /* Do what Python wants. */
 void vp_vsock_follow(struct vp_pump *pump);
 
-/* Whether the guest should hear of room that it does not know of. */
+/* Whether the guest should hear of room that it does not know of. A guest may have no more on its way
+ * than it takes itself, as Linux does, whatever it was given credit for. */
 static inline int vp_connection_untold(const struct connection *connection)
 {
-    return connection->fwd_cnt - connection->told >= VP_CREDIT / 3 * 2;
+    uint32_t untold = connection->fwd_cnt - connection->told, window = connection->peer_buf_alloc;
+    if (window > VP_CREDIT)
+        window = VP_CREDIT;
+    return untold != 0 && untold >= (window > 2 * VP_PACKET ? window - VP_PACKET : window / 2);
 }
 
 #endif
