@@ -197,7 +197,7 @@ static void *run(void *argument)
     pthread_setname_np(pthread_self(), "virtio-pump");
     __atomic_store_n(&pump->thread_id, syscall(SYS_gettid), __ATOMIC_RELEASE);
     while (!vp_stopping(pump))
-        if (!turn(pump))
+        if (!turn(pump) && !vp_stopping(pump)) /* a turn may have heard what would wake it */
             sleep_for_events(pump);
     /* Nothing new is started any more. */
     while (pump->uring.in_kernel + pump->uring.queued != 0) {
