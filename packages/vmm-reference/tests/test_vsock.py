@@ -303,6 +303,22 @@ def test_the_guest_is_told_of_room(guest: Guest) -> None:
     assert (header.op, header.buf_alloc, header.fwd_cnt) == (CREDIT_UPDATE, BUFFER, BUFFER)
 
 
+@pytest.mark.parametrize("window", [2, 4096, 128 << 10, 256 << 10, BUFFER, 1 << 30])
+def test_a_guest_that_has_sent_what_it_would_take_itself_is_told_of_room(
+    guest: Guest, window: int
+) -> None:
+    """Linux has no more on its way than its own buffer, whatever its credit; it waits then."""
+    guest.connected()
+    for _ in range(3):
+        sent = 0
+        while not (heard := guest.ops()):
+            piece = min(window - sent, BUFFER, 60_000)
+            assert piece, "the guest may send no more, and has not heard of room"
+            guest.tell(RW, data=bytes(piece), buf_alloc=window)
+            sent += piece
+        assert heard == [CREDIT_UPDATE]
+
+
 @pytest.mark.parametrize("sizes", [(BUFFER, 1), (BUFFER + 1,), (BUFFER - 1, 2)])
 def test_hostile_guest_that_exceeds_its_credit(guest: Guest, sizes: tuple[int, ...]) -> None:
     host = guest.connected()

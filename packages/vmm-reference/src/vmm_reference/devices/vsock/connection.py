@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["BUFFER", "Connection", "Stream"]
 
 BUFFER = 384 << 10
+PACKET = 64 << 10  # the largest that Linux sends
 """What a connection keeps of the guest's data while the host does not take it, in bytes."""
 
 
@@ -153,5 +154,10 @@ class Connection:
 
     @property
     def untold(self) -> bool:
-        """Whether the guest should hear of room that it does not know of."""
-        return (self.fwd_cnt - self._told) & MASK32 >= BUFFER // 3 * 2
+        """Whether the guest should hear of room that it does not know of.
+
+        It may have no more on its way than it takes itself, as Linux does, whatever its credit.
+        """
+        untold = (self.fwd_cnt - self._told) & MASK32
+        window = min(self._peer_buf_alloc, BUFFER)
+        return untold != 0 and untold >= max(window - PACKET, window // 2)
