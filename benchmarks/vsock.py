@@ -28,7 +28,7 @@ from vm_memory import GuestAddress, GuestMemory, Memfd
 
 HERE = Path(__file__).parent
 MIB = 1 << 20
-SIZE = 48  # MiB of a stream
+SIZE = 192  # MiB of a stream: to start it takes as long as a few MiB do
 PLACES = 0x10000, 0  # of the rings to receive and to send, as native/vsock_driver.c has them
 TO_HOST, TO_GUEST, ANSWERED = range(3)
 BIG, SMALL = 64 << 10, 256  # bytes: the most that Linux puts into a packet, and a message
