@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-__all__ = ["ConfigError", "HostError", "VmmError"]
+__all__ = ["ConfigError", "HostError", "RuleError", "VmmError"]
 
 
 class VmmError(Exception):
     """The base of every error that this package raises by itself."""
 
 
-class ConfigError(VmmError, ValueError):
-    """A machine that can't be: names the field, the value and the rule it breaks.
+class RuleError(VmmError, ValueError):
+    """A value that breaks a rule; the base of those that say where it was found.
 
-    Raised before anything is started; the command line turns it into one line and exit status 2.
+    Attributes:
+        field: where the value is.
+        value: what it is.
+        rule: what it must be.
     """
 
     def __init__(self, field: str, value: object, rule: str) -> None:
@@ -20,6 +23,13 @@ class ConfigError(VmmError, ValueError):
         self.field = field
         self.value = value
         self.rule = rule
+
+
+class ConfigError(RuleError):
+    """A machine that can't be: names the field, the value and the rule it breaks.
+
+    Raised before anything is started; the command line turns it into one line and exit status 2.
+    """
 
     def __str__(self) -> str:
         return f"{self.field}: {self.value}: {self.rule}"

@@ -6,7 +6,7 @@ from typing import Any
 
 import attrs
 
-from vmm_reference.errors import VmmError
+from vmm_reference.errors import RuleError
 
 __all__ = [
     "StateError", "flag", "levels", "many", "maybe", "numbers", "octets", "require", "tuples",
@@ -14,7 +14,7 @@ __all__ = [
 ]  # fmt: skip
 
 
-class StateError(VmmError, ValueError):
+class StateError(RuleError):
     """A saved state that no device can have had: nothing was restored.
 
     Attributes:
@@ -22,12 +22,6 @@ class StateError(VmmError, ValueError):
         value: what it holds.
         rule: what it must hold.
     """
-
-    def __init__(self, field: str, value: object, rule: str) -> None:
-        super().__init__(field, value, rule)
-        self.field = field
-        self.value = value
-        self.rule = rule
 
     def __str__(self) -> str:
         return f"{self.field}: {self.value!r} {self.rule}"

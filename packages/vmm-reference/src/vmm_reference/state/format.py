@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import attrs
 
-from vmm_reference.errors import VmmError
+from vmm_reference.errors import RuleError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -56,7 +56,7 @@ MAX_SIZE = 64 << 20
 T = TypeVar("T")
 
 
-class FormatError(VmmError, ValueError):
+class FormatError(RuleError):
     """Saved content that is unknown, incomplete or corrupt: nothing was made of it.
 
     Attributes:
@@ -64,12 +64,6 @@ class FormatError(VmmError, ValueError):
         value: what is there, shortened.
         rule: what must be there.
     """
-
-    def __init__(self, field: str, value: object, rule: str) -> None:
-        super().__init__(field, value, rule)
-        self.field = field
-        self.value = value
-        self.rule = rule
 
     def within(self, outer: str) -> None:
         """The field is one of `outer`."""

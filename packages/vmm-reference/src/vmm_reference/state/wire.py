@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import attrs
 
-from vmm_reference.errors import HostError, VmmError
+from vmm_reference.errors import HostError, RuleError
 
 from .handover import Word
 
@@ -77,7 +77,7 @@ class LinkLost(HostError):
     """The other side is gone, or silent for too long."""
 
 
-class ProtocolError(VmmError, ValueError):
+class ProtocolError(RuleError):
     """The other side said what the protocol does not have there.
 
     Attributes:
@@ -85,12 +85,6 @@ class ProtocolError(VmmError, ValueError):
         value: what it was.
         rule: what is allowed.
     """
-
-    def __init__(self, field: str, value: object, rule: str) -> None:
-        super().__init__(field, value, rule)
-        self.field = field
-        self.value = value
-        self.rule = rule
 
     def __str__(self) -> str:
         return f"migration link: {self.field}: {self.value!r:.80} {self.rule}"
