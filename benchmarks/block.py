@@ -90,8 +90,10 @@ def _guest(bench: Bench) -> Iterator[Row]:
 
 
 def _fio(name: str, options: str, kib: int) -> Job:
-    """A job of fio for a while. Of its long report two fields are printed, KiB read and reads a
-    second: each character costs the VMM an exit, which is no work of its disk."""
+    """A job of fio for a while, which prints KiB read and reads a second of its long report.
+
+    Each character costs the VMM an exit, which is no work of its disk.
+    """
     command = (
         "/fio/lib/ld-linux-x86-64.so.2 --library-path /fio/lib /fio/fio --thread --name=job "
         "--output-format=terse --filename=/dev/vdb --direct=1 --ioengine=libaio --time_based "

@@ -140,6 +140,62 @@ def test_timers_fire_in_time_order(loop: Loop) -> None:
     assert time.monotonic() - start >= 0.06
 
 
+def test_what_has_time_waits_for_the_next_turn_whoever_wakes_the_loop(loop: Loop) -> None:
+    """call_within does not wake a loop that is awake before the time is over, or never slept."""
+    seen: list[str] = []
+    loop.call_within(3600, lambda: seen.append("first"))
+    loop.call_later(0, lambda: loop.call_within(3600, lambda: seen.append("second")))
+    loop.turn(0)
+    assert seen == ["first", "second"]
+    loop.turn(0)
+    assert seen == ["first", "second"]
+    loop.stop()
+    loop.call_within(0, lambda: seen.append("third"))
+    assert seen == ["first", "second"]
+
+
+def test_what_has_time_wakes_a_loop_that_would_sleep_longer(loop: Loop) -> None:
+    """Called while the loop waits for nothing, or for something later, it is done all the same."""
+    loop.start()
+    for wait in (None, 3600):
+        if wait is not None:
+            loop.call_soon(lambda: loop.call_later(3600, lambda: pytest.fail("an hour is over")))
+        loop.call(lambda: None)
+        done = threading.Event()
+        loop.call_within(0.01, done.set)
+        assert done.wait(10)
+    loop.stop()
+
+
+def test_what_has_time_is_done_by_threads_that_come_at_any_moment(loop: Loop) -> None:
+    """None that comes while the loop falls asleep is forgotten, and each is done once."""
+    seen: list[int] = []
+    finished = threading.Semaphore(0)
+
+    def work(first: int) -> None:
+        for number in range(first, first + 200):
+            done = threading.Event()
+
+            def note(number: int = number, done: threading.Event = done) -> None:
+                seen.append(number)
+                done.set()
+
+            loop.call_within(0.0005, note)
+            if not done.wait(10):
+                return
+        finished.release()
+
+    loop.start()
+    threads = [threading.Thread(target=work, args=(1000 * n,)) for n in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+        assert finished.acquire(blocking=False)
+    loop.stop()
+    assert sorted(seen) == [1000 * n + number for n in range(3) for number in range(200)]
+
+
 def test_a_loop_that_stands_by_does_nothing_yet(loop: Loop) -> None:
     """Nobody can wait for it; what was added meanwhile is served from its start on."""
     seen: list[str] = []

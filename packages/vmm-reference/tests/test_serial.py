@@ -8,6 +8,8 @@ from vmm_reference.devices import states
 from vmm_reference.devices.serial import Serial
 
 DATA, IER, IIR, LCR, MCR, LSR, MSR, SCR = range(8)
+FCR = IIR  # written
+IIR_NONE = 0x01
 THRE, TEMT, READY, CONNECTED = 0x20, 0x40, 0x60, 0xB0
 
 
@@ -542,15 +544,16 @@ class Served(Port):
     def __init__(self) -> None:
         super().__init__()
         self.kept = b""
-        self.quiet = True
+        self.told: tuple[bool, bool, int | None] = True, True, IIR_NONE
         self.uart = Serial(
             self.levels.append, self.transmit, room=self.room, limit=64,
             quiet=self.listen, ahead=self.AHEAD,
         )  # fmt: skip
 
-    def listen(self, quiet: bool) -> None:
-        assert quiet != self.quiet
-        self.quiet = quiet
+    def listen(self, quiet: bool, plain: bool, iir: int | None) -> None:
+        assert (quiet, plain, iir) != self.told
+        assert quiet or (not plain and iir is None)
+        self.told = quiet, plain, iir
 
     def flush(self) -> None:
         kept, self.kept = self.kept, b""
@@ -558,14 +561,17 @@ class Served(Port):
             self.uart.posted(kept)
 
     def get(self, offset: int) -> int:
-        if self.quiet and offset in (LSR, MSR):
+        quiet, _, iir = self.told
+        if quiet and offset in (LSR, MSR):
             return READY if offset == LSR else CONNECTED
+        if iir is not None and offset == IIR:
+            return iir
         self.flush()
         return super().get(offset)
 
     def put(self, offset: int, *values: int) -> None:
         for value in values:
-            if self.quiet and offset == DATA and len(self.kept) < self.AHEAD:
+            if self.told[1] and offset == DATA and len(self.kept) < self.AHEAD:
                 self.kept += bytes([value])
             else:
                 self.flush()
@@ -616,15 +622,29 @@ def test_a_driver_that_sends_by_interrupt_is_served_once_it_has_taken_the_interr
     """From IIR to the next IIR, which finds the transmitter empty again, the UART is not needed."""
     served = Served()
     served.put(IER, 0x02)
-    assert (served.quiet, served.levels) == (False, [True])
+    assert (served.told, served.levels) == ((True, False, None), [True])
     for turn in range(1, 4):
         assert served.get(IIR) == 0x02
-        assert served.quiet
+        assert served.told == (True, True, None)
         assert (served.get(LSR), served.get(MSR)) == (READY, CONNECTED)
         served.put(DATA, *bytes(Served.AHEAD))
         assert len(served.kept) == Served.AHEAD
         assert len(served.sent) == Served.AHEAD * (turn - 1)
     served.flush()
     served.uart.transmitted(len(served.sent))
-    assert not served.quiet
+    assert served.told == (True, False, None)
     assert served.levels == [True, False, True]
+
+
+def test_a_driver_that_is_through_learns_that_there_is_no_interrupt_without_the_uart() -> None:
+    """What IIR then reads as is told too, FIFO or not, while bytes are kept."""
+    served = Served()
+    for fifo, iir in ((0, IIR_NONE), (1, IIR_NONE | 0xC0)):
+        served.put(FCR, fifo)
+        served.put(IER, 0x07)
+        assert not served.told[1]
+        served.put(IER, 0x05)
+        assert served.told == (True, True, iir)
+        served.put(DATA, 1)
+        assert (served.get(IIR), served.kept) == (iir, b"\1")
+        served.flush()

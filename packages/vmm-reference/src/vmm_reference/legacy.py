@@ -20,7 +20,7 @@ from .devices.i8042 import I8042, SYSTEM_CONTROL_PORT, SystemControl
 from .devices.pm import PowerManagement
 from .devices.pvpanic import Pvpanic
 from .devices.rtc import Rtc
-from .devices.serial import CONNECTED, DATA, IDLE, LSR, Serial
+from .devices.serial import CONNECTED, DATA, IDLE, IIR_FCR, IIR_NONE, LSR, Serial
 from .loop import ONESHOT, READ
 from .outcome import Outcome
 
@@ -71,13 +71,15 @@ class LegacyDevices:
             line(layout.SERIAL_IRQ), transmit, room=room, quiet=self._quiet, ahead=_KEPT
         )
         ports.add(layout.SERIAL_PORT, 8, self.serial)
+        self._serial_lock = ports.lock(self.serial)
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.hot = HotExits(self._posted, room=_KEPT, wake=self._wake)
-        self._declared = (
-            # LSR, and MSR behind it.
-            self.hot.answer(layout.SERIAL_PORT + LSR, bytes([IDLE, CONNECTED]), pio=True, size=1),
-            self.hot.post(layout.SERIAL_PORT + DATA, pio=True, size=1),
-        )
+        at = layout.SERIAL_PORT
+        status = bytes([IDLE, CONNECTED])  # LSR, and MSR behind it
+        self._status = self.hot.answer(at + LSR, status, pio=True, size=1)
+        self._data = self.hot.post(at + DATA, pio=True, size=1)
+        self._iir = self.hot.answer(at + IIR_FCR, bytes([IIR_NONE]), pio=True, size=1)
+        self._iir_value = IIR_NONE
         board.loop.add(self._wake, READ | ONESHOT, self._woken)
         self._absent: tuple[Declaration, ...] = ()
         if config.transport != "pci" and config.firmware is None:
@@ -118,23 +120,36 @@ class LegacyDevices:
         os.close(self._wake)
         self._wake = -1
 
-    def _quiet(self, quiet: bool) -> None:
-        for declaration in self._declared:
-            declaration.enabled = quiet
+    def _quiet(self, status: bool, data: bool, iir: int | None) -> None:
+        # A driver that sends by interrupt changes it four times for a few characters.
+        if self._status.enabled != status:
+            self._status.enabled = status
+        if self._data.enabled != data:
+            self._data.enabled = data
+        if iir is not None and iir != self._iir_value:
+            self._iir.answer(bytes([iir]))
+            self._iir_value = iir
+        if self._iir.enabled != (iir is not None):
+            self._iir.enabled = iir is not None
 
     def _woken(self, _events: int) -> None:
-        # It is signalled again for each FIFO of a driver that sends by interrupt: once is enough.
+        # It is signalled again for each FIFO of a driver that sends by interrupt. So it is not
+        # looked at again before a while has passed in which the guest sent nothing.
         self._board.loop.call_later(_GATHER, self._flush)
 
     def _flush(self) -> None:
         if self._wake < 0:  # closed meanwhile
             return
-        os.eventfd_read(self._wake)
+        try:
+            os.eventfd_read(self._wake)
+        except BlockingIOError:
+            self._board.loop.modify(self._wake, READ | ONESHOT)
+            return
         self.hot.flush()
-        self._board.loop.modify(self._wake, READ | ONESHOT)
+        self._board.loop.call_later(_GATHER, self._flush)
 
     def _posted(self, writes: list[PostedWrite]) -> None:
-        with self._board.ports.lock(self.serial):
+        with self._serial_lock:
             self.serial.posted(bytes([write.data for write in writes]))
 
     def parts(self) -> dict[str, Any]:
@@ -155,7 +170,7 @@ class LegacyDevices:
 
     def metrics(self) -> dict[str, dict[str, int]]:
         """Counters by the devices' names; `served` are accesses that Python did not see."""
-        served = sum([declaration.count for declaration in self._declared])
+        served = sum([declaration.count for declaration in (self._status, self._data, self._iir)])
         counters = {"dropped": self.serial.dropped, "breaks": self.serial.breaks, "served": served}
         found = {"serial": counters}
         for name, part in self.parts().items():

@@ -1,8 +1,8 @@
 """The I/O thread: one epoll loop for kicks, timers, terminals and other threads' requests.
 
 Callbacks run on the loop's thread, one at a time. They must not block: a device's request that
-takes long belongs to a backend of its own. Other threads reach the loop through `call_soon`, which
-is the only method that is safe from anywhere.
+takes long belongs to a backend of its own. Other threads reach the loop through `call_soon`, and
+`call_within`, the only methods that are safe from anywhere.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ WRITE = select.EPOLLOUT
 HANGUP = select.EPOLLHUP  # comes unasked too
 ONESHOT = select.EPOLLONESHOT  # with the others: no further call before `modify`
 
+_NEVER = float("inf")
+
 
 class Loop:
     """An epoll loop on a thread of its own.
@@ -39,6 +41,9 @@ class Loop:
         self._added: set[int] = set()  # in this turn
         self._soon: list[Callable[[], None]] = []
         self._timers: list[tuple[float, Callable[[], None]]] = []
+        self._lazy: list[Callable[[], None]] = []
+        self._latest = _NEVER  # when they have to be called
+        self._asleep_until = 0.0  # 0: not asleep, and looks at all of this before it sleeps again
         # Re-entrant: a signal handler may call `call_soon` while its own thread does so.
         self._lock = threading.RLock()
         self._failed = failed
@@ -80,6 +85,21 @@ class Loop:
                 return
             self._soon.append(callback)
             if len(self._soon) == 1:
+                os.eventfd_write(self._wake, 1)
+
+    def call_within(self, seconds: float, callback: Callable[[], None]) -> None:
+        """Run `callback` on the loop's thread when it is awake next, after `seconds` at the latest.
+
+        For what is many times: it costs no switch of threads of its own. Safe from any thread, a
+        no-op after `stop`.
+        """
+        with self._lock:
+            if self._closed:
+                return
+            self._lazy.append(callback)
+            self._latest = min(self._latest, time.monotonic() + seconds)
+            if self._asleep_until > self._latest:
+                self._asleep_until = 0.0
                 os.eventfd_write(self._wake, 1)
 
     def call(self, callback: Callable[[], None]) -> None:
@@ -164,11 +184,10 @@ class Loop:
 
         For an owner who has not started the loop and turns it on a thread of its own.
         """
-        timeout = self._timeout()
-        if timeout is None or (seconds is not None and seconds < timeout):
-            timeout = seconds
         self._added.clear()
-        for fd, events in self._epoll.poll(timeout):
+        ready = self._epoll.poll(self._fall_asleep(seconds))
+        self._asleep_until = 0.0
+        for fd, events in ready:
             if fd == self._wake:
                 self._run_soon()
             elif fd in self._added:  # another descriptor had the number; this one is told next time
@@ -176,6 +195,8 @@ class Loop:
             elif callback := self._callbacks.get(fd):
                 self._call(callback, events)
         self._run_timers()
+        if self._lazy:
+            self._run_lazy()
 
     def _run(self) -> None:
         self._started.wait()
@@ -189,10 +210,21 @@ class Loop:
         for callback in callbacks:
             self._call(callback)
 
-    def _timeout(self) -> float | None:
-        if not self._timers:
-            return None
-        return max(0.0, min(when for when, _ in self._timers) - time.monotonic())
+    def _run_lazy(self) -> None:
+        with self._lock:
+            callbacks, self._lazy, self._latest = self._lazy, [], _NEVER
+        for callback in callbacks:
+            self._call(callback)
+
+    def _fall_asleep(self, seconds: float | None) -> float | None:
+        """For how long, at most so many seconds; who calls `call_within` from now on looks."""
+        with self._lock:
+            until = min(self._latest, min((when for when, _ in self._timers), default=_NEVER))
+            now = time.monotonic()
+            if seconds is not None:
+                until = min(until, now + seconds)
+            self._asleep_until = until
+        return None if until == _NEVER else max(0.0, until - now)
 
     def _run_timers(self) -> None:
         if not self._timers:

@@ -61,7 +61,7 @@ class StreamOutput:
             if self._scheduled:
                 return
             self._scheduled = True
-        self._loop.call_soon(self._gather)
+        self._loop.call_within(_GATHER, self._flush)
 
     def take(self, most: int) -> bytes:
         """Have bytes that are queued: who writes to the descriptor now sends them first."""
@@ -98,9 +98,6 @@ class StreamOutput:
         self.dropped += count
         if count:
             self._written(count)
-
-    def _gather(self) -> None:
-        self._loop.call_later(_GATHER, self._flush)
 
     def _flush(self) -> None:
         while True:

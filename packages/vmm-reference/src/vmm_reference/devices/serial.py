@@ -16,10 +16,11 @@ there at once. What follows:
 - Divisor, parity and word length are stored, and change nothing.
 
 Most of what a guest does here are two accesses a character: it reads LSR and writes the byte; one
-that sends by interrupt writes as many bytes as the FIFO has, and reads LSR and MSR before. As long
-as nothing but an empty transmitter is to be told, whoever serves the guest may answer these reads
-with `IDLE` and `CONNECTED` and keep the bytes for a while (`posted`); `quiet` tells when that
-begins and ends. An interrupt that the next byte takes back is to be told.
+that sends by interrupt writes as many bytes as the FIFO has, and reads LSR and MSR before; when it
+is through it masks the interrupt, and reads in IIR that there is none. As long as nothing but an
+empty transmitter is to be told, whoever serves the guest may answer these reads with `IDLE`,
+`CONNECTED` and what IIR then is, and keep the bytes for a while (`posted`); `quiet` tells what of
+that begins and ends. An interrupt that the next byte takes back is to be told.
 
 The interrupt output is a function of the registers alone, computed after every change: masking and
 unmasking in IER drops and raises the line, so a pending cause is never lost to a driver that masks
@@ -68,8 +69,10 @@ class Serial:
             is to be taken back by `transmitted`, at the earliest from within the call.
         room: is called when received bytes fit again after `receive` had to refuse some.
         limit: how many bytes may be under way before the guest is told to wait, at least 32.
-        quiet: is told whether LSR reads as `IDLE` and MSR as `CONNECTED`, and will after `ahead`
-            more bytes, and a byte that is written does nothing but leave. At first that is so.
+        quiet: is told, when one of them changes: whether LSR reads as `IDLE` and MSR as
+            `CONNECTED`, and will after `ahead` more bytes; whether moreover a byte that is written
+            does nothing but leave; what IIR reads as all this time, or None where to read it
+            changes something. At first it is True, True and `IIR_NONE`.
         ahead: how many bytes may be kept before `posted` is told of them.
 
     Attributes:
@@ -96,7 +99,7 @@ class Serial:
         *,
         room: Callable[[], None] | None = None,
         limit: int = 4096,
-        quiet: Callable[[bool], None] | None = None,
+        quiet: Callable[[bool, bool, int | None], None] | None = None,
         ahead: int = 0,
     ) -> None:
         if limit < 2 * FIFO_SIZE + ahead:
@@ -109,7 +112,9 @@ class Serial:
         self._limit = limit
         # THRE promises the guest room for a whole FIFO.
         self._ready_below = limit - FIFO_SIZE
-        self._tell_quiet, self._quiet, self._ahead = quiet, True, ahead
+        self._tell_quiet, self._ahead = quiet, ahead
+        self._quiet = self._plain = True
+        self._quiet_iir: int | None = IIR_NONE
         self._line = False
         self._under_way = 0
         self._refused = False
@@ -130,7 +135,7 @@ class Serial:
             value = self._read(offset).to_bytes()
         else:
             value = bytes([self._read(offset + n) for n in range(length)])
-        if not self._quiet:
+        if not self._plain:
             self._look()
         return value
 
@@ -146,7 +151,7 @@ class Serial:
 
     def posted(self, data: bytes) -> None:
         """Bytes that were written to the transmitter, and kept while it was quiet."""
-        if self._quiet and self._under_way + len(data) <= self._limit:
+        if self._plain and self._under_way + len(data) <= self._limit:
             self._thre_pending, self._thre_owed = False, True
             self._under_way += len(data)
             self._transmit(data)
@@ -398,20 +403,23 @@ class Serial:
             self._interrupt(level)
 
     def _look(self) -> None:
-        """Say when the transmitter becomes quiet, or is so no more."""
+        """Say what the guest may be answered without this UART, if that has changed."""
         quiet = (
             self._under_way + self._ahead <= self._ready_below
             and not self._received
             and not self._line_errors
-            and not (self._thre_pending and self._ier & IER_THRE)
             and not self._msr_delta
-            and not self._lcr & LCR_DLAB
             and not self._mcr & MCR_LOOP
         )
-        if quiet != self._quiet:
-            self._quiet = quiet
+        masked = not self._ier & IER_THRE
+        plain = quiet and not self._lcr & LCR_DLAB and (masked or not self._thre_pending)
+        iir = None
+        if quiet and masked:
+            iir = IIR_NONE | IIR_FIFO if self._fcr & FCR_ENABLE else IIR_NONE
+        if quiet != self._quiet or plain != self._plain or iir != self._quiet_iir:
+            self._quiet, self._plain, self._quiet_iir = quiet, plain, iir
             if self._tell_quiet is not None:
-                self._tell_quiet(quiet)
+                self._tell_quiet(quiet, plain, iir)
 
     def _tell_room(self) -> None:
         if self._refused and self._room is not None and self.receive_space > 0:
