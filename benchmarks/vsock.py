@@ -33,8 +33,8 @@ PLACES = 0x10000, 0  # of the rings to receive and to send, as native/vsock_driv
 TO_HOST, TO_GUEST, ANSWERED = range(3)
 BIG, SMALL = 64 << 10, 256  # bytes: the most that Linux puts into a packet, and a message
 LOADS = (
-    ("1 MiB to the host in packets of 64 KiB", TO_HOST, BIG, 32, 16_000, Goal.floor_rate(0.95)),
-    ("1 MiB to the guest, written by 64 KiB", TO_GUEST, BIG, 32, 16_000, Goal.floor_rate(0.95)),
+    ("1 MiB to the host in packets of 64 KiB", TO_HOST, BIG, 32, 48_000, Goal.floor_rate(0.95)),
+    ("1 MiB to the guest, written by 64 KiB", TO_GUEST, BIG, 32, 48_000, Goal.floor_rate(0.95)),
     ("256 bytes to the host, 32 at once", TO_HOST, SMALL, 32, 400_000, Goal.floor_rate(0.7)),
     ("256 bytes to the guest, one write each", TO_GUEST, SMALL, 32, 400_000, Goal.floor_rate(0.7)),
     ("256 bytes and an answer", ANSWERED, SMALL, 32, 40_000, ()),

@@ -131,12 +131,12 @@ static void use_answers(struct vp_pump *pump)
 
 /* --- the thread --- */
 
-/* A kick came after so long: whether looking for it would have paid. */
-static void adapt(struct vp_pump *pump, uint64_t idle)
+/* What was waited for came: whether looking for it would have paid. */
+static void adapt(struct vp_pump *pump, uint64_t idle_since)
 {
     if (pump->alone)
         return;
-    pump->spin = idle < 2 * VP_SPIN ? VP_SPIN : pump->spin / 2;
+    pump->spin = vp_now() - idle_since < 2 * VP_SPIN ? VP_SPIN : pump->spin / 2;
 }
 
 static void sleep_for_events(struct vp_pump *pump)
@@ -146,6 +146,7 @@ static void sleep_for_events(struct vp_pump *pump)
     nfds_t count = 0;
     if (pump->vsock != NULL) {
         vp_vsock_hear(pump, -1);
+        adapt(pump, pump->queues[1].idle);
         return;
     }
     fds[count++] = (struct pollfd){pump->control, POLLIN, 0};
@@ -173,7 +174,7 @@ static void sleep_for_events(struct vp_pump *pump)
             clear(pump->queues[i].kick);
             pump->queues[i].asleep = 0;
             pump->counters.kicks++;
-            adapt(pump, vp_now() - pump->queues[i].idle);
+            adapt(pump, pump->queues[i].idle);
         }
     }
 }
@@ -232,8 +233,7 @@ int vp_start(struct vp_pump *pump)
     pump->wake = 0;
     pump->spin = 0;
     /* Who sends often waits for an answer, which nobody would read meanwhile. */
-    pump->alone =
-        pump->net.frame != NULL || pump->vsock != NULL || sysconf(_SC_NPROCESSORS_ONLN) == 1;
+    pump->alone = pump->net.frame != NULL || sysconf(_SC_NPROCESSORS_ONLN) == 1;
     /* Signals are for Python's threads; faults are for whoever makes them. */
     sigfillset(&all);
     sigdelset(&all, SIGBUS);

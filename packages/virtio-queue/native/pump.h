@@ -274,6 +274,8 @@ struct vq_batch *vp_batch(struct vp_pump *pump, uint32_t queue, uint32_t number)
 void vp_leave(struct vp_pump *pump);
 /* The next chains into `current`: 1; 0 when it is worth asking again at once; -1 when it is not. */
 int vp_get_chains(struct vp_queue *queue);
+/* Whether there is one in the ring. */
+int vp_available(const struct vp_queue *queue);
 /* The next of them to be started; NULL until there is one, or the host has room for it. */
 struct vp_request *vp_next_request(struct vp_queue *queue);
 /* Whether a limit lets a request of so many bytes through now; else the thread wakes when it may. */
@@ -293,6 +295,12 @@ int vp_pieces(const struct vp_request *request, int writable, uint64_t offset, u
               struct iovec *pieces, int room, uint64_t *length);
 /* Chains that were collected are available again; after `vp_give_back`. */
 void vp_give_back_collected(struct vp_queue *queue);
+
+/* Whether there are chains that were popped and not started. */
+static inline int vp_at_hand(const struct vp_queue *queue)
+{
+    return queue->current != NULL && queue->next < queue->current->chains->count;
+}
 
 static inline const struct vq_chain *vp_chain(const struct vp_request *request)
 {
@@ -357,9 +365,9 @@ int vp_vsock_open(struct vp_pump *pump);
 /* Their kicks are not listened to any more. */
 void vp_vsock_leave(struct vp_pump *pump);
 /* Hear what has become of the hosts' ends, of kicks and of Python's wishes; wait for something (-1) or
- * not (0). One set of descriptors that stays, and which tells of changes alone, so that a sleep costs
- * one system call. */
-void vp_vsock_hear(struct vp_pump *pump, int timeout);
+ * not (0). Whether there was something. One set of descriptors that stays, and which tells of changes
+ * alone, so that a sleep costs one system call. */
+int vp_vsock_hear(struct vp_pump *pump, int timeout);
 /* How many connections there are. */
 uint32_t vp_vsock_count(struct vp_pump *pump);
 /* A connection that the guest asks for: 1 and its ports, or 0. */

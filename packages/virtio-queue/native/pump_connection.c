@@ -206,7 +206,7 @@ static void hear_connection(struct vp_pump *pump, struct connection *connection,
         vp_connection_enqueue(pump->vsock, connection);
 }
 
-void vp_vsock_hear(struct vp_pump *pump, int timeout)
+int vp_vsock_hear(struct vp_pump *pump, int timeout)
 {
     struct vp_vsock *vsock = pump->vsock;
     struct epoll_event events[EVENTS];
@@ -221,6 +221,7 @@ void vp_vsock_hear(struct vp_pump *pump, int timeout)
             queue->asleep &= queue->faulted;
         }
     }
+    return count > 0;
 }
 
 /* An eventfd that is never read tells of each write all the same. */

@@ -119,17 +119,24 @@ static void reclaim(struct vp_queue *queue)
     }
 }
 
+int vp_available(const struct vp_queue *queue)
+{
+    struct vq_ring *ring = queue->ring;
+    return (ring->packed ? vq_packed_available(ring) : vq_split_available(ring)) > 0;
+}
+
 /* Look for chains for a while, where that paid the last time. */
 static int appear(struct vp_queue *queue)
 {
     struct vp_pump *pump = queue->pump;
-    struct vq_ring *ring = queue->ring;
+    if (pump->vsock != NULL) /* which looks for more than chains */
+        return 0;
     queue->idle = vp_now();
     if (pump->spin == 0 || pump->uring.in_kernel != 0)
         return 0;
     do {
         for (int i = 0; i < 16; i++) {
-            if ((ring->packed ? vq_packed_available(ring) : vq_split_available(ring)) > 0)
+            if (vp_available(queue))
                 return 1;
             vp_pause();
         }

@@ -85,7 +85,10 @@ static void take_data(struct vp_pump *pump, struct vp_request *request,
         left -= (uint64_t)done;
     }
     if (vp_connection_untold(connection)) {
+        uint32_t untold = connection->fwd_cnt - connection->told;
+        uint32_t window = vp_connection_window(connection);
         vsock->hurry = 1;
+        vsock->rest = window > untold ? window - untold : 0;
         vp_connection_enqueue(vsock, connection);
     }
 }
@@ -172,6 +175,60 @@ static void take(struct vp_pump *pump, struct vp_request *request)
     }
 }
 
+/* Bytes of packets that were popped and are not taken yet. */
+static uint64_t bytes_at_hand(const struct vp_queue *queue)
+{
+    uint64_t bytes = 0;
+    for (uint32_t i = queue->next; i < queue->current->chains->count; i++) {
+        uint64_t readable = queue->current->chains->chains[i].readable_length;
+        bytes += readable > HEADER ? readable - HEADER : 0;
+    }
+    return bytes;
+}
+
+/* Whether to tell of credit before more is taken, so that the guest sends meanwhile. One that has
+ * filled its window sends nothing before all of it is taken: it is told once, of the whole. */
+static int is_urgent(const struct vp_queue *queue)
+{
+    const struct vp_vsock *vsock = queue->pump->vsock;
+    if (!vsock->hurry)
+        return 0;
+    uint64_t bytes = bytes_at_hand(queue);
+    return bytes == 0 || bytes > vsock->rest;
+}
+
+/* Whether there is something for the guest, which has buffers for it as far as is known. */
+static int is_owing(const struct vp_pump *pump)
+{
+    return pump->vsock->reset_count + pump->vsock->ready_count != 0 && !pump->queues[0].asleep;
+}
+
+/* Look for packets for a while before the guest is asked for kicks, where that paid the last time: it
+ * may be about to send. Whether there is something else to do first. */
+static int linger(struct vp_queue *queue)
+{
+    struct vp_pump *pump = queue->pump;
+    if (pump->alone || queue->asleep || vp_at_hand(queue) || vp_available(queue))
+        return 0;
+    if (is_owing(pump))
+        return 1;
+    queue->idle = vp_now();
+    if (pump->spin == 0)
+        return 0;
+    for (uint32_t i = 0; i < pump->queue_count; i++)
+        vp_publish(&pump->queues[i]);
+    do {
+        for (int i = 0; i < 16; i++) {
+            if (vp_available(queue))
+                return 0;
+            vp_pause();
+        }
+        if (vp_vsock_hear(pump, 0))
+            return 1;
+    } while (vp_now() - queue->idle < pump->spin && !vp_stopping(pump));
+    return 0;
+}
+
 int vp_vsock_send(struct vp_queue *queue)
 {
     struct vp_vsock *vsock = queue->pump->vsock;
@@ -179,12 +236,14 @@ int vp_vsock_send(struct vp_queue *queue)
         if (vsock->reset_count >= WAITING ||
             __atomic_load_n(&vsock->asked_count, __ATOMIC_ACQUIRE) == VP_ASKED)
             return 0;
+        if (linger(queue))
+            return 1;
         struct vp_request *request = vp_next_request(queue);
         if (request == NULL) /* what the guest is owed now is sent before the thread sleeps */
-            return vsock->reset_count + vsock->ready_count != 0 && !queue->pump->queues[0].asleep;
+            return is_owing(queue->pump);
         take(queue->pump, request);
         vp_finish(request, 0);
-        if (vsock->hurry) /* a guest may be waiting for credit */
+        if (is_urgent(queue))
             return 1;
     }
     return 1;
@@ -196,8 +255,7 @@ int vp_vsock_send(struct vp_queue *queue)
 static int collect(struct vp_queue *queue)
 {
     while (queue->collected_count < TOGETHER) {
-        int at_hand = queue->current != NULL && queue->next < queue->current->chains->count;
-        if (queue->collected_count != 0 && !at_hand)
+        if (queue->collected_count != 0 && !vp_at_hand(queue))
             return 1;
         struct vp_request *request = vp_next_request(queue);
         if (request == NULL)
@@ -374,19 +432,24 @@ int vp_vsock_receive(struct vp_queue *queue)
 {
     struct vp_pump *pump = queue->pump;
     struct vp_vsock *vsock = pump->vsock;
+    const struct vp_queue *sender = &pump->queues[1];
+    int more = 1;
     if (vsock->turns++ % SELDOM == 0) /* it may be too busy to sleep */
         vp_vsock_hear(pump, 0);
     vp_vsock_follow(pump); /* behind: what was heard is not told again */
-    vsock->hurry = 0;
-    for (int i = 0; i < BUDGET; i++) {
-        if (vp_stopping(pump) || vsock->reset_count + vsock->ready_count == 0 || !collect(queue))
-            return 0;
-        if (vsock->reset_count != 0)
+    for (int i = 0; more && i < BUDGET; i++) {
+        if (i != 0 && !sender->asleep && vp_available(sender)) /* it may be credit */
+            break;
+        more = !vp_stopping(pump) && vsock->reset_count + vsock->ready_count != 0 && collect(queue);
+        if (more && vsock->reset_count != 0)
             write_reset(queue);
-        else
+        else if (more)
             advance(queue, vp_connection_next(vsock));
     }
-    return 1;
+    if (vsock->hurry) /* the guest sends more while what it has sent is moved */
+        vp_publish(queue);
+    vsock->hurry = 0;
+    return more;
 }
 
 int vp_vsock_open(struct vp_pump *pump)

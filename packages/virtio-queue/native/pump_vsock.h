@@ -54,6 +54,7 @@ struct vp_vsock {
     uint32_t ready_first, ready_count;
     uint32_t turns;
     int hurry;                  /* there is credit to be told of */
+    uint32_t rest;              /* of the window of whom to tell */
     struct reset resets[RESETS]; /* a ring */
     uint32_t reset_first, reset_count;
     /* Guarded by the pump's lock. */
@@ -94,13 +95,18 @@ int vp_vsock_listen(struct vp_pump *pump, uint32_t queue);
 /* Do what Python wants. */
 void vp_vsock_follow(struct vp_pump *pump);
 
-/* Whether the guest should hear of room that it does not know of. A guest may have no more on its way
- * than it takes itself, as Linux does, whatever it was given credit for. */
+/* How much a guest may have on its way: no more than it takes itself, as Linux has it, whatever it was
+ * given credit for. */
+static inline uint32_t vp_connection_window(const struct connection *connection)
+{
+    return connection->peer_buf_alloc < VP_CREDIT ? connection->peer_buf_alloc : VP_CREDIT;
+}
+
+/* Whether the guest should hear of room that it does not know of. */
 static inline int vp_connection_untold(const struct connection *connection)
 {
-    uint32_t untold = connection->fwd_cnt - connection->told, window = connection->peer_buf_alloc;
-    if (window > VP_CREDIT)
-        window = VP_CREDIT;
+    uint32_t untold = connection->fwd_cnt - connection->told;
+    uint32_t window = vp_connection_window(connection);
     return untold != 0 && untold >= (window > 2 * VP_PACKET ? window - VP_PACKET : window / 2);
 }
 

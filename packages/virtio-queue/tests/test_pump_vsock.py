@@ -665,6 +665,25 @@ def test_a_guest_that_has_no_more_on_its_way_than_it_takes(guest: Guest, window:
             host.recv(1 << 20)
 
 
+@pytest.mark.parametrize(
+    ("packets", "told"), [(1, []), (2, [2]), (3, [3]), (4, [4]), (5, [2, 5]), (6, [2, 6])]
+)
+def test_a_window_that_is_full_is_told_of_once(guest: Guest, packets: int, told: list[int]) -> None:
+    """Where it is there already; where there is more, the guest hears of half, and may go on."""
+    size, window = 1 << 14, 1 << 16
+    host = connect(guest, room=1 << 20, buf_alloc=window)
+    guest.pump.stop()
+    header = HEADER.pack(CID, HOST, 1000, 80, size, 1, RW, 0, window, 0)
+    for _ in range(packets):
+        guest.drivers[TX].add([header, bytes(size)], [])
+    guest.start()
+    guest.tell(CREDIT_REQUEST, 1000, 80, buf_alloc=window)
+    guest.until(lambda: len(guest.ops(1000, 80)) > len(told), "what it is told, and its answer")
+    heard = [(packet.op, packet.fwd_cnt) for packet in guest.heard[1000, 80]]
+    assert heard == [(CREDIT_UPDATE, count * size) for count in (*told, packets)]
+    assert len(host.recv(1 << 20, socket.MSG_WAITALL)) == packets * size
+
+
 def test_counters_that_make_no_sense_are_no_credit(guest: Guest) -> None:
     """A guest that says it has read what it was never sent gets nothing until it makes sense."""
     host = connect(guest, fwd_cnt=1 << 31)

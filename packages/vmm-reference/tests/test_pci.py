@@ -116,7 +116,7 @@ class Bench:
     def reset(self) -> None:
         self.resets += 1
 
-    def plug(self, number: int) -> PciSlot:
+    def plug(self, number: int, vectors: int | None = None) -> PciSlot:
         return PciSlot(
             self.wiring,  # type: ignore[arg-type]
             Echo(self.wiring.memory),
@@ -124,6 +124,7 @@ class Bench:
             number,
             self.routes,
             placed=True,
+            vectors=vectors,
         )
 
     def get(self, offset: int, length: int, slot: int = SLOT) -> int:
@@ -137,14 +138,14 @@ class Bench:
     def bar(self) -> int:
         return self.get(BAR0, 4) & ~0xF | self.get(BAR0 + 4, 4) << 32
 
-    def capability(self, kind: int, number: int | None = None) -> int:
-        at, seen = self.get(0x34, 1), 0
+    def capability(self, kind: int, number: int | None = None, slot: int = SLOT) -> int:
+        at, seen = self.get(0x34, 1, slot), 0
         while at:
             assert seen < 48, "the list is a circle"
             seen += 1
-            if self.get(at, 1) == kind and number in (None, self.get(at + 3, 1)):
+            if self.get(at, 1, slot) == kind and number in (None, self.get(at + 3, 1, slot)):
                 return at
-            at = self.get(at + 1, 1)
+            at = self.get(at + 1, 1, slot)
         raise AssertionError(f"no capability {kind:#x}")
 
     def enable(self, *, msix: bool = True) -> None:
@@ -233,6 +234,22 @@ def test_a_driver_comes_up_through_its_bar(bench: Bench) -> None:
         assert used.data == b"HELLO"
         assert readable(bench.slot.msix._own[1])
         os.eventfd_read(bench.slot.msix._own[1])
+
+
+def test_queues_share_a_vector(bench: Bench) -> None:
+    """A device that offers two has one for its configuration, and the other for all its queues."""
+    slot = bench.plug(SLOT + 1, vectors=2)
+    control = bench.get(bench.capability(0x11, slot=SLOT + 1) + 2, 2, SLOT + 1)
+    assert control & 0x7FF == 1  # one less than there are
+    calls = [slot.call(queue) for queue in range(2)]
+    slot.transport.write(0x10, b"\0\0")  # config_msix_vector
+    for queue in range(2):
+        slot.transport.write(0x16, bytes((queue, 0)))
+        slot.transport.write(0x1A, b"\1\0")
+        assert slot.transport.read(0x1A, 2) == b"\1\0"
+    assert slot.msix._fds[1] >= set(calls)
+    slot.transport.write(0x1A, b"\2\0")
+    assert slot.transport.read(0x1A, 2) == b"\xff\xff"
 
 
 @pytest.mark.parametrize("msix", [True, False])

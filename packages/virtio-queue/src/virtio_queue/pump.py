@@ -144,6 +144,16 @@ class Pump:
             raise
         self.running = True
 
+    def _start_pair(self, memory: GuestMemory, queues: Sequence[Queue]) -> None:
+        """`_start` with a receive queue and a transmit queue.
+
+        Raises:
+            UsageError: there are not two.
+        """
+        if len(queues) != 2:
+            raise UsageError("queues", f"{len(queues)} queues; one to receive and one to send")
+        self._start(memory, queues)
+
     def _open(self) -> None:
         """What is to be done when the queues are lent, and before the thread runs."""
 

@@ -111,10 +111,8 @@ class NetPump(Pump):
                 flight are not in `memory`.
             PumpError: the host can't start a thread.
         """
-        if len(queues) != 2:
-            raise UsageError("queues", f"{len(queues)} queues; one to receive and one to send")
         self._features = driver_features
-        self._start(memory, queues)
+        self._start_pair(memory, queues)
 
     def limit(self, receive: Limiter | None, send: Limiter | None) -> None:
         """Have these limits from now on; several pumps may have the same. At any time."""

@@ -105,9 +105,7 @@ class VsockPump(Pump):
                 flight are not in `memory`.
             PumpError: the host can't start a thread.
         """
-        if len(queues) != 2:
-            raise UsageError("queues", f"{len(queues)} queues; one to receive and one to send")
-        self._start(memory, queues)
+        self._start_pair(memory, queues)
 
     @property
     def connections(self) -> int:

@@ -166,6 +166,7 @@ class PumpBench:
     Attributes:
         loop: listens for what is Python's; `wait` turns it.
         calls: an eventfd for each queue's interrupts.
+        vectors: of MSI-X that the device wants on a PCI bus, if it says so.
         stop: what a pause does.
         go: what the end of a pause does.
     """
@@ -181,8 +182,9 @@ class PumpBench:
         self.go: Callable[[], object] = lambda: None
         self._closing: list[Callable[[], object]] = [self.memory.close]
 
-    def virtio(self, model: Any) -> Any:
+    def virtio(self, model: Any, *, vectors: int | None = None) -> Any:
         """Plug in the device, once."""
+        self.vectors = vectors
         self.device = VirtioDevice(model, self.memory, lambda: None)
         self.kicks, self.calls = (
             [os.eventfd(0, os.EFD_NONBLOCK) for _ in self.device.queues] for _ in range(2)

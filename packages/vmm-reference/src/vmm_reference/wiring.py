@@ -65,6 +65,7 @@ class Wiring:
         model: DeviceModel,
         *,
         shared_memory: Mapping[int, tuple[int, int]] | None = None,
+        vectors: int | None = None,
     ) -> VirtioSlot:
         """Put a virtio device with this model into the machine, on the machine's transport.
 
@@ -75,6 +76,9 @@ class Wiring:
         Args:
             model: one with state has `save` and `restore`.
             shared_memory: guest address and length of each shared memory region, by its id.
+            vectors: of MSI-X on a PCI bus, 2 at least. A driver that finds fewer than one for each
+                queue and one for the configuration has its queues share one: for a device whose
+                queues mostly interrupt together, that is one interrupt in place of several.
         """
         if hasattr(model, "save"):
             self.parts[f"{self.name}-model"] = model
@@ -92,6 +96,7 @@ class Wiring:
                 number,
                 root.routes,
                 placed=not self._board.running,
+                vectors=vectors,
             )
             self.parts[f"{self.name}-pci"] = slot
         else:

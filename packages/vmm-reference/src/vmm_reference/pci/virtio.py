@@ -61,6 +61,7 @@ class PciSlot(VirtioSlot):
         bus: where it is plugged in, as `number`.
         routes: where its messages go.
         placed: whether its BAR has an address from the start, as firmware would leave it.
+        vectors: of MSI-X; by default one for each queue and one for the configuration.
     """
 
     transport: PciTransport
@@ -74,6 +75,7 @@ class PciSlot(VirtioSlot):
         routes: MsiRoutes,
         *,
         placed: bool,
+        vectors: int | None = None,
     ) -> None:
         self._bus = bus
         self.number = number
@@ -84,7 +86,7 @@ class PciSlot(VirtioSlot):
         self._intx_lock = threading.Lock()
         device = VirtioDevice(model, wiring.memory, _never)
         super().__init__(wiring, device)
-        vectors = min(len(device.queues) + 1, _MAX_VECTORS)
+        vectors = vectors or min(len(device.queues) + 1, _MAX_VECTORS)
         self.msix = Msix(vectors, routes, wiring.vm.irqfd, wiring.vm.irqfd_deassign, self.eventfd)
         wiring.on_close(self.msix.close)
         self.transport = PciTransport(
