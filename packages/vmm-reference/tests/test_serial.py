@@ -546,9 +546,14 @@ class Served(Port):
         self.kept = b""
         self.told: tuple[bool, bool, int | None] = True, True, IIR_NONE
         self.uart = Serial(
-            self.levels.append, self.transmit, room=self.room, limit=64,
+            self.interrupt, self.transmit, room=self.room, limit=64,
             quiet=self.listen, ahead=self.AHEAD,
         )  # fmt: skip
+
+    def interrupt(self, level: bool) -> None:
+        # From here on the guest's handler runs, on another thread.
+        assert not level or self.told[2] is None
+        self.levels.append(level)
 
     def listen(self, quiet: bool, plain: bool, iir: int | None) -> None:
         assert (quiet, plain, iir) != self.told

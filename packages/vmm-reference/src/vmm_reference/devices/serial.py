@@ -400,6 +400,8 @@ class Serial:
         level = self._cause() != IIR_NONE
         if level != self._line:
             self._line = level
+            if level:  # a handler may run before this is over: it must not be told of no interrupt
+                self._look()
             self._interrupt(level)
 
     def _look(self) -> None:
