@@ -2,8 +2,8 @@
 
 All of them get the same vmlinux, initramfs, command line, serial console, memory and CPU count, and
 no drive; the guest resets itself through the i8042 as soon as its init has told its clock. Each
-round has all of them, with one and with two vCPUs, in an order of its own: every few boots one
-takes some 0.3 s of the lab's processor more, and in one and the same order it was always the same.
+round has all of them, with one and with two vCPUs, in an order of its own, as who was there before
+can cost time.
 On a machine whose own KVM runs unmodified kernels that KVM is used instead of the lab.
 
     nox -s bench -- boot --peer firecracker=/path/to/firecracker
