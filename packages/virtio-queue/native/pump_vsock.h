@@ -1,16 +1,26 @@
-/* Connections of a socket device, for pump_connection.c (the table, the hosts' ends, Python's orders)
- * and pump_vsock.c (packets, both ways). Only the thread touches connections. */
+/* Connections of a socket device, for pump_connection.c (the table, the hosts' ends, Python's orders),
+ * pump_vsock.c and pump_vsock_send.c (packets to the guest, and from it). Only the thread touches
+ * connections. */
 #ifndef VIRTIO_PUMP_VSOCK_H
 #define VIRTIO_PUMP_VSOCK_H
 
 #include "pump.h"
 
-enum { STREAM = 1, NONE = 0xFFFF };
+enum { HEADER = VP_VSOCK_HEADER, HOST_CID = 2, STREAM = 1, NONE = 0xFFFF };
 enum { REQUEST = 1, RESPONSE, RST, SHUTDOWN, RW, CREDIT_UPDATE, CREDIT_REQUEST };
 enum { SHUTDOWN_RCV = 1, SHUTDOWN_SEND = 2, SHUTDOWN_BOTH = 3 };
 /* So many resets wait before the guest is heard again; each connection may add one. */
 enum { WAITING = 256, RESETS = 2048, BUCKETS = 1024 };
 
+struct header {
+    uint64_t src_cid, dst_cid;
+    uint32_t src_port, dst_port, len;
+    uint16_t type, op;
+    uint32_t flags, buf_alloc, fwd_cnt;
+};
+
+/* Now, or when nothing of what is at hand is left. */
+enum hurry { SOON = 1, NOW };
 enum state { FREE, ASKED, CALLING, OPEN, LEAVING /* the guest is through with it */ };
 
 struct connection {
@@ -28,6 +38,7 @@ struct connection {
     int fd;                     /* the host's end, or -1 */
     uint32_t tx_cnt, peer_buf_alloc, peer_fwd_cnt;
     uint32_t fwd_cnt, told;     /* and what the guest knows of it */
+    uint32_t ahead;             /* bytes of packets at hand that the host has before their turn */
     struct vp_window kept;      /* what the host has not taken */
 };
 
@@ -53,8 +64,7 @@ struct vp_vsock {
     uint16_t ready[VP_CONNECTIONS]; /* a ring: connections take turns */
     uint32_t ready_first, ready_count;
     uint32_t turns;
-    int hurry;                  /* there is credit to be told of */
-    uint32_t rest;              /* of the window of whom to tell */
+    int hurry;                  /* whether a guest is to be told of credit: 0, SOON or NOW */
     struct reset resets[RESETS]; /* a ring */
     uint32_t reset_first, reset_count;
     /* Guarded by the pump's lock. */
@@ -102,12 +112,18 @@ static inline uint32_t vp_connection_window(const struct connection *connection)
     return connection->peer_buf_alloc < VP_CREDIT ? connection->peer_buf_alloc : VP_CREDIT;
 }
 
+/* How much room there may be at most that the guest does not know of. */
+static inline uint32_t vp_connection_most(const struct connection *connection)
+{
+    uint32_t window = vp_connection_window(connection);
+    return window > 2 * VP_PACKET ? window - VP_PACKET : window / 2;
+}
+
 /* Whether the guest should hear of room that it does not know of. */
 static inline int vp_connection_untold(const struct connection *connection)
 {
     uint32_t untold = connection->fwd_cnt - connection->told;
-    uint32_t window = vp_connection_window(connection);
-    return untold != 0 && untold >= (window > 2 * VP_PACKET ? window - VP_PACKET : window / 2);
+    return untold != 0 && untold >= vp_connection_most(connection);
 }
 
 #endif

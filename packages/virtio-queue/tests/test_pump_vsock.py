@@ -14,7 +14,7 @@ from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     Bundle,
@@ -682,6 +682,83 @@ def test_a_window_that_is_full_is_told_of_once(guest: Guest, packets: int, told:
     heard = [(packet.op, packet.fwd_cnt) for packet in guest.heard[1000, 80]]
     assert heard == [(CREDIT_UPDATE, count * size) for count in (*told, packets)]
     assert len(host.recv(1 << 20, socket.MSG_WAITALL)) == packets * size
+
+
+others = st.sampled_from(["credit", "length", "cid", "end"])
+bursts = st.lists(
+    st.lists(
+        st.one_of(
+            st.tuples(
+                st.just("data"), st.integers(0, 1), st.sampled_from([0, 1, 999, 4096, 60_000])
+            ),
+            st.tuples(others, st.integers(0, 1), st.just(9)),
+        ),
+        min_size=1,
+        max_size=SIZE // 2,
+    ),
+    min_size=1,
+    max_size=3,
+)
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    kind=st.sampled_from([SplitDriver, PackedDriver]),
+    bursts=bursts,
+    room=st.sampled_from([0, 1]),
+    window=st.sampled_from([0, 1, 5000, 1 << 18]),
+)
+def test_packets_that_come_together(
+    kind: type[SplitDriver | PackedDriver],
+    bursts: list[list[tuple[str, int, int]]],
+    room: int,
+    window: int,
+) -> None:
+    """Of two streams, and among what is ignored: each gets its own, whether or not it has room.
+
+    Data belong to RW alone; what others carry is not looked at.
+    """
+    with ExitStack() as stack:
+        guest = Guest(stack, kind)
+        guest.start()
+        hosts = [connect(guest, 1000 + n, room, buf_alloc=window) for n in range(2)]
+        sent, came, ended = (bytearray(), bytearray()), (bytearray(), bytearray()), set()
+        dropped: Counter[str] = Counter()
+
+        def arrived() -> bool:
+            guest.drivers[TX].reap()
+            for host, data in zip(hosts, came, strict=True):
+                with suppress(BlockingIOError):
+                    data.extend(host.recv(1 << 20))
+            return came == sent
+
+        for burst in bursts:
+            guest.pump.stop()
+            given = [0, 0]
+            for what, number, size in burst:
+                data = random.Random(len(sent[number])).randbytes(size)
+                op = {"credit": CREDIT_UPDATE, "end": SHUTDOWN}.get(what, RW)
+                if op == RW and (number in ended or given[number] + size > BUFFER):
+                    continue
+                if what == "data":
+                    sent[number].extend(data)
+                    given[number] += size
+                elif what == "end":
+                    ended.add(number)
+                else:
+                    dropped[f"dropped_{what}"] += what != "credit"
+                length = size + (what == "length")
+                cid = CID + (what == "cid")
+                header = HEADER.pack(cid, HOST, 1000 + number, 80, length, 1, op, SEND, window, 0)
+                guest.drivers[TX].add([header, data] if data else [header], [])
+            guest.start()
+            guest.until(arrived, f"{[len(data) for data in sent]}, not {[*map(len, came)]}")
+        guest.tell(CREDIT_REQUEST, 1000, 80)  # all before that is taken
+        assert guest.counters("sent", "dropped", "reset", "refused") == +dropped | (
+            {"sent_bytes": total} if (total := sum(map(len, sent))) else {}
+        )
+        assert [host.recv(1, socket.MSG_PEEK) for number, host in enumerate(hosts)
+                if number in ended] == [b""] * len(ended)  # fmt: skip
 
 
 def test_counters_that_make_no_sense_are_no_credit(guest: Guest) -> None:
