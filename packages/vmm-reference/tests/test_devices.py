@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import attrs
 import pytest
@@ -19,10 +20,14 @@ from vmm_reference.deviceconfig import (
     to_mapping,
 )
 from vmm_reference.devices import REGISTRY, config_class, factory
+from vmm_reference.devices.balloon import Balloon
+from vmm_reference.devices.console.model import Console, PortSpec
+from vmm_reference.devices.net.model import Net
 from vmm_reference.devices.rng import Entropy
+from vmm_reference.devices.vsock.model import Vsock
 from vmm_reference.errors import ConfigError
 from vmm_reference.machine import Machine
-from vmm_reference.testing import every_device
+from vmm_reference.testing import Bench, every_device
 
 
 @pytest.mark.parametrize("kind", REGISTRY)
@@ -191,3 +196,50 @@ def test_a_reset_leaves_nothing_of_any_device(full: Machine) -> None:
         assert after[name] is not part, name
         if name not in ("rtc", "vmgenid0"):
             assert after[name].save() == state, name
+
+
+class NoLink:
+    """A cable that leads nowhere."""
+
+    vnet_header, offloads, queues = False, 0, 1
+
+    def send(self, queue: int, pieces: Sequence[bytes | memoryview]) -> bool:
+        return True
+
+    def receive(self, queue: int) -> bytes | None:
+        return None
+
+    def set_offloads(self, offloads: int) -> None:
+        pass
+
+    def set_queues(self, pairs: int) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("make", "number"),
+    [
+        (Balloon, 0),
+        (lambda: Console([PortSpec()], lambda port, data: None), 3),
+        (lambda: Net(NoLink(), b"\2\0\0\0\0\1"), 1),
+        (lambda: Vsock(3, lambda port: None), 0),
+        (lambda: Vsock(3, lambda port: None), 1),
+    ],
+    ids=["balloon", "console", "net", "vsock-rx", "vsock-tx"],
+)
+def test_chains_that_another_maker_of_a_state_had_in_flight_go_back(
+    make: Callable[[], Any], number: int
+) -> None:
+    """A driver gets all that it lent, once, and can go on, although this device keeps none."""
+    bench = Bench(make())
+    head = bench.queue(number).add([bytes(64)], [])
+    assert bench.device.queues[number].pop(bench.memory) is not None
+    moved = bench.moved_to(make())
+    used = moved.queue(number).reap()
+    assert [(buffer.head, buffer.length) for buffer in used] == [(head, 0)]
+    assert not moved.device.queues[number].in_flight
+    moved.queue(number).add([bytes(64)], [])
+    moved.driver.kick(number)
+    assert len(moved.queue(number).reap()) == (number != 0 or make is Balloon)
+    moved.close()
+    bench.close()

@@ -6,7 +6,8 @@ import itertools
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -120,6 +121,48 @@ def test_lock_holds_against_another_process(disk: FileBackend, image: Path) -> N
     )
     assert answer.returncode == 1
     assert "another machine uses it" in answer.stderr
+
+
+def test_where_nobody_can_lock_an_image_is_used_unlocked(
+    image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mount without locks, such as of a network, is no reason to refuse; another user is."""
+
+    def lock(number: int) -> Callable[..., object]:
+        def fail(*_arguments: object) -> object:
+            raise OSError(number, os.strerror(number))
+
+        return fail
+
+    for number in (errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL):
+        monkeypatch.setattr(FileBackend, "_set_lock", lock(number))
+        with closing(FileBackend(str(image))) as disk:
+            assert disk.size == image.stat().st_size
+    for number in (errno.EAGAIN, errno.EACCES):
+        monkeypatch.setattr(FileBackend, "_set_lock", lock(number))
+        with pytest.raises(HostError, match="another machine uses it"):
+            FileBackend(str(image))
+
+
+def test_an_image_that_can_not_have_a_size_keeps_its_own(image: Path) -> None:
+    """Read-only, or changed outside to something that is no disk: the reason is named."""
+    size = image.stat().st_size
+    with closing(FileBackend(str(image), read_only=True)) as disk:
+        with pytest.raises(HostError, match="it is read-only; change its size outside"):
+            disk.resize(size + 512)
+        assert (disk.size, image.stat().st_size) == (size, size)
+    with closing(FileBackend(str(image))) as disk:
+        with pytest.raises(HostError, match="change its size outside"):
+            disk.resize(1 << 62)  # more than any file system takes
+        assert image.stat().st_size == size
+        for other in (size + 100, 0):
+            os.truncate(image, other)
+            with pytest.raises(HostError, match=f"it has {other} bytes; make it a multiple of 512"):
+                disk.resize()
+            assert disk.size == size
+        os.truncate(image, 3 * size)
+        disk.resize()
+        assert disk.size == 3 * size
 
 
 # Transfers.

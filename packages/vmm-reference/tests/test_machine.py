@@ -149,6 +149,46 @@ def test_a_guest_that_polls_prints_without_python(kernel: Callable[[str], str]) 
     assert machine.console.output.endswith("xq")
 
 
+def test_a_guest_that_sends_by_interrupt_learns_without_python_that_it_is_through(
+    kernel: Callable[[str], str],
+) -> None:
+    """What IIR reads as is right each time, with FIFOs and without, and mostly a constant."""
+    source = """
+        movl $CHUNKS, %ebx
+    1:  movl %ebx, %eax
+        andb $1, %al
+        movb %al, %ah
+        movw $0x3fa, %dx
+        outb %al, %dx
+        OUT 0x3f9 7
+        movw $0x3fa, %dx
+        inb %dx, %al
+        andb $0x3f, %al
+        cmpb $2, %al
+        jne 3f
+        PUT 'x'
+        PUT 'y'
+        OUT 0x3f9 5
+        movl $10, %ecx
+    2:  movw $0x3fa, %dx
+        inb %dx, %al
+        testb %ah, %ah
+        jz 4f
+        subb $0xc0, %al
+    4:  cmpb $1, %al
+        jne 3f
+        loop 2b
+        decl %ebx
+        jnz 1b
+        POWER_OFF
+    3:  RESET
+    """.replace("CHUNKS", "50")
+    with Machine(MachineConfig(kernel=kernel(source), on_reset="exit")) as machine:
+        assert machine.wait(30) is Outcome.POWER_OFF
+        assert machine.metrics()["serial"]["served"] >= 50 * (2 + 10)
+    assert machine.console.output == "xy" * 50
+
+
 def test_a_search_for_pci_where_there_is_none_finds_nothing(kernel: Callable[[str], str]) -> None:
     """All ones, whatever is asked for and how wide; and it is counted like any port of nobody."""
     source = """
