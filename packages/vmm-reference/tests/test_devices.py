@@ -220,7 +220,7 @@ class NoLink:
     ("make", "number"),
     [
         (Balloon, 0),
-        (lambda: Console([PortSpec()], lambda port, data: None), 3),
+        (lambda: Console([PortSpec(console=False, name="port")], lambda port, data: None), 3),
         (lambda: Net(NoLink(), b"\2\0\0\0\0\1"), 1),
         (lambda: Vsock(3, lambda port: None), 0),
         (lambda: Vsock(3, lambda port: None), 1),
