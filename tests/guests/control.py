@@ -8,10 +8,11 @@ and after a reset. Prints a JSON object.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from shell import PATIENCE, ready, tell, until
 
@@ -19,6 +20,11 @@ from vmm_reference.config import Drive, MachineConfig
 from vmm_reference.deviceconfig import parse_device
 from vmm_reference.machine import Machine
 from vmm_reference.outcome import Outcome
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from vmm_reference.devices.balloon import Balloon
 
 MIB = 1 << 20
 
@@ -51,6 +57,48 @@ def controlled(machine: Machine, images: list[Path]) -> dict[str, bool]:
     return found
 
 
+def gave_up(machine: Machine) -> dict[str, bool]:
+    """Pages that the guest does not use, unasked; and pages of a full balloon that it needs.
+
+    The machine has just started: what is free was not used before, and lies together.
+    """
+    control = machine.device("balloon0")
+    balloon: Balloon = control.balloon
+    # What it no longer uses it reports after two seconds, in pieces of 4 MiB.
+    reported = balloon.reported
+    tell(machine, "head -c 50000000 /dev/zero >/tmp/big")
+    full = resident()
+    tell(machine, "rm /tmp/big")
+    found = {"given back": soon(lambda: full - resident() > 16 * MIB)}
+    found["reported"] = balloon.reported - reported > 16 * MIB >> 12
+    # All but 32 MiB are in the balloon when the guest wants 50: it takes back what it needs.
+    free = int(tell(machine, "awk '/MemFree/ {print $2}' /proc/meminfo")) // 1024
+    control.set_size((free - 32) * MIB)
+    found["nearly all taken"] = soon(lambda: balloon.actual > (free - 40) * MIB >> 12)
+    squeezed, deflated = balloon.actual, balloon.deflated
+    tell(machine, "head -c 50000000 /dev/zero >/tmp/big; rm /tmp/big")
+    found["taken back"] = balloon.deflated > deflated and balloon.actual < squeezed
+    control.set_size(0)
+    soon(lambda: balloon.actual == 0)
+    return found
+
+
+def resident() -> int:
+    """Bytes of this process that are in memory, with those of the guest."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def soon(condition: Callable[[], object]) -> bool:
+    """Whether something comes to be."""
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
+
+
 def main(kernel: str, initrd: str) -> None:
     """See the module."""
     images = [Path("/tmp/control-1.img"), Path("/tmp/control-2.img")]
@@ -64,7 +112,7 @@ def main(kernel: str, initrd: str) -> None:
     found: dict[str, Any] = {}
     with Machine(config) as machine:
         ready(machine)
-        found["first"] = controlled(machine, images)
+        found["first"] = gave_up(machine) | controlled(machine, images)
         machine.pause()
         machine.resume()
         machine.reset()
