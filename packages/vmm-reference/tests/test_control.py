@@ -5,7 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from vmm_reference.api.client import ask
+from vmm_reference.api.server import Control, Server
 from vmm_reference.config import Drive, MachineConfig
+from vmm_reference.deviceconfig import parse_device
 from vmm_reference.devices.rng import Entropy
 from vmm_reference.errors import ConfigError, HostError
 from vmm_reference.machine import Machine
@@ -178,3 +181,62 @@ def test_mmio_has_no_slots(config: Callable[..., MachineConfig], images: list[st
         pytest.raises(HostError, match="transport pci"),
     ):
         machine.plug(Drive(images[0]))
+
+
+def test_all_of_it_over_the_control_socket(
+    config: Callable[..., MachineConfig], images: list[str], tmp_path: Path
+) -> None:
+    """Drives, limits, the balloon, devices and processors, by a request each."""
+    path = str(tmp_path / "api")
+    devices = [
+        parse_device("balloon"),
+        parse_device(f"net,socket={tmp_path}/a,peer={tmp_path}/b,tx_ops=5"),
+    ]
+    fields = {"drives": [Drive(images[0], ops="100")], "devices": devices, "max_cpus": 3}
+    with Machine(config(SLOTS, **fields)) as machine, Server(path, Control(machine)):
+        machine.console.expect("s", 30)
+        ask(path, "PATCH", "/drives", {"drive_id": "drive0", "size": 4096})
+        assert Path(images[0]).stat().st_size == 4096
+        Path(images[0]).write_bytes(bytes(1024))
+        ask(path, "PATCH", "/drives", {"drive_id": "drive0"})
+        block = machine.device("drive0").block
+        assert block.read_config(0, 8) == (2).to_bytes(8, "little")
+        ask(path, "PATCH", "/drives", {"drive_id": "drive0", "path_on_host": images[1]})
+        assert block.read_config(0, 8) == (16).to_bytes(8, "little")
+        assert machine.config.named_devices()["drive0"].path == images[1]  # type: ignore[attr-defined]
+        ask(path, "PATCH", "/limits", {"id": "drive0", "ops": "", "bandwidth": "1M/10+2M"})
+        ask(path, "PATCH", "/limits", {"id": "net0", "rx_bandwidth": "10M", "tx_ops": "7"})
+        ask(path, "PATCH", "/balloon", {"amount_mib": 16})
+        assert ask(path, "GET", "/metrics", {})["balloon0"]["target_pages"] == 16 << 8
+        added = ask(path, "PUT", "/hotplug/devices", {"device": f"drive,{images[2]},serial=new"})
+        assert added == {"id": "drive1"}
+        machine.console.expect("U", 30)
+        assert "drive1" in ask(path, "GET", "/metrics", {})
+        ask(path, "DELETE", "/hotplug/devices", {"id": "drive1"})
+        assert "drive1" not in ask(path, "GET", "/metrics", {})
+        ask(path, "PATCH", "/machine-config", {"vcpu_count": 3})
+        assert machine.config.cpus == 3
+        before = machine.config
+        for method, target, body, named in (
+            ("PATCH", "/drives", {"drive_id": "rng0", "size": 512}, "rng0"),
+            ("PATCH", "/drives", {"drive_id": "none"}, "none"),
+            ("PATCH", "/drives", {"drive_id": "drive0", "size": 100}, "512"),
+            ("PATCH", "/drives", {"drive_id": "drive0", "size": 512, "path_on_host": "x"}, "size"),
+            ("PATCH", "/drives", {"size": 512}, "drive_id"),
+            ("PATCH", "/drives", {"drive_id": "drive0", "path_on_host": "/no/such"}, "no/such"),
+            ("PATCH", "/balloon", {"amount_mib": "16"}, "amount_mib"),
+            ("PATCH", "/balloon", {"amount_mib": 16, "id": "drive0"}, "drive0"),
+            ("PATCH", "/balloon", {"amount_mib": 16, "id": "balloon7"}, "balloon7"),
+            ("PATCH", "/limits", {"id": "drive0", "rx_ops": "1"}, "it has bandwidth, ops"),
+            ("PATCH", "/limits", {"id": "rng0", "ops": "1"}, "it has none"),
+            ("PATCH", "/limits", {"id": "net0", "rx_ops": "often"}, "often"),
+            ("PATCH", "/limits", {"id": "net0", "rx_ops": 7}, "must be text"),
+            ("PATCH", "/limits", {"id": "net0"}, "name a limit"),
+            ("PUT", "/hotplug/devices", {"device": "toaster"}, "toaster"),
+            ("PUT", "/hotplug/devices", {"device": f"drive,{images[1]}"}, "another machine"),
+            ("DELETE", "/hotplug/devices", {"id": "toaster"}, "toaster"),
+            ("PATCH", "/machine-config", {"vcpu_count": 4}, "from 1 to 3"),
+        ):
+            with pytest.raises(HostError, match=named):
+                ask(path, method, target, body)
+        assert machine.config == before

@@ -6,6 +6,12 @@
 | `PATCH /vm` | `{"state": "Paused"}` or `"Resumed"` | pause, resume |
 | `GET /metrics` | | counters of every device |
 | `PUT /actions` | `action_type`: `PowerButton`, `Reset`, `SendCtrlAltDel` | do that |
+| `PATCH /machine-config` | `vcpu_count` | plug processors in, or have the guest give some up |
+| `PATCH /drives` | `drive_id`, and `path_on_host` or `size` | swap or resize; neither: look again |
+| `PATCH /balloon` | `amount_mib`, and maybe `id` | set its target |
+| `PATCH /limits` | `id`, and limits by their names in the configuration | change them |
+| `PUT /hotplug/devices` | `device`, as `--device` takes it | plug it in; answers its `id` |
+| `DELETE /hotplug/devices` | `id` | take it away, when the guest has given it up |
 | `GET /hotplug/memory` | | modules by slot, memory devices by name, in bytes |
 | `PATCH /hotplug/memory` | `requested_size`, and maybe `id` | resize a memory device |
 | `PUT /hotplug/memory/modules` | `size` | plug a module of memory in; answers its `slot` |
@@ -48,6 +54,8 @@ __all__ = ["Control", "Server"]
 
 _MOST_BYTES = 1 << 20
 _BETWEEN_LINES = 0.1  # seconds
+_DRIVE_LIMITS = ("bandwidth", "ops")
+_NET_LIMITS = ("rx_bandwidth", "rx_ops", "tx_bandwidth", "tx_ops")
 
 
 class Control:
@@ -94,6 +102,12 @@ class Control:
             ("PATCH", "/vm"): (self._vm, ("state",)),
             ("GET", "/metrics"): (self._metrics, ()),
             ("PUT", "/actions"): (self._act, ("action_type",)),
+            ("PATCH", "/machine-config"): (self._set_cpus, ("vcpu_count",)),
+            ("PATCH", "/drives"): (self._drive, ("drive_id", "path_on_host", "size")),
+            ("PATCH", "/balloon"): (self._balloon, ("amount_mib", "id")),
+            ("PATCH", "/limits"): (self._limit, ("id", *_DRIVE_LIMITS, *_NET_LIMITS)),
+            ("PUT", "/hotplug/devices"): (self._plug, ("device",)),
+            ("DELETE", "/hotplug/devices"): (self._unplug, ("id",)),
             ("GET", "/hotplug/memory"): (self._memory, ()),
             ("PATCH", "/hotplug/memory"): (self._resize_memory, ("requested_size", "id")),
             ("PUT", "/hotplug/memory/modules"): (self._add_memory, ("size",)),
@@ -143,6 +157,66 @@ class Control:
                 rule = "must be PowerButton, Reset or SendCtrlAltDel"
                 raise ConfigError("action_type", other, rule)
         return {}
+
+    def _set_cpus(self, body: dict[str, Any], _tell: object) -> object:
+        self._machine.set_cpus(_number(body, "vcpu_count"))
+        return {}
+
+    def _drive(self, body: dict[str, Any], _tell: object) -> object:
+        name = _text(body, "drive_id")
+        if "path_on_host" in body and "size" in body:
+            raise ConfigError("size", body["size"], "is the image's where one is given")
+        if "path_on_host" in body:
+            self._machine.swap_drive(name, _text(body, "path_on_host"))
+        else:
+            size = _number(body, "size") if "size" in body else None
+            self._machine.resize_drive(name, size)
+        return {}
+
+    def _balloon(self, body: dict[str, Any], _tell: object) -> object:
+        from vmm_reference.devices.balloon import Controls
+
+        name = _text(body, "id") if "id" in body else "balloon0"
+        amount = _number(body, "amount_mib")
+        control = self._device(name)
+        if not isinstance(control, Controls):
+            raise ConfigError("id", name, "is no balloon")
+        control.set_size(amount << 20)
+        return {}
+
+    def _limit(self, body: dict[str, Any], _tell: object) -> object:
+        from vmm_reference.devices.blk.setup import DriveControl
+        from vmm_reference.devices.net.setup import Controls
+
+        name = _text(body, "id")
+        control = self._device(name)
+        known = {DriveControl: _DRIVE_LIMITS, Controls: _NET_LIMITS}.get(type(control), ())
+        texts = {key: value for key, value in body.items() if key != "id"}
+        for key, value in texts.items():
+            if key not in known:
+                rule = f"{name} has no such limit; it has {', '.join(known) or 'none'}"
+                raise ConfigError("/limits", key, rule)
+            if not isinstance(value, str):
+                raise ConfigError(key, value, "must be text")
+        if not texts:
+            raise ConfigError("/limits", name, "name a limit that is to change")
+        control.limit(**texts)
+        return {}
+
+    def _plug(self, body: dict[str, Any], _tell: object) -> object:
+        from vmm_reference.deviceconfig import parse_device
+
+        return {"id": self._machine.plug(parse_device(_text(body, "device")))}
+
+    def _unplug(self, body: dict[str, Any], _tell: object) -> object:
+        self._machine.unplug(_text(body, "id"))
+        return {}
+
+    def _device(self, name: str) -> Any:
+        try:
+            return self._machine.device(name)
+        except KeyError:
+            raise ConfigError("id", name, "is no device of this machine") from None
 
     def _memory(self, _body: dict[str, Any], _tell: object) -> object:
         return self._machine.describe_memory()
