@@ -109,13 +109,16 @@ int vp_take(struct vp_pump *pump, uint32_t *queue, uint32_t *chain, struct vq_ba
 void vp_answer(struct vp_pump *pump, uint32_t queue, uint32_t head, uint32_t length)
 {
     pthread_mutex_lock(&pump->lock);
-    pump->answers[pump->answer_count++] = (struct vp_answer){queue, head, length};
+    pump->answers[pump->answer_count] = (struct vp_answer){queue, head, length};
+    __atomic_store_n(&pump->answer_count, pump->answer_count + 1, __ATOMIC_RELEASE);
     pthread_mutex_unlock(&pump->lock);
     vp_wake(pump->control);
 }
 
 static void use_answers(struct vp_pump *pump)
 {
+    if (__atomic_load_n(&pump->answer_count, __ATOMIC_ACQUIRE) == 0)
+        return;
     pthread_mutex_lock(&pump->lock);
     for (uint32_t i = 0; i < pump->answer_count; i++) {
         struct vp_answer *answer = &pump->answers[i];
@@ -125,7 +128,7 @@ static void use_answers(struct vp_pump *pump)
         queue->lengths[0] = answer->length;
         queue->done = 1;
     }
-    pump->answer_count = 0;
+    __atomic_store_n(&pump->answer_count, 0, __ATOMIC_RELEASE);
     pthread_mutex_unlock(&pump->lock);
 }
 

@@ -256,6 +256,16 @@ static inline void vp_pause(void)
 #endif
 }
 
+/* Ask for the line of the cache that is about to be written, which another processor may have. */
+static inline void vp_about_to_write(const void *at)
+{
+#if defined(__x86_64__)
+    __asm__ volatile("prefetchw %0" : : "m"(*(const uint8_t *)at));
+#else
+    __builtin_prefetch(at, 1);
+#endif
+}
+
 static inline int vp_stopping(struct vp_pump *pump)
 {
     return __atomic_load_n(&pump->stopping, __ATOMIC_ACQUIRE);
@@ -293,6 +303,14 @@ uint64_t vp_fill(struct vp_request *request, const uint8_t *from, uint64_t lengt
  * and `room` pieces; returns their number, and their bytes in *length. */
 int vp_pieces(const struct vp_request *request, int writable, uint64_t offset, uint64_t most,
               struct iovec *pieces, int room, uint64_t *length);
+/* Where the writable part of a chain, which has one, begins. */
+static inline void *vp_writable(const struct vp_request *request)
+{
+    const struct vq_chain *chain = &request->batch->chains->chains[request->chain];
+    const struct vq_iovec *iovecs = request->batch->chains->iovecs + chain->first_iovec;
+    return (void *)(uintptr_t)iovecs[chain->readable_iovecs].host;
+}
+
 /* Chains that were collected are available again; after `vp_give_back`. */
 void vp_give_back_collected(struct vp_queue *queue);
 

@@ -211,6 +211,7 @@ int vp_vsock_hear(struct vp_pump *pump, int timeout)
     struct vp_vsock *vsock = pump->vsock;
     struct epoll_event events[EVENTS];
     int count = epoll_wait(vsock->epoll, events, EVENTS, timeout);
+    vsock->turns = 0;
     for (int i = 0; i < count; i++) {
         uint32_t number = events[i].data.u32;
         if (number < VP_CONNECTIONS) {

@@ -107,6 +107,7 @@ static int64_t receive(struct vp_queue *queue, struct connection *connection, ui
             queue->collected[count], 1, HEADER, most, pieces + message.msg_iovlen,
             IOV_MAX - (int)message.msg_iovlen, &sizes[count]);
         all += sizes[count];
+        vp_about_to_write(vp_writable(queue->collected[count])); /* the header */
     }
     do
         got = recvmsg(connection->fd, &message, MSG_DONTWAIT);
@@ -201,7 +202,7 @@ int vp_vsock_receive(struct vp_queue *queue)
     struct vp_vsock *vsock = pump->vsock;
     const struct vp_queue *sender = &pump->queues[1];
     int more = 1;
-    if (vsock->turns++ % SELDOM == 0) /* it may be too busy to sleep */
+    if (++vsock->turns == SELDOM) /* it may be too busy to sleep */
         vp_vsock_hear(pump, 0);
     vp_vsock_follow(pump); /* behind: what was heard is not told again */
     for (int i = 0; more && i < BUDGET; i++) {

@@ -63,7 +63,7 @@ struct vp_vsock {
     struct connection connections[VP_CONNECTIONS];
     uint16_t ready[VP_CONNECTIONS]; /* a ring: connections take turns */
     uint32_t ready_first, ready_count;
-    uint32_t turns;
+    uint32_t turns;             /* since events were heard */
     int hurry;                  /* whether a guest is to be told of credit: 0, SOON or NOW */
     struct reset resets[RESETS]; /* a ring */
     uint32_t reset_first, reset_count;
