@@ -287,7 +287,35 @@ def test_the_host_breaks(guest: Guest) -> None:
     assert guest.ops() == [RST]
 
 
+def test_the_host_breaks_while_it_is_read(guest: Guest) -> None:
+    """Another stream that waits behind it has its turn all the same."""
+    broken, well = guest.connected(1000, 80), guest.connected(1001, 81)
+    broken.broken = True
+    broken.readable()
+    well.outgoing += b"well"
+    well.readable()
+    heard = [(header.dst_port, header.op, data) for header, data in guest.heard()]
+    assert sorted(heard) == [(1000, RST, b""), (1001, RW, b"well")]
+    assert broken.closed
+    assert guest.vsock.resets == {"host": 1}
+
+
+def test_ports_of_the_host_that_are_taken_are_not_given(guest: Guest) -> None:
+    guest.connected(22, FIRST_HOST_PORT)
+    assert guest.vsock.open(Host(), 22)
+    assert [(h.op, h.src_port) for h, _ in guest.heard()] == [(REQUEST, FIRST_HOST_PORT + 1)]
+
+
 # Credit.
+
+
+def test_a_guest_that_asks_for_credit_is_answered(guest: Guest) -> None:
+    guest.connected()
+    guest.tell(RW, data=b"seven b")
+    guest.tell(CREDIT_REQUEST)
+    assert [(h.op, h.buf_alloc, h.fwd_cnt) for h, _ in guest.heard()] == [
+        (CREDIT_UPDATE, BUFFER, 7)
+    ]
 
 
 def test_the_guest_is_told_of_room(guest: Guest) -> None:

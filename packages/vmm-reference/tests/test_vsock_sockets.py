@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import select
 import socket
 import threading
@@ -11,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from virtio_queue import PumpError
 from vm_memory import GuestAddress
+from vmm_reference.backends import pumps
 from vmm_reference.backends import vsock as backend
 from vmm_reference.backends.pumps import SocketPump
 from vmm_reference.backends.vsock import UnixSockets
@@ -315,6 +318,36 @@ def test_a_state_without_connections(guest: Guest, tmp_path: Path) -> None:
 
         guest.wait(heard)
         assert events == [bytes(4)]
+
+
+def test_clients_that_wait_are_let_go_with_the_device(guest: Guest, tmp_path: Path) -> None:
+    with client(tmp_path, b"CONN") as stream:
+        guest.wait(lambda: guest.sockets._waiting)
+        guest.bench.close()
+        with contextlib.suppress(ConnectionResetError):  # its beginning is unread, perhaps
+            assert stream.recv(100) == b""
+        guest.bench = PumpBench(1 << 20)  # for `close`
+    assert list(tmp_path.iterdir()) == []
+
+
+def refuse(*_arguments: object) -> None:
+    """A pump that can't be made."""
+    raise PumpError("sockets", errno.EMFILE, "raise the limit of open files")
+
+
+def test_a_host_without_descriptors_keeps_no_path(tmp_path: Path) -> None:
+    bench = PumpBench(1 << 20)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pumps, "SocketPump", refuse)
+        with pytest.raises(PumpError, match="open files"):
+            build(Socket(f"{tmp_path}/v.sock"), bench)  # type: ignore[arg-type]
+    bench.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_clone_has_a_name_of_its_own() -> None:
+    assert Socket("/a", cid=7).cloned(2) == Socket("/a-2", cid=10)
+    assert Socket(cid=7, vhost=True).cloned(0) == Socket(cid=8, vhost=True)
 
 
 def test_the_path_is_taken_and_given_back(tmp_path: Path) -> None:
