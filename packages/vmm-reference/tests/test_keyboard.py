@@ -449,6 +449,22 @@ def test_a_guest_reads_what_is_typed(tmp_path: Path) -> None:
 
 
 @pytest.mark.kvm
+def test_three_keys_that_end_most_guests(tmp_path: Path) -> None:
+    """Control, Alt and Delete, in this order; a machine without a keyboard says what it lacks."""
+    path = tmp_path / "kernel"
+    path.write_bytes(tiny_kernel(READER))
+    config = MachineConfig(kernel=str(path), memory="32M", devices=[parse_device("keyboard")])
+    with Machine(config) as machine:
+        machine.console.expect("s", 30)
+        machine.send_ctrl_alt_del()
+        # What the guest prints for codes 0x1D, 0x38 and (0xE0) 0x53, of which the last is no text.
+        machine.console.expect("]x\N{REPLACEMENT CHARACTER}", 30)
+    without = MachineConfig(kernel=str(path), memory="32M")
+    with Machine(without) as machine, pytest.raises(ConfigError, match="keyboard"):
+        machine.send_ctrl_alt_del()
+
+
+@pytest.mark.kvm
 def test_a_key_that_is_held_repeats_in_a_guest(tmp_path: Path) -> None:
     """Until it is let go, and not while the machine is paused."""
     path = tmp_path / "kernel"

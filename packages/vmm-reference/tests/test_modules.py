@@ -296,6 +296,22 @@ def test_configurations_that_can_not_be(fields: dict[str, object], tmp_path: Pat
 
 
 @pytest.mark.kvm
+def test_slots_are_full_before_memory_is(tmp_path: Path) -> None:
+    """One more module is refused until another has left."""
+    config = MachineConfig(
+        kernel=kernel(tmp_path / "kernel", EJECTS), memory="32M",
+        max_memory=(32 + 128 * (SLOTS + 1)) * MIB,
+    )  # fmt: skip
+    with Machine(config) as machine:
+        machine.console.expect("s", 30)
+        assert [machine.add_memory(BLOCK) for _ in range(SLOTS)] == list(range(SLOTS))
+        with pytest.raises(ConfigError, match=f"one of {SLOTS} slots, which are full"):
+            machine.add_memory(BLOCK)
+        machine.remove_memory(3)
+        assert machine.add_memory(BLOCK) == 3
+
+
+@pytest.mark.kvm
 def test_the_control_socket_and_its_verb(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

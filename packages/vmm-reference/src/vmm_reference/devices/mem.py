@@ -8,8 +8,8 @@ nothing of it, a reset of the machine unplugs all.
 The host shows a guest blocks by groups of 128 MiB: in a group that has a plugged block, the others
 can be reached too, which is allowed (5.15.6.1) and costs the host memory that the guest could have
 had by plugging. A group without one is not there for its processors; devices that it points there
-read zeros, and what they write costs the host memory. So `size` bounds what a hostile guest can have
-the host spend, and `requested` what a friendly one has.
+read zeros, and what they write costs the host memory. So `size` bounds what a hostile guest can
+have the host spend, and `requested` what a friendly one has.
 """
 
 from __future__ import annotations
