@@ -303,10 +303,16 @@ uint64_t vp_fill(struct vp_request *request, const uint8_t *from, uint64_t lengt
  * and `room` pieces; returns their number, and their bytes in *length. */
 int vp_pieces(const struct vp_request *request, int writable, uint64_t offset, uint64_t most,
               struct iovec *pieces, int room, uint64_t *length);
+
+static inline const struct vq_chain *vp_chain(const struct vp_request *request)
+{
+    return &request->batch->chains->chains[request->chain];
+}
+
 /* Where the writable part of a chain, which has one, begins. */
 static inline void *vp_writable(const struct vp_request *request)
 {
-    const struct vq_chain *chain = &request->batch->chains->chains[request->chain];
+    const struct vq_chain *chain = vp_chain(request);
     const struct vq_iovec *iovecs = request->batch->chains->iovecs + chain->first_iovec;
     return (void *)(uintptr_t)iovecs[chain->readable_iovecs].host;
 }
@@ -318,11 +324,6 @@ void vp_give_back_collected(struct vp_queue *queue);
 static inline int vp_at_hand(const struct vp_queue *queue)
 {
     return queue->current != NULL && queue->next < queue->current->chains->count;
-}
-
-static inline const struct vq_chain *vp_chain(const struct vp_request *request)
-{
-    return &request->batch->chains->chains[request->chain];
 }
 
 /* --- pump_block.c --- */

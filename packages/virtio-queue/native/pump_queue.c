@@ -192,7 +192,7 @@ int vp_get_chains(struct vp_queue *queue)
 
 struct vp_request *vp_next_request(struct vp_queue *queue)
 {
-    while (queue->current == NULL || queue->next == queue->current->chains->count)
+    while (!vp_at_hand(queue))
         if (queue->asleep || vp_stopping(queue->pump) || vp_get_chains(queue) < 0)
             return NULL;
     return &queue->current->requests[queue->next++];

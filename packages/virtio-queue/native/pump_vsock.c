@@ -13,8 +13,8 @@
 #include <string.h>
 #include <sys/socket.h>
 
-/* How many packets are moved before the other queue has its turn, and turns before events have. */
-enum { BUDGET = 64, SELDOM = 8 };
+/* How many turns the queues have before events have theirs, where none sleeps. */
+enum { SELDOM = 8 };
 /* Packets of so many bytes, and as many as one call receives. */
 enum { MOST = VP_PACKET, TOGETHER = 16 };
 

@@ -9,6 +9,8 @@
 enum { HEADER = VP_VSOCK_HEADER, HOST_CID = 2, STREAM = 1, NONE = 0xFFFF };
 enum { REQUEST = 1, RESPONSE, RST, SHUTDOWN, RW, CREDIT_UPDATE, CREDIT_REQUEST };
 enum { SHUTDOWN_RCV = 1, SHUTDOWN_SEND = 2, SHUTDOWN_BOTH = 3 };
+/* How many packets of a queue are moved before the other has its turn. */
+enum { BUDGET = 64 };
 /* So many resets wait before the guest is heard again; each connection may add one. */
 enum { WAITING = 256, RESETS = 2048, BUCKETS = 1024 };
 

@@ -8,9 +8,6 @@
 #include <limits.h>
 #include <string.h>
 
-/* How many packets are moved before the other queue has its turn. */
-enum { BUDGET = 64 };
-
 static void ask_python(struct vp_pump *pump, const struct header *header)
 {
     struct vp_vsock *vsock = pump->vsock;
